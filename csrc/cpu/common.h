@@ -1,0 +1,202 @@
+// What every operation of the CPU backend shares: tensors as rows, allocation, checks, threads.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <optional>
+
+#include "../quantize.h"
+
+namespace fused_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int kMaxDims = 8;
+
+// The elements of a tensor as rows of its contiguous last dimension, wherever they lie.
+struct Rows {
+  char* data = nullptr;
+  int64_t count = 0, cols = 0;
+  int dims = 0;                              // leading dimensions, merged where strides allow
+  int64_t size[kMaxDims], stride[kMaxDims];  // strides in bytes
+
+  explicit operator bool() const { return data != nullptr; }
+
+  template <class T>
+  T* at(int64_t row) const {
+    return reinterpret_cast<T*>(data + offset(row));
+  }
+
+  int64_t offset(int64_t row) const { return dims <= 1 ? row * stride[0] : offset_of_many(row); }
+
+  __attribute__((noinline)) int64_t offset_of_many(int64_t row) const {
+    int64_t bytes = 0;
+    for (int d = dims - 1; d >= 0; --d) {
+      bytes += row % size[d] * stride[d];
+      row /= size[d];
+    }
+    return bytes;
+  }
+};
+
+inline bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
+}
+
+// The dtypes that kernels see, as the stable ABI numbers them: asked once, since each is a call.
+struct DtypeCode {
+  ScalarType dtype;
+  int32_t code;
+};
+inline const DtypeCode kDtypes[] = {
+    {ScalarType::BFloat16, aoti_torch_dtype_bfloat16()},
+    {ScalarType::Half, aoti_torch_dtype_float16()},
+    {ScalarType::Float, aoti_torch_dtype_float32()},
+    {ScalarType::Char, aoti_torch_dtype_int8()},
+    {ScalarType::Float8_e4m3fn, aoti_torch_dtype_float8_e4m3fn()},
+};
+
+inline int32_t dtype_code(ScalarType dtype) {
+  for (const DtypeCode& known : kDtypes)
+    if (known.dtype == dtype) return known.code;
+  STD_TORCH_CHECK(false, "no kernel writes this dtype");
+}
+
+// Tensor::scalar_type asks for every dtype's number in turn; this is seven times faster.
+inline ScalarType dtype_of(const Tensor& tensor) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  for (const DtypeCode& known : kDtypes)
+    if (known.code == code) return known.dtype;
+  return ScalarType::Undefined;
+}
+
+inline int64_t byte_size(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return 4;
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2 : 1;
+}
+
+// Sizes and strides at once: every question to a tensor is a call across the stable ABI.
+inline Rows rows_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDims, name, ": expected 1 to ", kMaxDims, " dimensions");
+  Rows rows;
+  rows.count = 1;
+  rows.cols = sizes[dim - 1];
+  rows.stride[0] = 0;
+  STD_TORCH_CHECK(rows.cols <= 1 || strides[dim - 1] == 1, name, ": expected a contiguous last dimension");
+  const int64_t bytes = static_cast<int64_t>(tensor.element_size());
+  for (int64_t d = 0; d + 1 < dim; ++d) {
+    const int64_t size = sizes[d], stride = strides[d] * bytes;
+    rows.count *= size;
+    if (size == 1) continue;
+    const int last = rows.dims - 1;
+    if (rows.dims && rows.stride[last] == size * stride) {
+      rows.size[last] *= size;
+      rows.stride[last] = stride;
+    } else {
+      rows.size[rows.dims] = size;
+      rows.stride[rows.dims++] = stride;
+    }
+  }
+  rows.data = static_cast<char*>(tensor.data_ptr());
+  return rows;
+}
+
+// Rows of `tensor` that match those of `like`: the same leading sizes, `cols` elements of `dtype` each.
+inline Rows rows_like(const Tensor& tensor, const char* name, const Tensor& like, int64_t cols, ScalarType dtype) {
+  const Rows rows = rows_of(tensor, name);
+  STD_TORCH_CHECK(dtype_of(tensor) == dtype, name, ": unexpected dtype");
+  const auto sizes = tensor.sizes(), expected = like.sizes();
+  STD_TORCH_CHECK(sizes.size() == expected.size() && rows.cols == cols, name, ": unexpected shape");
+  for (size_t d = 0; d + 1 < sizes.size(); ++d) STD_TORCH_CHECK(sizes[d] == expected[d], name, ": unexpected shape");
+  return rows;
+}
+
+// Outputs must not share memory with anything else, except with an input that lies just so: a row is read before it is
+// written. Tensors whose outermost strides agree may interleave, as slices of a packed one do.
+inline void check_overlap(const Rows& out, int64_t out_bytes, const Rows& in, int64_t in_bytes, const char* name) {
+  if (!out || !in || !out.count || !in.count || !out.cols || !in.cols) return;
+  const auto extent = [](const Rows& rows, int64_t bytes, int from) {
+    bytes *= rows.cols;
+    for (int d = from; d < rows.dims; ++d) bytes += (rows.size[d] - 1) * rows.stride[d];
+    return bytes;
+  };
+  const int64_t apart = in.data - out.data;
+  if (apart >= extent(out, out_bytes, 0) || -apart >= extent(in, in_bytes, 0)) return;
+  bool same = apart == 0 && out_bytes == in_bytes && out.dims == in.dims;
+  for (int d = 0; same && d < out.dims; ++d) same = out.stride[d] == in.stride[d] && out.size[d] == in.size[d];
+  if (same) return;
+  if (out.dims && in.dims && out.stride[0] == in.stride[0] && out.stride[0] > 0) {
+    const int64_t stride = out.stride[0], gap = (apart % stride + stride) % stride;
+    if (gap >= extent(out, out_bytes, 1) && gap + extent(in, in_bytes, 1) <= stride) return;
+  }
+  STD_TORCH_CHECK(false, name, ": overlaps another argument in memory");
+}
+
+// An output's rows must not share memory with each other.
+inline void check_output(const Rows& out, int64_t out_bytes, const char* name) {
+  int order[kMaxDims];
+  std::iota(order, order + out.dims, 0);
+  std::sort(order, order + out.dims, [&](int a, int b) { return out.stride[a] < out.stride[b]; });
+  int64_t extent = out.cols * out_bytes;
+  for (int i = 0; i < out.dims && out.count; ++i) {
+    STD_TORCH_CHECK(out.stride[order[i]] >= extent, name, ": rows overlap in memory");
+    extent += (out.size[order[i]] - 1) * out.stride[order[i]];
+  }
+}
+
+// One C call, no dispatcher: a third of the cost of torch::stable::empty.
+inline Tensor empty_strided(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, size, stride, dtype_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Contiguous, with the leading sizes of `like` and `cols` columns; `rows` becomes its rows.
+inline Tensor empty_rows(const Tensor& like, int64_t cols, ScalarType dtype, Rows& rows) {
+  const auto sizes = like.sizes();
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDims, "expected 1 to ", kMaxDims, " dimensions");
+  int64_t size[kMaxDims], stride[kMaxDims], step = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    size[d] = d == dim - 1 ? cols : sizes[d];
+    stride[d] = step;
+    step *= std::max<int64_t>(size[d], 1);
+  }
+  Tensor tensor = empty_strided(dim, size, stride, dtype);
+  rows.data = static_cast<char*>(tensor.data_ptr());
+  rows.count = 1;
+  for (int64_t d = 0; d + 1 < dim; ++d) rows.count *= size[d];
+  rows.cols = cols;
+  rows.dims = 1;
+  rows.size[0] = rows.count;
+  rows.stride[0] = cols * byte_size(dtype);
+  return tensor;
+}
+
+// body(begin, end) over [0, count) on torch's threads; a small piece of work stays in the caller.
+template <class Body>
+void parallel_rows(int64_t count, int64_t work_per_row, const Body& body) {
+  constexpr int64_t kSerial = 16384;
+  if (count * work_per_row < kSerial || count < 2) {
+    if (count > 0) body(int64_t{0}, count);
+    return;
+  }
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kSerial / 4 / std::max<int64_t>(1, work_per_row)), body);
+}
+
+}  // namespace fused_ops

@@ -1,0 +1,103 @@
+"""Argument checks that read like shape comments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant import QuantKey
+from quant.key import FP8
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, Any]:
+    """Match each `name=(tensor, "... N", dtypes)` and return the size bound to each letter.
+
+    A letter is the same size everywhere; a leading "..." is any dimensions, the same ones everywhere; a number is
+    itself. `dtypes` is a dtype, a tuple of them, or the name of an earlier argument whose dtype this one shares.
+    The last dimension is contiguous and all are on one device. A None passes where the spec ends in "?".
+
+    Raises TypeError (not a tensor, dtype) or ValueError (shape, strides, device), naming op, argument, what it got
+    and what it takes.
+    """
+    sizes: dict[str, Any] = {}
+    seen: dict[str, Tensor] = {}
+    for name, (tensor, spec, dtypes) in arguments.items():
+        if tensor is None and spec.endswith("?"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} is {_type(tensor)}, expected a Tensor [{spec.rstrip('?')}]")
+        _check_shape(op, name, tensor, spec.rstrip("?").split(), sizes)
+        if isinstance(dtypes, str):
+            if tensor.dtype != seen[dtypes].dtype:
+                raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {seen[dtypes].dtype} as {dtypes}")
+        elif tensor.dtype not in (dtypes if isinstance(dtypes, tuple) else (dtypes,)):
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {dtypes}")
+        first, other = next(iter(seen.items()), (name, tensor))
+        if tensor.device != other.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {other.device} as {first}")
+        seen[name] = tensor
+    return sizes
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, dims: list[str], sizes: dict[str, Any]) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} is {tensor.layout}, expected {torch.strided}")
+    shape: list[Any] = list(tensor.shape)
+    if dims[0] == "..." and len(shape) >= len(dims) - 1:
+        lead = len(shape) - len(dims) + 1
+        shape = [shape[:lead], *shape[lead:]]
+    expected = [int(d) if d.isdigit() else sizes.get(d, d) for d in dims]
+    if len(shape) != len(dims) or any(e not in (s, d) for e, s, d in zip(expected, shape, dims, strict=True)):
+        text = ", ".join(str(e).strip("[]") for e in expected)
+        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected [{text}]")
+    if tensor.ndim and dims[-1] == "N" and tensor.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected at least one column")
+    sizes.update(zip(dims, shape, strict=True))
+    if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{op}: {name} has strides {tensor.stride()}, expected a contiguous last dimension")
+
+
+def number(op: str, **values: Any) -> None:
+    """Raise TypeError unless each value is a real number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{op}: {name} is {_type(value)}, expected a number")
+
+
+def check_key(op: str, code: int, cols: int, given: Tensor | None, device: torch.device, zero_point=None) -> QuantKey:
+    """Check what a quantization of rows of `cols` takes; `given` is described in `fused_ops.quantize`."""
+    if isinstance(code, bool) or not isinstance(code, int):
+        raise TypeError(f"{op}: quant_key's code is {_type(code)}, expected an int")
+    key = QuantKey.from_code(code)
+    group = key.scale.group_shape.cols
+    if cols % key.packing or (key.scale.dtype != torch.float32 and cols % group):
+        raise ValueError(f"{op}: x has {cols} columns, {key} expects a multiple of {group}")
+    if key.scale.static or key.scale2 is not None:
+        _one(op, "scale2" if key.scale2 else "scale", given, torch.float32, device, key)
+    elif given is not None:
+        if key.dtype != FP8 or key.scale.dtype != torch.float32 or key.scale.power_of_two:
+            raise ValueError(f"{op}: scale_ub is given, but {key} takes none")
+        _one(op, "scale_ub", given, torch.float32, device, key)
+    if key.scale.static and not key.symmetric:
+        _one(op, "zero_point", zero_point, torch.int32, device, key)
+    elif zero_point is not None:
+        raise ValueError(f"{op}: zero_point is given, but {key} takes none")
+    return key
+
+
+def _one(op: str, name: str, tensor: Any, dtype: torch.dtype, device: torch.device, key: QuantKey) -> None:
+    if not isinstance(tensor, Tensor):
+        error = ValueError if tensor is None else TypeError
+        raise error(f"{op}: {name} is {_type(tensor)}, {key} takes a {dtype} tensor of one element")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, {key} takes {dtype}")
+    if tensor.numel() != 1 or tensor.device != device:
+        raise ValueError(f"{op}: {name} is {list(tensor.shape)} on {tensor.device}, expected one element on {device}")
+
+
+def _type(value: Any) -> str:
+    return "None" if value is None else type(value).__name__

@@ -1,0 +1,268 @@
+"""How an operation is declared: its reference is its definition, backends are alternatives to it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import string
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+OPS: dict[str, Op] = {}  # every declared operation; tests and benchmarks iterate it
+DEVICES = ("CPU", "CUDA")  # dispatch keys that a forced backend overrides
+
+_library = Library("fused_ops", "DEF")
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    list[int] | None: "int[]?",
+    torch.dtype: "ScalarType",
+}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of an operation, and what it can do.
+
+    run: takes what the operation takes and returns the outputs of the functional overload; None where the kernel
+        sits in PyTorch's dispatcher already (C++), so that a call meets no Python on its way.
+    devices: dispatch keys that it serves.
+    supports: whether it serves these arguments, by device, dtype, key and row length, never by the number of rows.
+    """
+
+    name: str
+    run: Callable | None
+    devices: tuple[str, ...] = DEVICES
+    supports: Callable[..., bool] = lambda *_: True
+
+
+class Op:
+    """A torch custom op made from its reference, a plain function of tensors and numbers that returns every output.
+
+    Two overloads come from its signature:
+        name(inputs that have no default) -> the first `returns` outputs, freshly allocated
+        name.out(all inputs, *, Tensor(a!)? each output) -> ()     writes the outputs that are not None
+    `check` raises on bad arguments, `empty` allocates outputs; the fake implementations are made of the two.
+    """
+
+    def __init__(self, reference: Callable, outputs: str, returns: int | None = None):
+        self.name = reference.__name__.lstrip("_")
+        self.reference, self.outputs = reference, outputs.split()
+        self.returns = returns or len(self.outputs)
+        self.backends = {"reference": Backend("reference", self._run)}
+        self.check: Callable[..., Any] = lambda *_: None
+        self.empty: Callable[..., tuple] = _undeclared
+        self.cases: Callable[[str], Iterator[tuple]] = _undeclared
+        self.workload: Callable[..., tuple] = _undeclared
+
+        hints = typing.get_type_hints(reference)
+        parameters = inspect.signature(reference).parameters.values()
+        inputs = [(p, f"{_SCHEMA_TYPES[hints[p.name]]} {p.name}") for p in parameters]
+        required = ", ".join(text for p, text in inputs if p.default is p.empty)
+        result = ", ".join(["Tensor"] * self.returns)
+        _library.define(f"{self.name}({required}) -> {result if self.returns == 1 else f'({result})'}")
+        written = ", ".join(
+            f"Tensor({a}!)? {o}_out" for a, o in zip(string.ascii_lowercase, self.outputs, strict=False)
+        )
+        _library.define(f"{self.name}.out({', '.join(text for _, text in inputs)}, *, {written}) -> ()")
+        self.arguments = [p.name for p in parameters]
+
+        packet = getattr(torch.ops.fused_ops, self.name)
+        self.default, self.out = packet.default, packet.out
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _library.impl(f"{self.name}.out", self._run_out, "CompositeExplicitAutograd")
+        torch.library.register_fake(self.default, self._fake, lib=_library)
+        torch.library.register_fake(self.out, self._fake_out, lib=_library)
+        OPS[self.name] = self
+
+    def declares(self, role: str) -> Callable[[Callable], Callable]:
+        """Decorator that fills a role of the declaration: "check", "empty", "cases" or "workload"."""
+
+        def register(function: Callable) -> Callable:
+            setattr(self, role, function)
+            return function
+
+        return register
+
+    def argument(self, name: str) -> int | None:
+        """Where the argument `name` stands, or None."""
+        return self.arguments.index(name) if name in self.arguments else None
+
+    def backend(self, backend: Backend) -> None:
+        self.backends[backend.name] = backend
+
+    def _first(self, results: Any) -> Any:
+        results = results if isinstance(results, tuple) else (results,)
+        return results[0] if self.returns == 1 else results[: self.returns]
+
+    # The reference as a kernel.
+    def _run(self, *args):
+        self.check(*args)
+        return self._first(self.reference(*args))
+
+    def _run_out(self, *args, **outs):
+        self.check(*args)
+        check_outputs(self, args, outs)
+        _copy_into(self, self.reference(*args), outs)
+
+    def _fake(self, *args):
+        self.check(*args)
+        return self._first(self.empty(*args))
+
+    def _fake_out(self, *args, **outs):
+        self.check(*args)
+        check_outputs(self, args, outs)
+
+
+def op(outputs: str, returns: int | None = None) -> Callable[[Callable], Op]:
+    """Declare an operation: the decorated function is its reference and returns `outputs`, in this order."""
+    return lambda reference: Op(reference, outputs, returns)
+
+
+def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | None] | None = None) -> None:
+    """A kernel raised `error`: raise the TypeError or ValueError that says which argument and why, if it refused.
+
+    Kernels check what safety needs and raise RuntimeError; the full check in Python runs only then, since on every
+    call it would cost several times what the call does.
+    """
+    op.check(*args)
+    if outs is not None:
+        check_outputs(op, args, outs)
+    for name in use_backend.active():
+        backend = op.backends.get(name)
+        if backend is not None and not backend.supports(*args):
+            raise ValueError(
+                f"{op.name}: the {name} backend does not serve these arguments yet: {describe(args)}; "
+                "`with fused_ops.use_backend('reference')` does"
+            ) from error
+    if refusal := re.search(r"csrc\S*:\d+, (.*)", str(error)):
+        raise ValueError(f"{op.name}: {refusal[1]}") from error
+
+
+def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
+    """Raise unless every given output has the shape and dtype of `op.empty(*args)`, with rows of its own."""
+    expected = op.empty(*args)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for name, want in zip(op.outputs, expected, strict=True):
+        got = outs.get(f"{name}_out")
+        if got is None:
+            continue
+        if want is None:
+            raise ValueError(f"{op.name}: output {name} is given, but these arguments produce none")
+        if not isinstance(got, Tensor) or got.dtype != want.dtype:
+            kind = got.dtype if isinstance(got, Tensor) else type(got).__name__
+            raise TypeError(f"{op.name}: output {name} is {kind}, expected {want.dtype}")
+        if got.shape != want.shape or got.device != want.device:
+            raise ValueError(
+                f"{op.name}: output {name} is {list(got.shape)} on {got.device}, "
+                f"expected {list(want.shape)} on {want.device}"
+            )
+        exact = name in ("scale", "zero_point")  # their strides are part of the key
+        wrong = got.stride() != want.stride() if exact else got.shape[-1] > 1 and got.stride(-1) != 1
+        if wrong and got.numel():
+            expected_strides = want.stride() if exact else "a contiguous last dimension"
+            raise ValueError(f"{op.name}: output {name} has strides {got.stride()}, expected {expected_strides}")
+        if any(stride == 0 and size > 1 for size, stride in zip(got.shape, got.stride(), strict=True)):
+            raise ValueError(f"{op.name}: output {name} has strides {got.stride()}: its rows share memory")
+
+
+def describe(args: tuple) -> str:
+    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
+
+
+def _copy_into(op: Op, results: Any, outs: dict[str, Tensor | None]) -> None:
+    for name, value in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+        target = outs.get(f"{name}_out")
+        if target is not None:
+            target.copy_(value)
+
+
+def _undeclared(*_):
+    raise NotImplementedError("this part of the operation's declaration is missing")
+
+
+class use_backend:
+    """Run one backend only, in this block: `with use_backend("reference"): ...`.
+
+    It replaces the operations' kernels in PyTorch's dispatcher while it lasts, for the whole process, so compiled
+    graphs obey it too and calls outside a block pay nothing. It never falls back: what the backend can't serve
+    raises. Blocks nest. `FUSED_OPS_BACKEND` in the environment is the same for the life of the process.
+
+    Raises ValueError where no operation has a backend of that name on this machine.
+    """
+
+    _stack: typing.ClassVar[list[str]] = []
+    _overrides: typing.ClassVar[Library | None] = None
+
+    def __init__(self, name: str):
+        known = sorted({b for op in OPS.values() for b in op.backends})
+        if name not in known:
+            raise ValueError(f"use_backend: name is {name!r}, expected one of {known} on this machine")
+        self.name = name
+
+    def __enter__(self) -> use_backend:
+        self._stack.append(self.name)
+        self._install()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.pop()
+        self._install()
+
+    @classmethod
+    def active(cls) -> list[str]:
+        """The backends that a call may have met: the forced one, or those in PyTorch's dispatcher."""
+        return cls._stack[-1:] or ["cpu"]
+
+    @classmethod
+    def _install(cls) -> None:
+        if cls._overrides is not None:
+            cls._overrides._destroy()
+            cls._overrides = None
+        if not cls._stack:
+            return
+        cls._overrides = Library("fused_ops", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that a kernel is overridden
+            for op in OPS.values():
+                for device in DEVICES:
+                    for overload, kernel in _forced(op, cls._stack[-1], device):
+                        cls._overrides.impl(overload, kernel, device)
+
+
+def _forced(op: Op, name: str, device: str) -> list[tuple[str, Callable]]:
+    """The kernels to install so that `op` runs backend `name` on a device, and nothing else."""
+    backend = op.backends.get(name)
+    if backend is None or device not in backend.devices:
+
+        def refuse(*_, **__):
+            raise ValueError(f"{op.name}: there is no backend {name!r} for {device} on this machine")
+
+        return [(op.name, refuse), (f"{op.name}.out", refuse)]
+    if backend.run is None:  # in the dispatcher already
+        return []
+    if name == "reference":
+        return [(op.name, op._run), (f"{op.name}.out", op._run_out)]
+
+    def run(*args):
+        op.check(*args)
+        if not backend.supports(*args):
+            raise ValueError(f"{op.name}: the {name} backend does not serve {describe(args)}")
+        return op._first(backend.run(*args))
+
+    def run_out(*args, **outs):
+        op.check(*args)
+        check_outputs(op, args, outs)
+        _copy_into(op, backend.run(*args), outs)
+
+    return [(op.name, run), (f"{op.name}.out", run_out)]

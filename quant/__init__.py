@@ -1,0 +1,45 @@
+"""What a quantized tensor is. `quant.methods` and `quant.checkpoint` hold the layers that use it."""
+
+from .activation import QuantizedActivation
+from .key import (
+    FP8_DYNAMIC_GROUP_64,
+    FP8_DYNAMIC_GROUP_128,
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_GROUP_128,
+    INT8_DYNAMIC_TOKEN,
+    INT8_DYNAMIC_TOKEN_ASYM,
+    INT8_STATIC_TENSOR,
+    INT8_STATIC_TENSOR_ASYM,
+    MXFP4,
+    MXFP8,
+    NAMED_KEYS,
+    NVFP4,
+    GroupShape,
+    QuantKey,
+    ScaleDesc,
+    ScaleLayout,
+)
+
+__all__ = [
+    "FP8_DYNAMIC_GROUP_64",
+    "FP8_DYNAMIC_GROUP_128",
+    "FP8_DYNAMIC_TENSOR",
+    "FP8_DYNAMIC_TOKEN",
+    "FP8_STATIC_TENSOR",
+    "INT8_DYNAMIC_GROUP_128",
+    "INT8_DYNAMIC_TOKEN",
+    "INT8_DYNAMIC_TOKEN_ASYM",
+    "INT8_STATIC_TENSOR",
+    "INT8_STATIC_TENSOR_ASYM",
+    "MXFP4",
+    "MXFP8",
+    "NAMED_KEYS",
+    "NVFP4",
+    "GroupShape",
+    "QuantKey",
+    "QuantizedActivation",
+    "ScaleDesc",
+    "ScaleLayout",
+]

@@ -1,0 +1,61 @@
+"""Numerical comparison: the one place for tolerances. See `docs/numerics.md` for the promises behind them."""
+
+import torch
+from torch import Tensor
+
+# Between backends, results of norms and activations may differ by one step of a 16-bit dtype (the sum's order, exp),
+# in at most this share of elements: a value must lie that close to a rounding boundary.
+NEIGHBOURS = 1 / 5000
+# float32 results carry the sum's and exp's own rounding errors, in units of the last place.
+FLOAT32_ULP = 4
+
+
+def ordered(x: Tensor) -> Tensor:
+    """Integers in the order of x's values, neighbouring values one apart; -0 and +0 are the same."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    signed = x.contiguous().view(bits).long()
+    magnitude = signed & (2 ** (8 * x.element_size() - 1) - 1)
+    return torch.where(signed < 0, -magnitude, magnitude)
+
+
+def steps(actual: Tensor, expected: Tensor) -> Tensor:
+    """How many representable values lie between each pair; NaNs are equal to each other and far from all else."""
+    apart = (ordered(actual) - ordered(expected)).abs()
+    nan, other = actual.isnan(), expected.isnan()
+    return torch.where(nan | other, torch.where(nan & other, 0, 1 << 40), apart)
+
+
+def assert_close(actual: Tensor, expected: Tensor, context: str = "", roundings: int = 1) -> None:
+    """Results of two backends: at most a step apart, and seldom; float32 within a few ulp.
+
+    With a second rounding (Llama's, before the weight) the first one's step may become two in the product.
+    """
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), context
+    apart = steps(actual, expected)
+    if actual.dtype == torch.float32:
+        assert (apart <= FLOAT32_ULP).all(), f"{context}: {apart.max()} ulp apart"
+    else:
+        assert (apart <= roundings).all(), f"{context}: {apart.max()} steps apart"
+        allowed = 1 + NEIGHBOURS * apart.numel()  # one boundary case is always allowed
+        assert (apart > 0).sum() <= allowed, f"{context}: {int((apart > 0).sum())} of {apart.numel()} elements differ"
+
+
+def assert_same(actual: Tensor | None, expected: Tensor | None, context: str = "") -> None:
+    """The same shape, dtype, strides and bytes; any NaN equals any other of its sign-less kind."""
+    if actual is None or expected is None:
+        assert actual is expected, context
+        return
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), f"{context}: {actual.dtype}{actual.shape}"
+    assert actual.stride() == expected.stride() or actual.numel() <= 1 or 1 in actual.shape, (
+        f"{context}: strides {actual.stride()}, expected {expected.stride()}"
+    )
+    a, e = raw(actual), raw(expected)
+    assert torch.equal(a, e), f"{context}: {int((a != e).sum())} of {a.numel()} elements differ in their bits"
+
+
+def raw(x: Tensor) -> Tensor:
+    """The bits of x as integers, every NaN the same."""
+    if x.is_floating_point() and x.element_size() > 1:
+        x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.contiguous().view(bits) if x.element_size() > 1 else x.contiguous().view(torch.uint8)

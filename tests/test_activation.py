@@ -1,0 +1,82 @@
+import pytest
+import torch
+from compare import assert_same, steps
+
+import fused_ops
+from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def test_value_by_hand():
+    y = fused_ops.silu_mul(torch.tensor([[0.0, 1.0, -1.0]]), torch.tensor([[5.0, 2.0, 2.0]]))
+    torch.testing.assert_close(y, torch.tensor([[0.0, 2 / (1 + 0.36787944), -2 / (1 + 2.7182818)]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_float64_over_the_whole_range(dtype):
+    """At most one step of S (float32: 4 ulp) from the exact result, out to where exp overflows and beyond."""
+    gate = torch.cat([torch.linspace(-120, 120, 200_003), torch.linspace(-1e-3, 1e-3, 10_001)]).to(dtype)[None]
+    up = torch.ones_like(gate)
+    exact = (gate.double() / (1 + (-gate.double()).exp())).to(dtype)
+    actual = fused_ops.silu_mul(gate, up)
+    overflow = gate.float() < -88.73  # exp(-g) is infinite in float32: silu is -0, as torch's own is
+    assert (actual[overflow] == 0).all()
+    apart = steps(actual, exact)[gate.float() > -88.72]
+    assert apart.max() <= (4 if dtype == torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_rounding_orders(dtype):
+    gate, up = torch.randn(64, 576).to(dtype), torch.randn(64, 576).to(dtype)
+    eager = torch.nn.functional.silu(gate) * up
+    with fused_ops.use_backend("reference"):
+        assert_same(fused_ops.silu_mul(gate, up, round_activation=True), eager)
+    assert not torch.equal(fused_ops.silu_mul(gate, up), fused_ops.silu_mul(gate, up, round_activation=True))
+
+
+@pytest.mark.parametrize(
+    "key", [FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128, INT8_DYNAMIC_TOKEN], ids=str
+)
+def test_fused_is_the_composition_on_halves_of_one_projection(key):
+    gate, up = torch.randn(5, 2 * 576).bfloat16().chunk(2, dim=-1)
+    static = {"scale": torch.tensor([0.01])} if key.scale.static else {}
+    for round_activation in False, True:
+        q = fused_ops.silu_mul_quant(gate, up, key, round_activation=round_activation, **static)
+        y = fused_ops.silu_mul(gate, up, round_activation=round_activation)
+        expected = fused_ops.quantize(y, key, **static)
+        assert_same(q.data, expected.data)
+        assert_same(q.scale, expected.scale)
+    assert_same(fused_ops.silu_mul_quant(gate, up, None), fused_ops.silu_mul(gate, up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity(dtype):
+    gate = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0, 0.0]]).to(dtype)
+    up = torch.tensor([[1.0, 2.0, 1.0, float("nan"), float("inf")]]).to(dtype)
+    for backend in fused_ops.OPS["silu_mul"].backends:
+        with fused_ops.use_backend(backend):
+            y = fused_ops.silu_mul(gate, up)
+        assert y.isnan().tolist() == [[True, False, True, True, True]]
+        assert y[0, 1] == float("inf")
+
+
+G = torch.ones(2, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"up": G[:, :32]}, ValueError, r"up is \[2, 32\], expected \[2, 64\]"),
+        ({"up": G.half()}, TypeError, "up is torch.float16, expected torch.float32 as gate"),
+        ({"gate": G.double()}, TypeError, "gate is torch.float64"),
+        (
+            {"gate": torch.ones(2, 0), "up": torch.ones(2, 0)},
+            ValueError,
+            "gate is .*2, 0.*, expected at least one column",
+        ),
+    ],
+)
+def test_errors_name_argument_got_and_expected(change, error, message):
+    with pytest.raises(error, match="silu_mul: " + message):
+        fused_ops.silu_mul(**{"gate": G, "up": G} | change)

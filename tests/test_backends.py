@@ -1,0 +1,130 @@
+"""Choosing a backend, and living without the compiled one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_ops
+from fused_ops import OPS
+from quant import FP8_DYNAMIC_TOKEN
+
+COMPILED = "cpu" in OPS["rms_norm"].backends
+needs_kernels = pytest.mark.skipif(not COMPILED, reason="no compiled kernels on this machine")
+X, W = torch.randn(4, 576).bfloat16(), torch.randn(576).bfloat16()
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Counts the calls that reach the reference of rms_norm."""
+    calls = []
+    reference = OPS["rms_norm"].reference
+    monkeypatch.setattr(OPS["rms_norm"], "reference", lambda *a: calls.append(a) or reference(*a))
+    return calls
+
+
+@needs_kernels
+def test_blocks_nest_and_end(spy):
+    fused_ops.rms_norm(X, W, 1e-6)
+    assert not spy
+    with fused_ops.use_backend("reference"):
+        fused_ops.rms_norm(X, W, 1e-6)
+        assert len(spy) == 1
+        with fused_ops.use_backend("cpu"):
+            fused_ops.rms_norm(X, W, 1e-6)
+            assert len(spy) == 1
+        fused_ops.rms_norm(X, W, 1e-6)
+        assert len(spy) == 2
+    with pytest.raises(ZeroDivisionError), fused_ops.use_backend("reference"):
+        raise ZeroDivisionError
+    fused_ops.rms_norm(X, W, 1e-6)
+    assert len(spy) == 2
+
+
+@needs_kernels
+def test_compiled_graphs_obey(spy):
+    compiled = torch.compile(lambda x: fused_ops.rms_norm(x, W, 1e-6), backend="aot_eager", fullgraph=True)
+    compiled(X)
+    with fused_ops.use_backend("reference"):
+        compiled(X)
+    assert len(spy) == 1
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="name is 'tpu', expected one of"):
+        fused_ops.use_backend("tpu")
+
+
+@needs_kernels
+def test_what_a_backend_does_not_serve_raises_and_says_what_does():
+    from quant import MXFP8
+
+    with pytest.raises(ValueError, match=r"quantize: the cpu backend does not serve .*use_backend\('reference'\)"):
+        fused_ops.quantize(X, MXFP8)
+    with fused_ops.use_backend("reference"):
+        assert fused_ops.quantize(X, MXFP8).data.shape == X.shape
+
+
+def run(code: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_environment_chooses_for_the_whole_process():
+    code = "import torch, fused_ops; print(fused_ops._op.use_backend._stack)"
+    assert run(code, FUSED_OPS_BACKEND="reference").stdout.strip() == "['reference']"
+    assert "expected one of" in run(code, FUSED_OPS_BACKEND="tpu").stderr
+
+
+def test_without_compiled_kernels_everything_runs_and_says_so_once(tmp_path):
+    for package in "fused_ops", "quant":
+        source = Path(__file__).parent.parent / package
+        for file in source.rglob("*.py"):
+            target = tmp_path / package / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(file.read_text())
+    code = """
+import torch, fused_ops
+from quant import FP8_DYNAMIC_TOKEN
+for _ in range(2):
+    q = fused_ops.rms_norm_quant(torch.ones(2, 64), torch.ones(64), 1e-6, FP8_DYNAMIC_TOKEN)
+print(fused_ops.__file__, list(fused_ops.OPS["rms_norm"].backends), q.dequantize().sum().item())
+"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+    assert "['reference']" in done.stdout
+    assert done.stderr.count("no compiled kernels found") == 1
+
+
+@needs_kernels
+def test_every_stage_is_inlined():
+    """A helper that isn't inlined into an AVX2 stage would run as portable code, 26 times slower and silently."""
+    sources = Path(__file__).parent.parent / "csrc" / "cpu"
+    include = Path(torch.__file__).parent / "include"
+    # The built library is stripped, so the file is compiled again, with the flags that setup.py uses.
+    flags = "-O3 -std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -fPIC".split()
+    command = ["g++", *flags, "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}", "-S", "-o", "-"]
+    assembly = subprocess.run([*command, str(sources / "row.cpp")], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(["c++filt"], input=assembly, capture_output=True, text=True).stdout
+    functions = {
+        line.rstrip(":") for line in names.splitlines() if line.startswith(("fused_ops::", "void fused_ops::"))
+    }
+    stages = ("load_copy", "load_add", "load_silu_mul", "rms_norm", "store_rows", "quantize", "run_", "pick_")
+    helpers = [f for f in functions if "::v3::" in f and not any(f"::v3::{stage}" in f for stage in stages)]
+    assert any("::v3::load_add" in f for f in functions)
+    assert not helpers
+
+
+def test_quantized_activation_traces_through_a_compiled_model():
+    def model(x):
+        return fused_ops.rms_norm_quant(x, W, 1e-6, FP8_DYNAMIC_TOKEN, round_before_weight=True)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in 4, 3:
+        a, e = compiled(X[:tokens]), model(X[:tokens])
+        assert torch.equal(a.data.view(torch.uint8), e.data.view(torch.uint8))
+        assert torch.equal(a.scale, e.scale)
