@@ -89,6 +89,8 @@ class QuantKey:
             raise ValueError(f"QuantKey: symmetric=False needs int8 codes, dtype is {self.dtype}")
         if (self.scale2 is not None) != (self.scale.dtype == FP8):
             raise ValueError("QuantKey: scale2 goes with float8_e4m3fn scales (NVFP4), and only with them")
+        if self.scale.power_of_two and self.dtype not in (FP8, FP8_FNUZ):
+            raise ValueError(f"QuantKey: power_of_two scales are defined for FP8 codes, dtype is {self.dtype}")
         object.__setattr__(self, "code", _encode(self))
 
     def with_scale(self, **changes) -> QuantKey:
@@ -130,12 +132,11 @@ class QuantKey:
         )
 
     def __str__(self) -> str:
+        plain = self.with_scale(power_of_two=False, layout=ScaleLayout.ROW_MAJOR)
+        options = ["power_of_two"] * self.scale.power_of_two + [self.scale.layout.name] * bool(self.scale.layout)
         for name, key in NAMED_KEYS.items():
-            if key == self:
-                return name
-            if key.with_scale(power_of_two=self.scale.power_of_two, layout=self.scale.layout) == self:
-                options = ["power_of_two"] if self.scale.power_of_two else []
-                return f"{name}[{', '.join([*options, self.scale.layout.name])}]"
+            if key == plain:
+                return name + (f"[{', '.join(options)}]" if options else "")
         return repr(self)
 
 
