@@ -102,7 +102,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, round_activation: bool = False, out: T
     inputs = (gate, up, round_activation)
     try:
         if out is None:
-            y = _silu_mul.default(*inputs)
+            y = _silu_mul.call(*inputs)
             if y.requires_grad:
                 refuse_backward("silu_mul", y)
             return y
@@ -148,7 +148,7 @@ def silu_mul_quant(
     inputs = (gate, up, round_activation, quant_key.code, given)
     if out is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1:
         try:
-            data, made = _silu_mul_quant.default(*inputs)
+            data, made = _silu_mul_quant.call(*inputs)
         except RuntimeError as error:
             refused(_silu_mul_quant, (*inputs, zero_point), error)
             raise

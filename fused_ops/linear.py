@@ -152,7 +152,7 @@ def scaled_linear(
     inputs = (activation.data, activation.scale, activation.quant_key.code, weight, weight_scale, bias, out_dtype)
     try:
         if out is None:
-            y = _scaled_linear.default(*inputs)
+            y = _scaled_linear.call(*inputs)
             if y.requires_grad:
                 refuse_backward("scaled_linear", y)
             return y

@@ -47,7 +47,7 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, flags: int):
 
 @op("y residual")
 def _fused_add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, flags: int, x_multiplier: float
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, flags: int, x_multiplier: float = 1.0
 ):
     r = (x if x_multiplier == 1.0 else x * x_multiplier) + residual
     return _rms_norm.reference(r, weight, eps, flags), r
@@ -73,10 +73,10 @@ def _fused_add_rms_norm_quant(
     weight: Tensor | None,
     eps: float,
     flags: int,
-    x_multiplier: float,
     key: int,
     given: Tensor | None,
     zero_point: Tensor | None = None,
+    x_multiplier: float = 1.0,
 ):
     y, r = _fused_add_rms_norm.reference(x, residual, weight, eps, flags, x_multiplier)
     data, scale, *rest = quantized(y, key, given, zero_point)
@@ -97,7 +97,7 @@ def _(x, weight, eps, flags):
 
 
 @_fused_add_rms_norm.declares("check")
-def _check_add(x, residual, weight, eps, flags, x_multiplier, name="fused_add_rms_norm"):
+def _check_add(x, residual, weight, eps, flags, x_multiplier=1.0, name="fused_add_rms_norm"):
     number(name, x_multiplier=x_multiplier)
     return _check(name, x, weight, eps, flags, residual=(residual, "... N", "x"))
 
@@ -109,7 +109,7 @@ def _(x, weight, eps, flags, key, given, zero_point=None):
 
 
 @_fused_add_rms_norm_quant.declares("check")
-def _(x, residual, weight, eps, flags, x_multiplier, key, given, zero_point=None):
+def _(x, residual, weight, eps, flags, key, given, zero_point=None, x_multiplier=1.0):
     cols = _check_add(x, residual, weight, eps, flags, x_multiplier, "fused_add_rms_norm_quant")
     check_key("fused_add_rms_norm_quant", key, cols, given, x.device, zero_point)
 
@@ -130,7 +130,7 @@ def _(x, weight, eps, flags, key, given, zero_point=None):
 
 
 @_fused_add_rms_norm_quant.declares("empty")
-def _(x, residual, weight, eps, flags, x_multiplier, key, given, zero_point=None):
+def _(x, residual, weight, eps, flags, key, given, zero_point=None, x_multiplier=1.0):
     data, scale, *rest = empty_quantized(x, key)
     return data, scale, x.new_empty(x.shape), *rest
 
@@ -148,8 +148,7 @@ def _(device: str) -> Iterator[tuple]:
 @_fused_add_rms_norm.declares("cases")
 def _(device: str) -> Iterator[tuple]:
     for x, *rest in _rms_norm.cases(device):
-        yield x, torch.randn_like(x), *rest, 1.0
-    yield x, torch.randn_like(x), *rest, 0.22
+        yield x, torch.randn_like(x), *rest
 
 
 @_rms_norm_quant.declares("cases")
@@ -163,7 +162,7 @@ def _(device: str) -> Iterator[tuple]:
 @_fused_add_rms_norm_quant.declares("cases")
 def _(device: str) -> Iterator[tuple]:
     for x, weight, eps, flags, *key in _rms_norm_quant.cases(device):
-        yield x, torch.randn_like(x), weight, eps, flags, 1.0, *key
+        yield x, torch.randn_like(x), weight, eps, flags, *key
 
 
 @_rms_norm.declares("workload")
@@ -175,7 +174,7 @@ def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tup
 @_fused_add_rms_norm.declares("workload")
 def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
     x, *rest = _rms_norm.workload(tokens, cols, key, dtype, device)
-    return x, torch.randn_like(x), *rest, 1.0
+    return x, torch.randn_like(x), *rest
 
 
 @_rms_norm_quant.declares("workload")
@@ -224,7 +223,7 @@ def rms_norm(
     flags = _FLAGS.get((weight_bias, round_before_weight))
     try:
         if out is None:
-            y = _rms_norm.default(x, weight, eps, flags)
+            y = _rms_norm.call(x, weight, eps, flags)
             if y.requires_grad:
                 refuse_backward("rms_norm", y)
             return y
@@ -265,8 +264,8 @@ def fused_add_rms_norm(
     flags = _FLAGS.get((weight_bias, round_before_weight))
     outs: dict[str, Any] = {}
     try:
-        if out is None and residual_out is None:
-            y, r = _fused_add_rms_norm.default(x, residual, weight, eps, flags, x_multiplier)
+        if out is None and residual_out is None and x_multiplier == 1.0:
+            y, r = _fused_add_rms_norm.call(x, residual, weight, eps, flags)
             if y.requires_grad:
                 refuse_backward("fused_add_rms_norm", y, r)
             return y, r
@@ -313,7 +312,7 @@ def rms_norm_quant(
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
     if quant_key is None:
-        return rms_norm(x, weight, eps, weight_bias=weight_bias, round_before_weight=round_before_weight, out=out)
+        return rms_norm(x, weight, eps, weight_bias=weight_bias, round_before_weight=round_before_weight, out=out)  # type: ignore[arg-type]
     given = None
     if not scale is scale2 is scale_ub is None:
         given = given_tensor("rms_norm_quant", quant_key, scale, scale2, scale_ub)
@@ -321,7 +320,7 @@ def rms_norm_quant(
     inputs = (x, weight, eps, flags, quant_key.code, given)
     if flags is not None and out is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1:
         try:
-            data, made = _rms_norm_quant.default(*inputs)
+            data, made = _rms_norm_quant.call(*inputs)
         except RuntimeError as error:
             refused(_rms_norm_quant, (*inputs, zero_point), error)
             raise
@@ -374,11 +373,11 @@ def fused_add_rms_norm_quant(
     if not scale is scale2 is scale_ub is None:
         given = given_tensor("fused_add_rms_norm_quant", quant_key, scale, scale2, scale_ub)
     flags = _FLAGS.get((weight_bias, round_before_weight))
-    inputs = (x, residual, weight, eps, flags, x_multiplier, quant_key.code, given)
+    inputs = (x, residual, weight, eps, flags, quant_key.code, given)
     plain = out is None and residual_out is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1
-    if plain and flags is not None:
+    if plain and x_multiplier == 1.0 and flags is not None:
         try:
-            data, made, r = _fused_add_rms_norm_quant.default(*inputs)
+            data, made, r = _fused_add_rms_norm_quant.call(*inputs)
         except RuntimeError as error:
             refused(_fused_add_rms_norm_quant, (*inputs, zero_point), error)
             raise
@@ -386,9 +385,10 @@ def fused_add_rms_norm_quant(
             refuse_backward("fused_add_rms_norm_quant", data, made, r)
         return QuantizedActivation(data, made if scale is None else scale, quant_key, x.dtype, scale2), r
     check_flags("fused_add_rms_norm_quant", weight_bias, round_before_weight)
-    _fused_add_rms_norm_quant.check(*inputs, zero_point)
+    _fused_add_rms_norm_quant.check(*inputs, zero_point, x_multiplier)
     r = x.new_empty(x.shape) if residual_out is None else residual_out
-    return write_quant(
+    activation = write_quant(
         _fused_add_rms_norm_quant, inputs, quant_key, scale, scale2, zero_point, keep_unquantized, pad_rows, out,
-        residual_out=r,
-    ), r  # fmt: skip
+        more_inputs=(x_multiplier,), residual_out=r,
+    )  # fmt: skip
+    return activation, r

@@ -30,7 +30,7 @@ def empty_quantized(y: Tensor, code: int) -> tuple:
     """Uninitialized (data, scale, zero_point, unquantized) for an unquantized result like `y`."""
     key = QuantKey.from_code(code)
     data, scale, zero_point = formats.empty(y.shape, key, y.device)
-    scale = torch.empty(1, dtype=torch.float32, device=y.device) if scale is None else scale
+    scale = y.new_empty(1, dtype=torch.float32) if scale is None else scale
     return data, scale, zero_point, y.new_empty(y.shape)
 
 
@@ -114,7 +114,7 @@ def quantize(
     )
     if out is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1:
         try:
-            data, made = _quantize.default(x, quant_key.code, given)
+            data, made = _quantize.call(x, quant_key.code, given)
         except RuntimeError as error:
             refused(_quantize, (x, quant_key.code, given, zero_point), error)
             raise
@@ -135,25 +135,36 @@ def given_tensor(op_name: str, key: QuantKey, scale: Any, scale2: Any, scale_ub:
     return values[wanted]
 
 
-def write_quant(operation, inputs, key, scale, scale2, zero_point, keep_unquantized, pad_rows, out, **others):
-    """Run the `out` overload into `out`, or into fresh tensors; `others` are further outputs, by schema name.
+def write_quant(
+    operation: Op,
+    inputs: tuple,
+    key: QuantKey,
+    scale: Tensor | None,
+    scale2: Tensor | None,
+    zero_point: Tensor | None,
+    keep_unquantized: bool,
+    pad_rows: int,
+    out: Any,
+    more_inputs: tuple = (),
+    **more_outputs: Tensor,
+) -> QuantizedActivation:
+    """Run the `out` overload into `out`, or into fresh tensors.
 
     Everything that isn't the plain functional call goes this way: given outputs, `keep_unquantized`, `pad_rows`,
     zero points.
     """
-    if out is None:
-        out = _allocate(operation, inputs, key, scale, scale2, zero_point, keep_unquantized, pad_rows)
-    else:
-        _check_out(operation.name, out, key, keep_unquantized, inputs[0].dtype)
-    outs = {
-        "data_out": out.data,
-        "scale_out": None if key.scale.static else out.scale,
-        "zero_point_out": None if key.scale.static else out.zero_point,
-        "unquantized_out": out.unquantized if keep_unquantized else None,
-        **others,
-    }
-    args = (*inputs, zero_point)
+    args = (*inputs, zero_point, *more_inputs)
+    outs: dict[str, Tensor | None] = {}
     try:
+        if out is None:
+            out = _allocate(operation, args, key, scale, scale2, zero_point, keep_unquantized, pad_rows)
+        else:
+            _check_out(operation.name, out, key, keep_unquantized, inputs[0].dtype)
+        outs = {"data_out": out.data, **more_outputs}
+        if not key.scale.static:
+            outs |= {"scale_out": out.scale, "zero_point_out": out.zero_point}
+        if keep_unquantized:
+            outs["unquantized_out"] = out.unquantized
         operation.out(*args, **outs)
     except RuntimeError as error:
         refused(operation, args, error, outs)
@@ -161,11 +172,11 @@ def write_quant(operation, inputs, key, scale, scale2, zero_point, keep_unquanti
     return out
 
 
-def _allocate(operation, inputs, key, scale, scale2, zero_point, keep_unquantized, pad_rows) -> QuantizedActivation:
+def _allocate(operation, args, key, scale, scale2, zero_point, keep_unquantized, pad_rows) -> QuantizedActivation:
     if isinstance(pad_rows, bool) or not isinstance(pad_rows, int) or pad_rows < 1:
         raise ValueError(f"{operation.name}: pad_rows is {pad_rows!r}, expected an int of at least 1")
-    operation.check(*inputs, zero_point)
-    fresh = dict(zip(operation.outputs, operation.empty(*inputs, zero_point), strict=True))
+    operation.check(*args)
+    fresh = dict(zip(operation.outputs, operation.empty(*args), strict=True))
     data = fresh["data"]
     if pad_rows > 1:
         rows = data.shape[:-1].numel()
@@ -175,7 +186,7 @@ def _allocate(operation, inputs, key, scale, scale2, zero_point, keep_unquantize
         data,
         fresh["scale"] if scale is None else scale,
         key,
-        inputs[0].dtype,
+        args[0].dtype,
         scale2,
         fresh["zero_point"] if zero_point is None else zero_point,
         fresh["unquantized"] if keep_unquantized else None,

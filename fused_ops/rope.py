@@ -137,7 +137,7 @@ def rope(
     )
     try:
         if out is None:
-            rotated = _rope.default(*inputs)
+            rotated = _rope.call(*inputs)
             if rotated[0].requires_grad or rotated[1].requires_grad:
                 refuse_backward("rope", *rotated)
             return rotated

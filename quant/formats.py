@@ -46,9 +46,8 @@ def quantize(
     _check(key, x.shape[-1], scale=scale, scale2=scale2, zero_point=zero_point, scale_ub=scale_ub)
     rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
     groups = _split(rows, key)
-    if key.scale.static:
-        values = groups * (1 / scale)
-        codes = encode(values, key.dtype, zero_point)
+    if scale is not None:
+        codes = encode(groups * (1 / scale), key.dtype, zero_point)
     elif key.scale2 is not None:
         codes, scale = _nvfp4(groups, scale2)
     elif not key.symmetric:

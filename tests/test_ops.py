@@ -29,11 +29,6 @@ def as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-def complete(op, args) -> tuple:
-    """The arguments of the out overload, which has no defaults."""
-    return (*args, *[None] * (len(op.arguments) - len(args)))
-
-
 def outputs_for(op, args) -> list[str]:
     """The outputs that the out overload writes for these arguments: a static key's scale is given."""
     if "scale" not in op.outputs:
@@ -87,7 +82,7 @@ def test_codes_are_the_backends_own_quantization_of_its_own_result(op):
         y, *others = as_tuple(unfused.default(*args[:key]))
         data, scale = quantize.default(y, args[key], args[given])
         outs = fresh(op, args)
-        op.out(*complete(op, args), **outs)
+        op.out(*args, **outs)
         context = f"{op.name} {fused_ops._op.describe(args)}"
         assert_same(outs["unquantized_out"], y, context)
         functional = as_tuple(op.default(*args))
@@ -111,7 +106,7 @@ def test_given_outputs_get_the_same_bits_and_nothing_beside_them(op, backend):
             outs = fresh(op, args, row_gap=5)
             bases = {name: out._base for name, out in outs.items() if out is not None and out._base is not None}
             edges = {name: base[..., -5:].clone() for name, base in bases.items()}
-            op.out(*complete(op, args), **outs)
+            op.out(*args, **outs)
         for name, out in [item for item in outs.items() if item[1] is not None]:
             if (output := name.removesuffix("_out")) in expected:
                 assert_same(out.contiguous() if name in bases else out, expected[output], f"{op.name} {name}")
@@ -139,7 +134,7 @@ def test_registration(op):
                 continue
             torch.library.opcheck(
                 overload,
-                args if overload is op.default else complete(op, args),
+                args,
                 given,
                 test_utils=tests if narrow else ("test_schema", *tests),
             )

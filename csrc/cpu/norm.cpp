@@ -29,8 +29,8 @@ void rms_norm_out(const Tensor& x, const OptionalTensor& weight, double eps, int
 }
 
 std::tuple<Tensor, Tensor> fused_add_rms_norm(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
-                                              double eps, int64_t flags, double x_multiplier) {
-  Pipeline p = add_rms_norm(x, residual, weight, eps, flags, x_multiplier);
+                                              double eps, int64_t flags) {
+  Pipeline p = add_rms_norm(x, residual, weight, eps, flags, 1.0);
   Tensor y = empty_rows(x, p.cols, p.dtype, p.y), sum = empty_rows(x, p.cols, p.dtype, p.sum);
   run(p, false);
   return {std::move(y), std::move(sum)};
@@ -69,9 +69,8 @@ void rms_norm_quant_out(const Tensor& x, const OptionalTensor& weight, double ep
 
 std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_quant(const Tensor& x, const Tensor& residual,
                                                             const OptionalTensor& weight, double eps, int64_t flags,
-                                                            double x_multiplier, int64_t key,
-                                                            const OptionalTensor& given) {
-  Pipeline p = add_rms_norm(x, residual, weight, eps, flags, x_multiplier);
+                                                            int64_t key, const OptionalTensor& given) {
+  Pipeline p = add_rms_norm(x, residual, weight, eps, flags, 1.0);
   set_key(p, key, given);
   auto [data, scale] = new_quantized(p, x);
   Tensor sum = empty_rows(x, p.cols, p.dtype, p.sum);
@@ -80,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_quant(const Tensor& x, con
 }
 
 void fused_add_rms_norm_quant_out(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, double eps,
-                                  int64_t flags, double x_multiplier, int64_t key, const OptionalTensor& given,
-                                  const OptionalTensor& zero_point, const OptionalTensor& data,
+                                  int64_t flags, int64_t key, const OptionalTensor& given,
+                                  const OptionalTensor& zero_point, double x_multiplier, const OptionalTensor& data,
                                   const OptionalTensor& scale, const OptionalTensor& residual_out,
                                   const OptionalTensor& zero_point_out, const OptionalTensor& unquantized) {
   Pipeline p = add_rms_norm(x, residual, weight, eps, flags, x_multiplier);
