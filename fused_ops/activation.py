@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def silu_mul_quant(
     scale_ub: Tensor | None = None,
     keep_unquantized: bool = False,
     pad_rows: int = 1,
-    out: QuantizedActivation | Tensor | None = None,
+    out: Any = None,
 ) -> QuantizedActivation | Tensor:
     """`silu_mul`, then `quantize`, in one pass over memory; bit for bit what the two return one after the other.
 

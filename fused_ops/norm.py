@@ -296,7 +296,7 @@ def rms_norm_quant(
     scale_ub: Tensor | None = None,
     keep_unquantized: bool = False,
     pad_rows: int = 1,
-    out: QuantizedActivation | Tensor | None = None,
+    out: Any = None,
 ) -> QuantizedActivation | Tensor:
     """`rms_norm`, then `quantize`, in one pass over memory; bit for bit what the two return one after the other.
 
@@ -312,7 +312,7 @@ def rms_norm_quant(
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
     if quant_key is None:
-        return rms_norm(x, weight, eps, weight_bias=weight_bias, round_before_weight=round_before_weight, out=out)  # type: ignore[arg-type]
+        return rms_norm(x, weight, eps, weight_bias=weight_bias, round_before_weight=round_before_weight, out=out)
     given = None
     if not scale is scale2 is scale_ub is None:
         given = given_tensor("rms_norm_quant", quant_key, scale, scale2, scale_ub)
@@ -347,7 +347,7 @@ def fused_add_rms_norm_quant(
     scale_ub: Tensor | None = None,
     keep_unquantized: bool = False,
     pad_rows: int = 1,
-    out: QuantizedActivation | Tensor | None = None,
+    out: Any = None,
     residual_out: Tensor | None = None,
 ) -> tuple[QuantizedActivation | Tensor, Tensor]:
     """`fused_add_rms_norm`, then `quantize`, in one pass over memory; bit for bit what the two return.

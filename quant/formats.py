@@ -62,7 +62,9 @@ def quantize(
     data = data.reshape(*x.shape[:-1], data.shape[-1])
     if key.scale.static:
         return data, scale, zero_point
-    return data, scale.reshape(1) if key.per_tensor else arrange(scale, key.scale), zero_point
+    if key.per_tensor:
+        return data, scale.reshape(1), None
+    return data, arrange(scale, key.scale), None if zero_point is None else arrange(zero_point, key.scale)
 
 
 def dequantize(
@@ -168,8 +170,6 @@ def encode(values: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None)
         rounded = values.round() if zero_point is None else values.round() + zero_point
         return torch.where(values.isnan(), 0, rounded.clamp(-128, 127)).to(torch.int8).view(torch.uint8)
     codes = values.clamp(-limit, limit).to(dtype).view(torch.uint8)
-    if dtype == FP8_FNUZ:
-        codes = torch.where(codes == 0x80, 0, codes)  # there is no -0
     return torch.where(values.isnan(), NAN_CODE[dtype], codes).to(torch.uint8)
 
 

@@ -1,0 +1,7 @@
+"""Linear layers that take quantized activations as they are."""
+
+from .convert import quantize_model
+from .linear import QuantLinear, QuantMethod, ScaledLinearMethod
+from .scheme import SCHEMES, Scheme
+
+__all__ = ["SCHEMES", "QuantLinear", "QuantMethod", "ScaledLinearMethod", "Scheme", "quantize_model"]

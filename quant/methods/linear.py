@@ -1,0 +1,136 @@
+"""`QuantLinear`: a linear layer that takes its input quantized, and says how it wants it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fused_ops
+
+from ..activation import QuantizedActivation
+from ..key import QuantKey
+from .scheme import Scheme
+
+
+class QuantMethod:
+    """What a `QuantLinear` does with its weight and its input.
+
+    input_quant_key: what the layer wants its input to be; a producer that hands over such a `QuantizedActivation`
+        saves the layer from quantizing. None: a plain tensor.
+    """
+
+    input_quant_key: QuantKey | None = None
+
+    def create_weights(self, layer: QuantLinear, device: torch.device | str | None) -> None:
+        """Register the layer's buffers, uninitialized."""
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: QuantLinear) -> None:
+        """Check, and lay out, what was loaded."""
+
+    def apply(self, layer: QuantLinear, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
+        """The layer's product."""
+        raise NotImplementedError
+
+
+class ScaledLinearMethod(QuantMethod):
+    """Codes times codes, by `fused_ops.scaled_linear`, for the schemes of `quant.methods.SCHEMES`."""
+
+    input_quant_key: QuantKey
+
+    def __init__(self, scheme: Scheme):
+        self.scheme, self.input_quant_key = scheme, scheme.input_quant_key
+
+    def create_weights(self, layer: QuantLinear, device: torch.device | str | None) -> None:
+        shape = (layer.out_features, layer.in_features)
+        layer.register_buffer("weight", torch.empty(shape, dtype=self.input_quant_key.dtype, device=device))
+        scale_shape = self.scheme.weight_scale_shape(*shape)
+        layer.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
+        if self.scheme.calibrated:
+            layer.register_buffer("input_scale", torch.empty(1, dtype=torch.float32, device=device))
+
+    def process_weights_after_loading(self, layer: QuantLinear) -> None:
+        for name in ("weight_scale", *(["input_scale"] if self.scheme.calibrated else [])):
+            scale = getattr(layer, name)
+            if not (scale.isfinite() & (scale > 0)).all():
+                raise ValueError(f"{layer.name}: {name} has values that aren't positive and finite")
+
+    def apply(self, layer: QuantLinear, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
+        if isinstance(x, QuantizedActivation):
+            if x.quant_key != self.input_quant_key:
+                raise ValueError(f"{layer.name}: x is quantized as {x.quant_key}, expected {self.input_quant_key}")
+        else:
+            x = fused_ops.quantize(x, **layer.input_quant())
+        return fused_ops.scaled_linear(x, layer.weight, layer.weight_scale, bias, out_dtype=x.orig_dtype)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight is stored, and whose input is taken, quantized.
+
+    It accepts a `QuantizedActivation` whose key is `input_quant_key`, with whatever scale it carries, since codes and
+    scale describe themselves; another key raises ValueError. A plain tensor is quantized first, by the same
+    operation a producer uses. The result has the dtype that the activation had before it was quantized.
+
+    Args:
+        in_features, out_features: K and N.
+        method: what to do with weight and input.
+        bias: [N] or None.
+        name: the layer's path, for messages.
+        device: where its buffers live.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        method: QuantMethod,
+        bias: Tensor | None = None,
+        *,
+        name: str = "QuantLinear",
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.method, self.name = in_features, out_features, method, name
+        self.register_buffer("bias", bias)
+        method.create_weights(self, device)
+
+    @property
+    def input_quant_key(self) -> QuantKey | None:
+        """What this layer wants its input to be."""
+        return self.method.input_quant_key
+
+    def input_quant(self) -> dict[str, Any]:
+        """What a producer needs: `fused_add_rms_norm_quant(x, r, w, eps, **layer.input_quant())`."""
+        return {
+            "quant_key": self.method.input_quant_key,
+            "scale": getattr(self, "input_scale", None),
+            "scale2": None,
+            "zero_point": None,
+            "scale_ub": None,
+            "pad_rows": 1,
+        }
+
+    def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
+        return self.method.apply(self, x, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        # A change of dtype (model.half()) means the activations': codes and scales stay what the key says they are.
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        bias = self.bias
+        self._buffers["bias"] = None
+        super()._apply(moved, recurse)
+        self._buffers["bias"] = None if bias is None else fn(bias)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, input={self.input_quant_key}"

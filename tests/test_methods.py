@@ -1,0 +1,171 @@
+import copy
+
+import pytest
+import torch
+from compare import assert_same
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fused_ops
+from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, QuantizedActivation
+from quant.methods import SCHEMES, QuantLinear, quantize_model
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# The largest relative error (norm) that a scheme may make on normally distributed weights and inputs.
+FORMAT_ERROR = {"int8_token": 0.02, "fp8_static": 0.06, "fp8_token": 0.06, "fp8_block": 0.06}
+
+
+def model(dtype=torch.bfloat16, bias=True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(576, 130, bias=bias), nn.SiLU(), nn.Linear(130, 192, bias=False)).to(dtype)
+
+
+def quantized(scheme: str, stock: nn.Module, x: torch.Tensor) -> nn.Module:
+    return quantize_model(copy.deepcopy(stock), scheme, [x] if SCHEMES[scheme].calibrated else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_error_is_what_the_format_costs(scheme, dtype):
+    stock, x = model(dtype), torch.randn(2, 9, 576).to(dtype)
+    with torch.no_grad():
+        exact = copy.deepcopy(stock).double()(x.double())
+        y = quantized(scheme, stock, x)(x)
+    assert (y.dtype, y.shape) == (dtype, (2, 9, 192))
+    assert (y.double() - exact).norm() / exact.norm() < FORMAT_ERROR[scheme] * 1.5
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_product_is_that_of_the_decoded_values(scheme):
+    """Against float64, with nothing but float32 accumulation and one rounding between."""
+    x = torch.randn(5, 576)
+    layer = quantized(scheme, model(torch.float32), x)[0]
+    activation = fused_ops.quantize(x, **layer.input_quant())
+    weight = fused_ops.linear.decode_weight(layer.weight, layer.weight_scale).double()
+    exact = activation.dequantize(torch.float32).double() @ weight.t() + layer.bias.double()
+    bound = activation.dequantize(torch.float32).double().abs() @ weight.abs().t() * 2.0**-21 + 1e-6
+    assert ((layer(x).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_plain_tensor_and_its_activation_give_the_same_bits(scheme):
+    x = torch.randn(5, 576).bfloat16()
+    layer = quantized(scheme, model(), x)[0]
+    assert_same(layer(fused_ops.quantize(x, **layer.input_quant())), layer(x))
+
+
+def test_a_producer_takes_what_the_layer_says():
+    x, w = torch.randn(5, 576).bfloat16(), torch.randn(576).bfloat16()
+    for scheme in SCHEMES:
+        layer = quantized(scheme, model(), x)[0]
+        q, r = fused_ops.fused_add_rms_norm_quant(x, x, w, 1e-6, **layer.input_quant())
+        assert q.quant_key == layer.input_quant_key
+        assert_same(layer(q), layer(fused_ops.rms_norm(r, w, 1e-6)))
+
+
+def test_another_key_is_refused_by_name():
+    layer = quantized("int8_token", model(), None)[0]
+    with pytest.raises(ValueError, match="0: x is quantized as FP8_DYNAMIC_TOKEN, expected INT8_DYNAMIC_TOKEN"):
+        layer(fused_ops.quantize(torch.randn(5, 576), FP8_DYNAMIC_TOKEN))
+
+
+def test_layers_that_share_an_input_share_its_scale_and_it_covers_the_largest():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 8), nn.Linear(64, 16)
+
+        def forward(self, x):
+            return self.a(x).sum() + self.b(x).sum()
+
+    batches = [torch.randn(4, 64) for _ in range(3)]
+    pair = quantize_model(Pair(), "fp8_static", batches)
+    assert_same(pair.a.input_scale, pair.b.input_scale)
+    assert pair.a.input_scale.item() == (max(b.abs().max() for b in batches) / 448).item()
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_casting_the_model_leaves_codes_and_scales(cast):
+    layer = quantized("fp8_token", model(), None)[0]
+    before = layer.weight.clone(), layer.weight_scale.clone()
+    getattr(layer, cast)()
+    assert_same(layer.weight, before[0])
+    assert_same(layer.weight_scale, before[1])
+    assert layer.bias.dtype == getattr(torch.zeros(1), cast)().dtype
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_state_dict_deepcopy_compile(scheme):
+    x = torch.randn(5, 576).bfloat16()
+    one = quantized(scheme, model(), x)
+    other = quantized(scheme, nn.Sequential(*[copy.deepcopy(m) for m in model().apply(_scramble)]), x)
+    assert not torch.equal(one(x), other(x))
+    other.load_state_dict(one.state_dict())
+    assert_same(other(x), one(x))
+    assert_same(copy.deepcopy(one)(x), one(x))
+    assert_same(torch.compile(one, fullgraph=True, backend="aot_eager")(x), one(x))
+
+
+def _scramble(module):
+    for parameter in module.parameters(recurse=False):
+        nn.init.normal_(parameter)
+
+
+def test_a_language_model_keeps_its_head_and_generates():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    llama = quantize_model(LlamaForCausalLM(config).eval().bfloat16(), "int8_token")
+    kinds = [type(m) for name, m in llama.named_modules() if name.endswith(("_proj", "lm_head"))]
+    assert kinds.count(QuantLinear) == 14
+    assert kinds.count(nn.Linear) == 1
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    tokens = llama.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (1, 7)
+    with pytest.raises(ValueError, match="the weight of lm_head is shared by"):
+        quantize_model(LlamaForCausalLM(config), "int8_token", ignore=())
+
+
+class Odd(nn.Linear):
+    pass
+
+
+def _with_nan() -> nn.Module:
+    broken = model()
+    broken[2].weight.data[3, 5] = float("nan")
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme", "calibration", "error", "message"),
+    [
+        (model, "int3", None, ValueError, "scheme is 'int3', expected one of"),
+        (model, "fp8_static", None, ValueError, "calibration is missing, fp8_static takes batches"),
+        (model, "int8_token", [1], ValueError, "calibration is given, int8_token computes its scales"),
+        (model, "fp8_static", [], ValueError, "calibration gives 0 an input of magnitude never run"),
+        (_with_nan, "int8_token", None, ValueError, "2: weight has values that aren't finite"),
+        (lambda: nn.Sequential(nn.ReLU()), "int8_token", None, ValueError, ".*contains no nn.Linear"),
+        (lambda: nn.Sequential(Odd(4, 4)), "int8_token", None, ValueError, "0 is Odd, expected nn.Linear"),
+        (lambda: {}, "int8_token", None, TypeError, "model is dict, expected a torch.nn.Module"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(make, scheme, calibration, error, message):
+    subject = make()
+    before = list(subject.modules()) if isinstance(subject, nn.Module) else None
+    with pytest.raises(error, match="quantize_model: " + message):
+        quantize_model(subject, scheme, calibration)
+    if before is not None:
+        assert list(subject.modules()) == before
+        assert not any(m._forward_pre_hooks for m in before)
+
+
+def test_the_weights_codes_by_hand():
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.tensor([[127.0, -1.0], [0.0, 0.0]])
+    q = quantize_model(nn.Sequential(layer), "int8_token")[0]
+    assert q.weight.tolist() == [[127, -1], [0, 0]]
+    assert q.weight_scale.tolist() == [[1.0], [2.0**-23]]
+    assert q.input_quant_key == INT8_DYNAMIC_TOKEN
+    assert isinstance(fused_ops.quantize(torch.ones(1, 2), **q.input_quant()), QuantizedActivation)
