@@ -52,6 +52,11 @@ class QuantizedActivation:
         *rows, stored = self.data.shape
         return torch.Size([*rows, stored * self.quant_key.packing])
 
+    @property
+    def shape(self) -> torch.Size:
+        """`orig_shape`, for model code that asks its input for leading dimensions."""
+        return self.orig_shape
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """`data * scale` (`* scale2`; `(data - zero_point) * scale`) as [..., N], in `orig_dtype` or `dtype`.
 

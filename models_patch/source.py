@@ -1,0 +1,99 @@
+"""What a forward computes, read from its source: enough to tell whether a fused body may take its place."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+
+
+@functools.cache
+def formula(function: Callable) -> str | None:
+    """What `function` returns, as one expression of its parameters; None where it does more than assign and return.
+
+    Locals are replaced by their values, keywords stand in order, and an option (a parameter after the first) that is
+    passed on under its own name counts as part of `**kwargs`. So names of variables and options that are only handed
+    through don't matter, and of the same object two methods with the same formula compute the same.
+    """
+    definition = _definition(function)
+    if definition is None:
+        return None
+    inline = _Inline({argument.arg for argument in definition.args.args[2:]} | {"kwargs"})
+    for statement in definition.body:
+        match statement:
+            case ast.Expr(ast.Constant()):  # the docstring
+                pass
+            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
+                inline.values[name] = inline.visit(value)
+            case ast.Assign([ast.Tuple(targets)], value):
+                parts = inline.visit(value)
+                for index, target in enumerate(targets):
+                    if not isinstance(target, ast.Name):
+                        return None
+                    inline.values[target.id] = ast.Subscript(parts, ast.Constant(index), ast.Load())
+            case ast.Return(ast.expr() as value):
+                return ast.unparse(inline.visit(value))
+            case _:
+                return None
+    return None
+
+
+@functools.cache
+def reads(function: Callable, name: str) -> tuple[str, ...] | None:
+    """How `function` reads the variable `name`, in order of the source: "x.shape[:-1]", "self.q_proj(x)", "y = x".
+
+    A call is shown with this argument alone. None where there is no source.
+    """
+    definition = _definition(function)
+    if definition is None:
+        return None
+    parents = {child: node for node in ast.walk(definition) for child in ast.iter_child_nodes(node)}
+    names = [node for node in ast.walk(definition) if isinstance(node, ast.Name) and node.id == name]
+    names = [node for node in names if isinstance(node.ctx, ast.Load)]
+    names.sort(key=lambda node: (node.lineno, node.col_offset))
+    return tuple(_read(node, parents) for node in names)
+
+
+def _definition(function: Callable) -> ast.FunctionDef | None:
+    # Decorators of transformers are known to leave the result alone; what else wraps a forward may change it.
+    while (wrapped := getattr(function, "__wrapped__", None)) is not None:
+        if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] != "transformers":
+            return None
+        function = wrapped
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # built in, compiled, or typed at a prompt
+        return None
+    return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
+
+
+class _Inline(ast.NodeTransformer):
+    def __init__(self, options: set[str]) -> None:
+        self.options = options
+        self.values: dict[str, ast.expr] = {}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.values.get(node.id, node)
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        own = [keyword for keyword in node.keywords if not self._handed_through(keyword)]
+        kwargs = [ast.keyword(None, ast.Name("kwargs", ast.Load()))] if len(own) < len(node.keywords) else []
+        node.keywords = sorted(own, key=lambda keyword: keyword.arg or "") + kwargs
+        return node
+
+    def _handed_through(self, keyword: ast.keyword) -> bool:
+        value = keyword.value
+        return isinstance(value, ast.Name) and value.id in self.options and keyword.arg in (value.id, None)
+
+
+def _read(node: ast.expr, parents: dict[ast.AST, ast.AST]) -> str:
+    parent = parents[node]
+    while isinstance(parent, (ast.Attribute, ast.Subscript)) and parent.value is node:
+        node, parent = parent, parents[parent]
+    passed = parents[parent] if isinstance(parent, ast.keyword) else parent
+    if isinstance(passed, ast.Call) and passed.func is not node:
+        return f"{ast.unparse(passed.func)}({ast.unparse(node)})"
+    return ast.unparse(node if isinstance(node, (ast.Attribute, ast.Subscript)) else parent)
