@@ -8,18 +8,10 @@ from pathlib import Path
 
 import torch
 
-from quant import (
-    FP8_DYNAMIC_GROUP_128,
-    FP8_DYNAMIC_TOKEN,
-    FP8_STATIC_TENSOR,
-    INT8_DYNAMIC_TOKEN,
-    INT8_STATIC_TENSOR,
-)
+from quant import QuantKey, ScaleLayout
+from quant.key import FP8
 
-from ._op import OPS, Backend, use_backend
-
-KEYS = (FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128, INT8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN)
-_CODES = {key.code for key in KEYS}
+from ._op import OPS, Backend, Op, use_backend
 
 
 def load() -> None:
@@ -40,6 +32,19 @@ def load() -> None:
         use_backend(name).__enter__()
 
 
-def _supports(op):
+def serves(code: int) -> bool:
+    """Whether the row kernels quantize to this key; `set_key` in csrc/cpu/row.cpp says the same."""
+    key = QuantKey.from_code(code)
+    return (
+        key.dtype in (FP8, torch.int8)
+        and key.symmetric
+        and key.scale.dtype == torch.float32
+        and key.scale.layout <= ScaleLayout.TMA_ALIGNED
+        and key.scale.static == key.per_tensor
+        and (key.scale.group_shape.cols == -1 or key.scale.group_shape.cols % 32 == 0)
+    )
+
+
+def _supports(op: Op):
     key = op.argument("key")
-    return lambda *args: args[0].device.type == "cpu" and (key is None or args[key] in _CODES)
+    return lambda *args: args[0].device.type == "cpu" and (key is None or serves(args[key]))

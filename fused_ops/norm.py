@@ -168,7 +168,7 @@ def _(device: str) -> Iterator[tuple]:
 @_rms_norm.declares("workload")
 def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
     x, weight = torch.randn(tokens, cols, device=device).to(dtype), torch.randn(cols, device=device).to(dtype)
-    return x, weight, 1e-5, ROUND_BEFORE_WEIGHT
+    return x, weight, 1e-5, 0
 
 
 @_fused_add_rms_norm.declares("workload")

@@ -72,6 +72,11 @@ class QuantizedActivation:
             raise TypeError(f"QuantizedActivation.to: device is {device}; use dequantize(dtype) to change the dtype")
         tensors = {name: getattr(self, name) for name in _TENSORS}
         moved = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items() if t is not None}
+        for name in moved.keys() & {"scale", "zero_point"}:
+            here = tensors[name]
+            if moved[name].stride() != here.stride():  # a layout's padding, which Tensor.to closes up
+                there = torch.empty_strided(here.shape, here.stride(), dtype=here.dtype, device=device)
+                moved[name] = there.copy_(here, non_blocking=non_blocking)
         return replace(self, **moved)
 
     def __repr__(self) -> str:

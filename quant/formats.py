@@ -6,18 +6,20 @@ Everything is float32 arithmetic with IEEE division; a group that holds a value 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .key import E8M0, FP4, FP8, FP8_FNUZ, QuantKey, ScaleDesc, ScaleLayout
+from .key import E8M0, FP4, FP8, FP8_FNUZ, PER_TENSOR, QuantKey, ScaleDesc, ScaleLayout
 
 # The magnitude that a group's largest element is scaled to. e4m3fnuz could hold 240; 224 is what its hardware uses.
 MAX = {FP8: 448.0, FP8_FNUZ: 224.0, torch.int8: 127.0, FP4: 6.0}
 SMALLEST_SCALE = {FP8: 1 / (448 * 512), FP8_FNUZ: 1 / (224 * 512), torch.int8: 2.0**-23}
 NAN_CODE = {FP8: 0x7F, FP8_FNUZ: 0x80, torch.int8: 0, FP4: 0}
 E8M0_NAN = 0xFF
-_MAGNITUDE, _EXPONENT = 0x7FFFFFFF, 0x7F800000
+_MAGNITUDE = 0x7FFFFFFF
 
 
 def quantize(
@@ -37,18 +39,26 @@ def quantize(
         scale2: float32 [1], NVFP4. scale_ub: float32 [1], bounds the magnitude behind dynamic FP8 scales.
 
     Returns:
-        data [..., N] in `key.storage_dtype` (N // 2 bytes for FP4); the scale in the key's layout (a static key's own);
-        the int32 zero point of a dynamic asymmetric key, or what was given.
+        data [..., N] in `key.storage_dtype` (N // 2 bytes for FP4); the scale in the key's layout, [1] per tensor, or
+        the given one; the int32 zero point of an asymmetric key, laid out as the scale, or the given one.
 
     Raises:
-        ValueError: N isn't a multiple of the group where it must be, or a tensor is missing or surplus.
+        ValueError: N isn't a multiple of the group where it must be, a tensor is missing, surplus or not of one
+            element, or the key is a weight's, whose groups span rows. TypeError: a tensor's dtype is another.
     """
-    _check(key, x.shape[-1], scale=scale, scale2=scale2, zero_point=zero_point, scale_ub=scale_ub)
+    static = key.scale.static
+    _check_key("quantize", key, x.shape[-1])
+    _check_given("quantize", key, "scale", scale, static)
+    _check_given("quantize", key, "scale2", scale2, key.scale2 is not None)
+    _check_given("quantize", key, "zero_point", zero_point, static and not key.symmetric)
+    if scale_ub is not None:
+        bounded = key.dtype in SMALLEST_SCALE and key.dtype != torch.int8 and key.scale.dtype == torch.float32
+        _check_given("quantize", key, "scale_ub", scale_ub, bounded and not static and not key.scale.power_of_two)
     rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
     groups = _split(rows, key)
     if scale is not None:
         codes = encode(groups * (1 / scale), key.dtype, zero_point)
-    elif key.scale2 is not None:
+    elif scale2 is not None:
         codes, scale = _nvfp4(groups, scale2)
     elif not key.symmetric:
         codes, scale, zero_point = _asymmetric(groups)
@@ -58,43 +68,43 @@ def quantize(
         codes = encode(groups * reciprocal.unsqueeze(-1), key.dtype)
         codes = torch.where(reciprocal.isnan().unsqueeze(-1), NAN_CODE[key.dtype], codes)
     data = codes.view(rows.shape) if key.per_tensor else codes.flatten(-2)[:, : x.shape[-1]]
-    data = pack(data) if key.dtype == FP4 else data.contiguous().view(key.dtype)
-    data = data.reshape(*x.shape[:-1], data.shape[-1])
-    if key.scale.static:
+    data = pack(data) if key.dtype == FP4 else data.reshape(-1).view(key.dtype)
+    data = data.view(*x.shape[:-1], x.shape[-1] // key.packing)
+    if static:
         return data, scale, zero_point
-    if key.per_tensor:
-        return data, scale.reshape(1), None
     return data, arrange(scale, key.scale), None if zero_point is None else arrange(zero_point, key.scale)
 
 
 def dequantize(
     data: Tensor, scale: Tensor, key: QuantKey, *, scale2: Tensor | None = None, zero_point: Tensor | None = None
 ) -> Tensor:
-    """float32 [..., N] of what `quantize` returned."""
+    """float32 [..., N] of what `quantize` returned: every product rounded once, in the order of the docstring above.
+
+    Raises ValueError where scale2 or zero_point is missing or surplus.
+    """
+    _check_given("dequantize", key, "scale2", scale2, key.scale2 is not None)
+    _check_given("dequantize", key, "zero_point", zero_point, not key.symmetric, one=False)
     values = decode(data, key.dtype)
     rows, cols = values.shape[:-1].numel(), values.shape[-1]
     values = values.reshape(rows, cols)
     if zero_point is not None:
-        values = values - zero_point.reshape(-1, 1)
-    factor = scale.float() if key.per_tensor else logical(scale, rows, key.groups(cols), key.scale)
+        values = values - _spread(zero_point, rows, cols, key)
+    values = values * _spread(scale, rows, cols, key)
     if scale2 is not None:
-        factor = factor * scale2
-    if not key.per_tensor:
-        factor = factor.repeat_interleave(key.group_size(cols), dim=1)[:, :cols]
-    return (values * factor).reshape(*data.shape[:-1], cols)
+        values = values * scale2
+    return values.reshape(*data.shape[:-1], cols)
 
 
 def empty(shape, key: QuantKey, device) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Uninitialized (data, scale, zero_point) as `quantize` returns them for x of `shape`; None where static."""
     *lead, cols = shape
+    _check_key("empty", key, cols)
     data = torch.empty((*lead, cols // key.packing), dtype=key.storage_dtype, device=device)
     if key.scale.static:
         return data, None, None
-    rows = 1
-    for size in lead:
-        rows = rows * size
-    scale = _empty_scale(rows, key, cols, device)
-    return data, scale, None if key.symmetric else torch.empty_like(scale, dtype=torch.int32)
+    rows, groups = math.prod(lead), key.groups(cols)
+    scale = _empty_scale(rows, groups, key.scale, key.scale.dtype, device)
+    return data, scale, None if key.symmetric else _empty_scale(rows, groups, key.scale, torch.int32, device)
 
 
 # --- scales ---
@@ -103,47 +113,51 @@ def empty(shape, key: QuantKey, device) -> tuple[Tensor, Tensor | None, Tensor |
 def amax(groups: Tensor) -> Tensor:
     """The largest magnitude of each group, as an integer maximum: NaN and infinity win."""
     magnitudes = groups.view(torch.int32) & _MAGNITUDE
-    shape = magnitudes.shape[:-1]
-    return (magnitudes.amax(-1) if magnitudes.numel() else magnitudes.new_zeros(shape)).view(torch.float32)
+    if not magnitudes.shape[-1]:  # a tensor without rows
+        return groups.new_zeros(groups.shape[:-1])
+    return magnitudes.amax(-1).view(torch.float32)
+
+
+def divide(x: Tensor, by: float) -> Tensor:
+    """IEEE division; by a Python number, CUDA would multiply by the reciprocal instead."""
+    return x / torch.full((), by, device=x.device)
 
 
 def _dynamic_scale(largest: Tensor, key: QuantKey, scale_ub: Tensor | None) -> Tensor:
     limit, finite = MAX[key.dtype], largest.isfinite()
     if key.scale.dtype == E8M0:
-        exponent = ceil_log2(largest / limit).clamp(-127, 127)
+        exponent = ceil_log2(divide(largest, limit)).clamp(-127, 127)
         return torch.where(finite, exponent + 127, E8M0_NAN).to(torch.uint8).view(E8M0)
     if key.scale.power_of_two:
-        scale = power(ceil_log2(largest.clamp_min(1e-10) / limit))
+        scale = power(ceil_log2(divide(largest.clamp_min(1e-10), limit)))
     else:
         if scale_ub is not None:
             largest = torch.minimum(largest, scale_ub)
-        scale = (largest / limit).clamp_min(SMALLEST_SCALE[key.dtype])
+        scale = divide(largest, limit).clamp_min(SMALLEST_SCALE[key.dtype])
     return torch.where(finite, scale, float("nan"))
 
 
-def _nvfp4(groups: Tensor, scale2: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert scale2 is not None
+def _nvfp4(groups: Tensor, scale2: Tensor) -> tuple[Tensor, Tensor]:
     largest, g = amax(groups), 1 / scale2.reshape(1)
-    sixth = torch.tensor(6.0, device=groups.device).reciprocal()
-    block = encode(g * (largest * sixth), FP8)
-    block = torch.where(largest.isfinite(), block, NAN_CODE[FP8]).to(torch.uint8).view(FP8)
+    block = encode(g * (largest * (1 / MAX[FP4])), FP8)
+    block = torch.where(largest.isfinite(), block, NAN_CODE[FP8]).view(FP8)
     factor = g * (1 / block.float())
     codes = encode(groups * factor.unsqueeze(-1), FP4)
-    empty_or_nan = (block.view(torch.uint8) & 0x7F == 0) | ~largest.isfinite()
-    return torch.where(empty_or_nan.unsqueeze(-1), 0, codes), block
+    zero_or_nan = (block.view(torch.uint8) == 0) | block.isnan()
+    return torch.where(zero_or_nan.unsqueeze(-1), 0, codes), block
 
 
 def _asymmetric(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    finite = amax(groups).isfinite()
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    scale = ((high - low) / 255).clamp_min(SMALLEST_SCALE[torch.int8])
+    high, low = amax(groups.clamp_min(0)), -amax(groups.clamp_max(0))
+    finite = high.isfinite() & low.isfinite()
+    scale = divide(high - low, 255).clamp_min(SMALLEST_SCALE[torch.int8])
     zero_point = torch.where(finite, -128 - (low * (1 / scale)).round(), 0).to(torch.int32)
     codes = encode(groups * (1 / scale).unsqueeze(-1), torch.int8, zero_point.unsqueeze(-1))
     return torch.where(finite.unsqueeze(-1), codes, 0), torch.where(finite, scale, float("nan")), zero_point
 
 
 def ceil_log2(x: Tensor) -> Tensor:
-    """The exponent of positive x, rounded up, by its bits; int32. Zero gives -127."""
+    """The exponent of x >= 0, rounded up, by its bits; int32. Zero gives -127, denormal x -126."""
     return ((x.view(torch.int32) + 0x7FFFFF) >> 23) - 127
 
 
@@ -175,19 +189,20 @@ def encode(values: Tensor, dtype: torch.dtype, zero_point: Tensor | None = None)
 
 def encode_e2m1(values: Tensor) -> Tensor:
     """Four-bit codes, one to a byte: magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6; ties go to the even code."""
-    x = values.abs()
-    code = (x > 0.25).to(torch.uint8)
-    for boundary, inclusive in (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False):
-        code = code + ((x >= boundary) if inclusive else (x > boundary))
-    return torch.where(values.isnan(), 0, code | (values.signbit().to(torch.uint8) << 3))
+    x = values.abs().clamp_max(MAX[FP4])
+    exponent = ((x.view(torch.int32) >> 23) - 127).clamp(0, 2)  # below 1 the steps are those of [1, 2)
+    codes = (x * power(1 - exponent)).round() + 2 * exponent
+    return torch.where(values.isnan(), 0, codes + 8 * values.signbit()).to(torch.uint8)
 
 
 def decode(data: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 values of codes; FP4's are unpacked."""
     if dtype != FP4:
         return data.float()
-    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=data.device)
-    return torch.cat([table, -table])[unpack(data).int()]
+    codes = unpack(data).int()
+    exponent = (codes >> 1 & 3).clamp_min(1)  # 0 stands for the exponent of 1, without the leading bit
+    halves = ((codes & 1) + 2 * (codes & 6 != 0)) << (exponent - 1)
+    return torch.where(codes < 8, 0.5, -0.5) * halves
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -204,54 +219,63 @@ def unpack(data: Tensor) -> Tensor:
 
 
 def arrange(scale: Tensor, desc: ScaleDesc) -> Tensor:
-    """Scales [T, K] in the layout that `desc` names."""
+    """Scales [T, K] in the layout that `desc` names; the one of a tensor, [1, 1], as [1]."""
     rows, groups = scale.shape
     layout = desc.layout
-    if layout == ScaleLayout.ROW_MAJOR:
-        return scale.contiguous()
+    if desc.group_shape == PER_TENSOR:
+        return scale.reshape(1)
+    out = _empty_scale(rows, groups, desc, scale.dtype, scale.device)
     if layout == ScaleLayout.SWIZZLED_128X4:
-        tiles = pad(scale.view(torch.uint8), (0, -groups % 4, 0, -rows % 128))
-        tiles = tiles.view(-1, 4, 32, tiles.shape[1] // 4, 4).permute(0, 3, 2, 1, 4)
-        return tiles.reshape(-1).view(scale.dtype)
+        out.view(torch.uint8).zero_()[_swizzled(rows, groups, scale.device)] = scale.view(torch.uint8)
+        return out
     if layout == ScaleLayout.PACKED_UE8M0:
         exponents = (scale.view(torch.int32) >> 23) & 0xFF
-        fours = pad(exponents, (0, -groups % 4)).view(rows, -1, 4)
-        shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int32, device=scale.device)
-        scale = (fours << shifts).sum(-1, dtype=torch.int32)
-    out = _by_columns(rows, scale.shape[1], layout, scale.dtype, scale.device)
+        fours = pad(exponents, (0, -groups % 4)).view(rows, -(-groups // 4), 4)
+        scale = (fours << _shifts(scale.device)).sum(-1, dtype=torch.int32)
     _bytes(out).copy_(_bytes(scale))
     return out
 
 
 def logical(scale: Tensor, rows: int, groups: int, desc: ScaleDesc) -> Tensor:
-    """float32 [rows, groups] of scales in the layout that `desc` names."""
+    """float32 [rows, groups] of scales in the layout that `desc` names: the inverse of `arrange`."""
+    if desc.group_shape == PER_TENSOR:
+        return scale.float().reshape(1, 1)
     if desc.layout == ScaleLayout.SWIZZLED_128X4:
-        tiles = scale.view(torch.uint8).view(-(-rows // 128), -(-groups // 4), 32, 4, 4).permute(0, 3, 2, 1, 4)
-        flat = tiles.reshape(-(-rows // 128) * 128, -(-groups // 4) * 4)[:rows, :groups]
-        return flat.contiguous().view(scale.dtype).float()
+        return scale.view(torch.uint8)[_swizzled(rows, groups, scale.device)].view(scale.dtype).float()
     if desc.layout == ScaleLayout.PACKED_UE8M0:
-        shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int32, device=scale.device)
-        exponents = (scale.unsqueeze(-1) >> shifts) & 0xFF
+        exponents = (scale.unsqueeze(-1) >> _shifts(scale.device)) & 0xFF
         return power(exponents.flatten(-2)[:, :groups] - 127)
     return scale.float()
 
 
-def _empty_scale(rows, key: QuantKey, cols: int, device) -> Tensor:
-    desc, groups = key.scale, key.groups(cols)
-    if key.per_tensor:
-        return torch.empty(1, dtype=desc.dtype, device=device)
-    if desc.layout == ScaleLayout.ROW_MAJOR:
-        return torch.empty((rows, groups), dtype=desc.dtype, device=device)
-    if desc.layout == ScaleLayout.SWIZZLED_128X4:
-        return torch.empty((rows + 127) // 128 * 128 * (-(-groups // 4) * 4), dtype=desc.dtype, device=device)
-    if desc.layout == ScaleLayout.PACKED_UE8M0:
-        return _by_columns(rows, -(-groups // 4), desc.layout, torch.int32, device)
-    return _by_columns(rows, groups, desc.layout, desc.dtype, device)
+def _spread(scale: Tensor, rows: int, cols: int, key: QuantKey) -> Tensor:
+    """Scales, or zero points, as float32 that broadcasts over [rows, cols]."""
+    each = logical(scale, rows, key.groups(cols), key.scale)
+    return each if each.shape[1] == 1 else each.repeat_interleave(key.group_size(cols), dim=1)[:, :cols]
 
 
-def _by_columns(rows, groups: int, layout: ScaleLayout, dtype: torch.dtype, device) -> Tensor:
+def _empty_scale(rows: int, groups: int, desc: ScaleDesc, dtype: torch.dtype, device) -> Tensor:
+    layout = desc.layout
+    if desc.group_shape == PER_TENSOR:
+        return torch.empty(1, dtype=dtype, device=device)
+    if layout == ScaleLayout.ROW_MAJOR:
+        return torch.empty((rows, groups), dtype=dtype, device=device)
+    if layout == ScaleLayout.SWIZZLED_128X4:
+        return torch.empty((rows + 127) // 128 * 128 * (-(-groups // 4) * 4), dtype=dtype, device=device)
+    if layout == ScaleLayout.PACKED_UE8M0:
+        groups, dtype = -(-groups // 4), torch.int32
     column = rows if layout == ScaleLayout.COLUMN_MAJOR else (rows + 3) // 4 * 4
     return torch.empty_strided((rows, groups), (1, column), dtype=dtype, device=device)
+
+
+def _swizzled(rows: int, groups: int, device) -> Tensor:
+    """Where the scale of row m, group k lies in the 128x4 layout: int64 [rows, groups]."""
+    m, k = torch.arange(rows, device=device).unsqueeze(1), torch.arange(groups, device=device)
+    return ((m // 128) * -(-groups // 4) + k // 4) * 512 + (m % 32) * 16 + (m % 128 // 32) * 4 + k % 4
+
+
+def _shifts(device) -> Tensor:
+    return torch.arange(0, 32, 8, dtype=torch.int32, device=device)
 
 
 def _bytes(scale: Tensor) -> Tensor:
@@ -260,7 +284,7 @@ def _bytes(scale: Tensor) -> Tensor:
 
 
 def _split(rows: Tensor, key: QuantKey) -> Tensor:
-    """[T, K, G] groups of [T, N] rows, the last one padded with zeros; per tensor [1, 1, T * N]."""
+    """[T, K, G] groups of [T, N] rows, the last one padded with zeros; static [T, 1, N], per tensor [1, 1, T * N]."""
     count, cols = rows.shape
     if key.scale.static:
         return rows.unsqueeze(1)
@@ -270,19 +294,26 @@ def _split(rows: Tensor, key: QuantKey) -> Tensor:
     return pad(rows, (0, groups * size - cols)).view(count, groups, size)
 
 
-def _check(key: QuantKey, cols: int, **given: Tensor | None) -> None:
-    group = key.scale.group_shape.cols
-    if key.scale.dtype != torch.float32 and cols % group:
-        raise ValueError(f"quantize: x has {cols} columns, {key} expects a multiple of {group}")
-    if key.scale.layout == ScaleLayout.SWIZZLED_128X4 and key.scale.dtype == torch.float32:
-        raise ValueError(f"quantize: {key} swizzles float32 scales, expected one-byte ones")
-    static = key.scale.static
-    takes = {"scale": static, "scale2": key.scale2 is not None, "zero_point": static and not key.symmetric}
-    for name, wanted in takes.items():
-        if (given[name] is not None) != wanted:
-            raise ValueError(
-                f"quantize: {name} is {'missing' if wanted else 'given'}, {key} takes {'one' if wanted else 'none'}"
-            )
-    bounded = key.dtype in (FP8, FP8_FNUZ) and not static and key.scale.dtype == torch.float32
-    if given["scale_ub"] is not None and (not bounded or key.scale.power_of_two):
-        raise ValueError(f"quantize: scale_ub is given, {key} takes none")
+# --- checks ---
+
+
+def _check_key(caller: str, key: QuantKey, cols: int) -> None:
+    group = key.scale.group_shape
+    if not key.per_tensor and (key.scale.static or group.rows != 1):
+        kind = "static " * key.scale.static
+        raise ValueError(f"{caller}: {key} has {kind}groups {tuple(group)}, expected (1, n), or static per tensor")
+    if key.scale.dtype != torch.float32 and cols % group.cols:
+        raise ValueError(f"{caller}: x has {cols} columns, {key} expects a multiple of {group.cols}")
+
+
+def _check_given(caller: str, key: QuantKey, name: str, tensor: Tensor | None, wanted: bool, one: bool = True) -> None:
+    if (tensor is not None) != wanted:
+        state, takes = ("missing", "one") if wanted else ("given", "none")
+        raise ValueError(f"{caller}: {name} is {state}, {key} takes {takes}")
+    if tensor is None:
+        return
+    dtype = torch.int32 if name == "zero_point" else torch.float32
+    if tensor.dtype != dtype:
+        raise TypeError(f"{caller}: {name} is {tensor.dtype}, {key} takes {dtype}")
+    if one and tensor.numel() != 1:
+        raise ValueError(f"{caller}: {name} is {list(tensor.shape)}, {key} takes one element")

@@ -64,6 +64,10 @@ class ScaleDesc:
             raise ValueError(f"ScaleDesc: power_of_two rounds float32 scales, dtype is {self.dtype}")
         if self.layout == ScaleLayout.PACKED_UE8M0 and not self.power_of_two:
             raise ValueError("ScaleDesc: layout PACKED_UE8M0 stores exponents only and needs power_of_two=True")
+        if self.layout == ScaleLayout.SWIZZLED_128X4 and self.dtype == torch.float32:
+            raise ValueError("ScaleDesc: layout SWIZZLED_128X4 holds one-byte scales, dtype is torch.float32")
+        if self.layout and self.group_shape == PER_TENSOR:
+            raise ValueError(f"ScaleDesc: layout is {self.layout.name}, one scale per tensor has ROW_MAJOR only")
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,14 @@ class QuantKey:
 
     def __post_init__(self):
         if self.dtype not in _FORMATS:
-            raise ValueError(f"QuantKey: dtype is {self.dtype}, expected one of {_FORMATS}")
+            raise ValueError(f"QuantKey: dtype is {self.dtype}, expected one of {tuple(_FORMATS)}")
         if not self.symmetric and self.dtype != torch.int8:
             raise ValueError(f"QuantKey: symmetric=False needs int8 codes, dtype is {self.dtype}")
         if (self.scale2 is not None) != (self.scale.dtype == FP8):
             raise ValueError("QuantKey: scale2 goes with float8_e4m3fn scales (NVFP4), and only with them")
+        if self.scale.dtype not in _FORMATS[self.dtype]:
+            known = _FORMATS[self.dtype]
+            raise ValueError(f"QuantKey: scale.dtype is {self.scale.dtype}, {self.dtype} takes one of {known}")
         if self.scale.power_of_two and self.dtype not in (FP8, FP8_FNUZ):
             raise ValueError(f"QuantKey: power_of_two scales are defined for FP8 codes, dtype is {self.dtype}")
         object.__setattr__(self, "code", _encode(self))
@@ -121,15 +128,17 @@ class QuantKey:
 
     @staticmethod
     def from_code(code: int) -> QuantKey:
-        """The key whose `code` this is."""
+        """The key whose `code` this is. Raises ValueError where there is none."""
         group = PER_TENSOR if code >> 7 & 1 else GroupShape(1, code >> 16 or -1)
-        scale_dtype = _SCALE_DTYPES[code >> 8 & 3]
-        return QuantKey(
-            _FORMATS[code & 15],
-            ScaleDesc(scale_dtype, bool(code >> 4 & 1), group, bool(code >> 6 & 1), ScaleLayout(code >> 12 & 7)),
-            _SCALE2 if scale_dtype == FP8 else None,
-            symmetric=not code >> 5 & 1,
-        )
+        try:
+            dtype, scale_dtype = list(_FORMATS)[code & 15], _SCALE_DTYPES[code >> 8 & 3]
+        except IndexError:
+            raise ValueError(f"QuantKey: no key has the code {code}") from None
+        scale = ScaleDesc(scale_dtype, bool(code >> 4 & 1), group, bool(code >> 6 & 1), ScaleLayout(code >> 12 & 7))
+        key = QuantKey(dtype, scale, _SCALE2 if scale_dtype == FP8 else None, symmetric=not code >> 5 & 1)
+        if key.code != code:
+            raise ValueError(f"QuantKey: no key has the code {code}")
+        return key
 
     def __str__(self) -> str:
         plain = self.with_scale(power_of_two=False, layout=ScaleLayout.ROW_MAJOR)
@@ -140,8 +149,9 @@ class QuantKey:
         return repr(self)
 
 
-_FORMATS = (FP8, FP8_FNUZ, torch.int8, FP4)
 _SCALE_DTYPES = (torch.float32, E8M0, FP8)
+# Formats of the codes, in the order that `code` numbers them, and the scales they go with.
+_FORMATS = {FP8: (torch.float32, E8M0), FP8_FNUZ: (torch.float32,), torch.int8: (torch.float32,), FP4: (E8M0, FP8)}
 
 
 def _encode(key: QuantKey) -> int:
@@ -154,7 +164,7 @@ def _encode(key: QuantKey) -> int:
     if scale.group_shape.rows != 1 and not key.per_tensor:
         return -1
     return (
-        _FORMATS.index(key.dtype)
+        list(_FORMATS).index(key.dtype)
         | scale.static << 4
         | (not key.symmetric) << 5
         | scale.power_of_two << 6

@@ -106,7 +106,7 @@ def test_every_stage_is_inlined():
     sources = Path(__file__).parent.parent / "csrc" / "cpu"
     include = Path(torch.__file__).parent / "include"
     # The built library is stripped, so the file is compiled again, with the flags that setup.py uses.
-    flags = "-O3 -std=c++17 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -fPIC".split()
+    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC"]
     command = ["g++", *flags, "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}", "-S", "-o", "-"]
     assembly = subprocess.run([*command, str(sources / "row.cpp")], capture_output=True, text=True, check=True).stdout
     names = subprocess.run(["c++filt"], input=assembly, capture_output=True, text=True).stdout

@@ -19,6 +19,7 @@ from quant import (
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_GROUP_128,
     INT8_DYNAMIC_TOKEN,
     INT8_STATIC_TENSOR,
     MXFP8,
@@ -59,10 +60,14 @@ def rows(x: QuantizedActivation, index) -> QuantizedActivation:
     return QuantizedActivation(x.data[index], scale, x.quant_key, x.orig_dtype)
 
 
+def scaled(x: QuantizedActivation, scale: Tensor) -> QuantizedActivation:
+    return QuantizedActivation(x.data, scale, x.quant_key, x.orig_dtype)
+
+
 def decoded(x: QuantizedActivation) -> Tensor:
     """float64, exact: the product of a code and its scale has at most 32 bits."""
     scale = x.scale.double()
-    if x.quant_key == FP8_DYNAMIC_GROUP_128:
+    if x.quant_key.scale.group_shape.cols == 128:
         scale = scale.repeat_interleave(128, 1)[:, : x.data.shape[1]]
     return x.data.double() * scale
 
@@ -129,16 +134,27 @@ def test_bias_and_rounding(key, dtype):
 
 
 @compiled_only
-@pytest.mark.parametrize("key", KEYS, ids=str)
-def test_one_scale_for_the_whole_weight(key):
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("key", [k for k in KEYS if k != FP8_DYNAMIC_GROUP_128], ids=str)
+def test_one_scale_for_the_whole_weight(key, shape):
     x, (w, _) = activation(6, 300, key), weight(130, 300, key)
-    for one in torch.tensor(0.25), torch.tensor([0.25]), torch.tensor([[0.25]]):
-        if key == FP8_DYNAMIC_GROUP_128:
-            same, one = torch.full((2, 3), 0.25), torch.full((2, 3), 0.25)
-        else:
-            same = torch.full((130, 1), 0.25)
-        expected = fused_ops.scaled_linear(x, w, same, out_dtype=torch.float32)
-        assert_same(fused_ops.scaled_linear(x, w, one, out_dtype=torch.float32), expected)
+    expected = fused_ops.scaled_linear(x, w, torch.full((130, 1), 0.3), out_dtype=torch.float32)
+    assert_same(fused_ops.scaled_linear(x, w, torch.full(shape, 0.3), out_dtype=torch.float32), expected)
+
+
+@compiled_only
+@pytest.mark.parametrize("shape", [(1,), (300, 1), (3, 5)], ids=str)
+@pytest.mark.parametrize(
+    "key", [INT8_DYNAMIC_GROUP_128, FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_GROUP_128.with_scale(power_of_two=True)], ids=str
+)
+def test_groups_with_any_scale_of_the_weight(key, shape):
+    for tokens in (1, 7):
+        x, w = activation(tokens, 577, key), codes(300, 577, dtype=key.dtype)
+        scale = torch.rand(shape) + 0.01
+        y = fused_ops.scaled_linear(x, w, scale, out_dtype=torch.float32)
+        exact_x, exact_w = decoded(x), decoded_weight(w, scale)
+        bound = 20 * 2.0**-24 * (exact_x.abs() @ exact_w.abs().t())
+        assert ((y.double() - exact_x @ exact_w.t()).abs() <= bound).all()
 
 
 @compiled_only
@@ -272,7 +288,8 @@ def test_an_activation_that_is_not_finite_gives_nan():
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_subnormals_count_even_where_the_caller_flushes_them(key):
     x, (w, scale) = activation(6, 300, key), weight(40, 300, key)
-    w.view(torch.uint8).bitwise_and_(0x87)  # of FP8, zeros and subnormals are left
+    for tensor in x.data, w:
+        tensor.view(torch.uint8).bitwise_and_(0x87)  # of FP8, zeros and subnormals are left
     few = rows(x, slice(1))
     expected = [fused_ops.scaled_linear(some, w, scale, out_dtype=torch.float32) for some in (x, few)]
     if not torch.set_flush_denormal(True):
@@ -284,20 +301,20 @@ def test_subnormals_count_even_where_the_caller_flushes_them(key):
     for a, e in zip(actual, expected, strict=True):
         assert e.count_nonzero() > 0
         assert_same(a, e)
+    assert_same(actual[1], actual[0][:1])
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
 @pytest.mark.parametrize("backend", sorted(fused_ops.OPS["scaled_linear"].backends))
-def test_empty_extents(backend, key):
-    with fused_ops.use_backend(backend):
-        for tokens, cols, outs in (0, 130, 7), (3, 130, 0), (3, 0, 7):
-            x, (w, scale) = activation(tokens, cols, key), weight(outs, cols, key)
-            bias = torch.randn(outs)
-            y = fused_ops.scaled_linear(x, w, scale, bias, out_dtype=torch.bfloat16)
-            assert_same(y, bias.bfloat16().expand(tokens, outs).contiguous())
+def test_no_rows_or_no_columns(backend, key):
+    for tokens, outs in [(0, 7)] + ([(3, 0), (9, 0)] if backend == "cpu" else []):
+        x, (w, scale) = activation(tokens, 130, key), weight(outs, 130, key)
+        with fused_ops.use_backend(backend):
+            y = fused_ops.scaled_linear(x, w, scale, out_dtype=torch.bfloat16)
+        assert (y.shape, y.dtype) == ((tokens, outs), torch.bfloat16)
 
 
-def test_out_and_what_overlaps_it():
+def test_out_is_written_and_nothing_beside_it():
     x, (w, scale) = activation(3, 64, INT8_DYNAMIC_TOKEN), weight(8, 64, INT8_DYNAMIC_TOKEN)
     expected = fused_ops.scaled_linear(x, w, scale, out_dtype=torch.float32)
     wide = torch.full((3, 20), 7.0)
@@ -317,7 +334,7 @@ def test_out_must_not_be_an_input(name):
     place = storage.view(given.dtype)[: given.numel()].view(given.shape)
     inputs[name] = place.copy_(given)
     x = QuantizedActivation(inputs["data"], inputs["scale"], INT8_DYNAMIC_TOKEN, torch.float32)
-    with pytest.raises(RuntimeError, match="y_out"):
+    with pytest.raises(ValueError, match="y_out"):
         fused_ops.scaled_linear(
             x, inputs["weight"], inputs["weight_scale"], inputs["bias"], out_dtype=torch.float32, out=storage[None, :64]
         )
@@ -332,10 +349,13 @@ GROUPED = activation(3, 300, FP8_DYNAMIC_GROUP_128)
     ("change", "error", "message"),
     [
         ({"activation": X.data}, TypeError, "activation is Tensor, expected a QuantizedActivation"),
-        ({"activation": fused_ops.quantize(torch.ones(3, 320), MXFP8)}, ValueError, "activation is MXFP8"),
+        ({"activation": activation(3, 320, MXFP8)}, ValueError, "activation is MXFP8"),
         ({"activation": activation(3, 299, FP8_DYNAMIC_TOKEN)}, ValueError, r"weight is \[40, 300\]"),
         ({"activation": activation(3, 300, INT8_DYNAMIC_TOKEN)}, TypeError, "weight is torch.float8_e4m3fn"),
-        ({"activation": GROUPED}, ValueError, r"weight_scale is \[40, 1\] .*expected contiguous \[1, 3\]"),
+        ({"activation": GROUPED, "weight_scale": torch.ones(1, 2)}, ValueError, r"weight_scale is \[1, 2\]"),
+        ({"activation": scaled(X, torch.ones(2, 1))}, ValueError, r"scale is \[2, 1\]"),
+        ({"activation": scaled(X, torch.ones(3, 2))}, ValueError, r"scale is \[3, 2\]"),
+        ({"activation": scaled(X, torch.ones(3, 1).half())}, TypeError, "scale is torch.float16"),
         ({"weight": W[None]}, ValueError, r"weight is \[1, 40, 300\]"),
         ({"weight": codes(300, 40, dtype=W.dtype).t()}, ValueError, "weight has strides"),
         ({"weight_scale": W_SCALE[:39]}, ValueError, r"weight_scale is \[39, 1\]"),
@@ -352,7 +372,14 @@ GROUPED = activation(3, 300, FP8_DYNAMIC_GROUP_128)
 @pytest.mark.parametrize("backend", sorted(fused_ops.OPS["scaled_linear"].backends))
 def test_errors_name_argument_got_and_expected(backend, change, error, message):
     out = torch.full((3, 40), 7.0)
-    arguments = {"activation": X, "weight": W, "weight_scale": W_SCALE, "out_dtype": torch.float32, "out": out, **change}
+    arguments = {
+        "activation": X,
+        "weight": W,
+        "weight_scale": W_SCALE,
+        "out_dtype": torch.float32,
+        "out": out,
+        **change,
+    }
     with fused_ops.use_backend(backend), pytest.raises(error, match=message):
-        fused_ops.scaled_linear(**arguments)
+        fused_ops.scaled_linear(**{**arguments, **change})
     assert (out == 7).all()

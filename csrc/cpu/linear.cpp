@@ -1,6 +1,5 @@
-// y = x * w^T of two tensors of 8-bit codes, decoded on the way.
+// y = x * w^T of two tensors of 8-bit codes, decoded on the way. Another format is one more decoder in linear.inc.
 #include <memory>
-#include <type_traits>
 
 #include "common.h"
 #include "isa.h"

@@ -1,0 +1,1 @@
+"""The demo (`python -m bench.demo`) and the benchmark (`python -m bench.run`)."""

@@ -1,0 +1,79 @@
+"""What version 0.1 sets out to reach on a 2-core AVX2 machine, and whether a run did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+ADD_NORM = ("fused_add_rms_norm_quant",)
+BYTE_KEYS = ("INT8_DYNAMIC_TOKEN", "FP8_DYNAMIC_TOKEN", "FP8_DYNAMIC_GROUP_128")
+INT8, FP8 = BYTE_KEYS[:1], BYTE_KEYS[1:]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`figure` of every result of these operations, keys and numbers of tokens is at least `least` (or at most `most`).
+
+    figure: path of the number in a result, such as ("times_faster", "vllm").
+    source: why this much.
+    """
+
+    source: str
+    ops: tuple[str, ...]
+    figure: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+    cols: int = 4096
+    least: float = field(default=0.0, kw_only=True)
+    most: float = field(default=float("inf"), kw_only=True)
+
+    def holds_for(self, result: dict) -> bool:
+        if "call" in result:
+            return result["call"] in self.ops and not self.keys
+        return (
+            result["op"] in self.ops
+            and result["key"] in self.keys
+            and result["tokens"] in self.tokens
+            and result["cols"] == self.cols
+        )
+
+
+def _call(function: str, most: float) -> Bar:
+    return Bar("prototype: 0.85 to 0.95 of this", (function,), ("times_add",), most=most)
+
+
+COMPILE, VLLM = ("times_faster", "torch.compile"), ("times_faster", "vllm")
+BARS = (
+    Bar("prototype: 3.2x at 512 rows", ADD_NORM, COMPILE, BYTE_KEYS, (512, 4096), least=3.0),
+    Bar("prototype: 1.63x", ADD_NORM, VLLM, INT8, (512,), least=1.6),
+    Bar("prototype: 1.31x", ADD_NORM, VLLM, INT8, (4096,), least=1.3),
+    Bar("prototype: 0.61; bound by arithmetic", ADD_NORM, ("share_of_copy",), INT8, (4096,), least=0.55),
+    Bar("prototype: 0.45; bound by arithmetic", ADD_NORM, ("share_of_copy",), FP8, (4096,), least=0.4),
+    Bar("one pass against two or more", ("silu_mul_quant",), COMPILE, BYTE_KEYS, (512, 4096), least=2.0),
+    Bar("its exp isn't vectorised", ("silu_mul_quant",), VLLM, BYTE_KEYS, (512, 4096), least=5.0),
+    _call("rms_norm", 2.0),
+    _call("fused_add_rms_norm", 2.4),
+    _call("rms_norm_quant", 2.8),
+    _call("fused_add_rms_norm_quant", 3.5),
+    Bar("half the bytes", ("scaled_linear",), ("times_faster", "bfloat16 linear"), BYTE_KEYS, (1,), least=1.5),
+    Bar("1.3x fp32's time", ("scaled_linear",), ("times_faster", "float32 linear"), BYTE_KEYS, (256,), least=1 / 1.3),
+)
+
+
+def check(results: list[dict]) -> Iterator[dict]:
+    """Every result that a bar speaks of and that has the figure, with what was wanted and got."""
+    for bar in BARS:
+        for result in filter(bar.holds_for, results):
+            got = result
+            for step in bar.figure:
+                got = got.get(step) if got else None
+            if got is None:  # the peer isn't there
+                continue
+            yield {
+                "what": " ".join(str(result[k]) for k in ("call", "op", "key", "tokens") if result.get(k)),
+                "figure": " ".join(bar.figure).replace("_", " "),
+                "wanted": f">= {bar.least:.2f}" if bar.least else f"<= {bar.most:.2f}",
+                "got": got,
+                "reached": bar.least <= got <= bar.most,
+                "source": bar.source,
+            }

