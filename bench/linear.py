@@ -11,11 +11,10 @@ from torch.nn.functional import linear
 
 import fused_ops
 from fused_ops.linear import decode_weight, linear_inputs
-from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, QuantizedActivation, QuantKey
+from quant import QuantizedActivation, QuantKey
 
 from .timing import interleaved
 
-KEYS = (INT8_DYNAMIC_TOKEN, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128)
 COPIES = 4  # weights in turn, as in a model: none stays in the last-level cache until it comes again
 
 

@@ -1,4 +1,4 @@
-"""Operations that work on rows: every declared one, for every key that the CPU backend serves, against its peers."""
+"""Operations that work on rows: every declared one, for the key of every scheme, against its peers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 import fused_ops
 from fused_ops._op import Op
-from fused_ops.linear import KEYS
-from quant import INT8_STATIC_TENSOR, QuantKey
+from quant import QuantKey
+from quant.methods import SCHEMES
 
 from .peers import compiled, eager, vllm_cpu
 from .timing import interleaved
 
+KEYS = tuple(scheme.input_quant_key for scheme in SCHEMES.values())
 LARGE = 4096
 SMALL = {"silu_mul": 1536, "silu_mul_quant": 1536}  # SmolLM2's intermediate size; its hidden size is 576
 MATRIX_PRODUCTS = ("scaled_linear",)  # measured in `linear`
@@ -63,8 +64,7 @@ def cases(only: list[str]) -> Iterator[Case]:
         takes_key = op.argument("key") is not None
         for cols in LARGE, SMALL.get(op.name, 576):
             for key in KEYS if takes_key else (None,):
-                if key != INT8_STATIC_TENSOR:  # the same kernels as FP8's, and compiling peers takes its time
-                    yield Case(op, key, cols)
+                yield Case(op, key, cols)
 
 
 def measure(case: Case, tokens: list[int], *, vllm: bool, compiler: str, budget: float) -> Iterator[dict]:

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> dict:
             print(_rows_table(results), flush=True)
         if not options.ops or "scaled_linear" in options.ops:
             size, counts = (256, [1]) if options.quick else (4096, [1, 32, 256])
-            found["linear"] = [r for key in linear.KEYS for r in linear.measure(key, counts, size, budget=4 * budget)]
+            found["linear"] = [r for key in rows.KEYS for r in linear.measure(key, counts, size, budget=4 * budget)]
             print(f"\nscaled_linear, {size} x {size}\n{_linear_table(found['linear'])}", flush=True)
         if not options.ops:
             found["calls"] = list(calls.measure(budget=10 * budget))

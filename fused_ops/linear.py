@@ -2,8 +2,9 @@
 
     y = round_out(sum_k x_k * w_k + bias)       x = data * scale, w = weight * weight_scale, exactly decoded
 
-Sums are float32 (INT8: int32) within blocks of columns, which the CPU backend adds in float64. There a row of y doesn't depend on its
-neighbours, nor on the number of threads or the instruction set; torch's matrix product, which the reference uses, gives no such promise.
+Sums are float32 (INT8: int32) within blocks of columns, which the CPU backend adds in float64. There a row of y doesn't
+depend on its neighbours, nor on the number of threads or the instruction set; torch's matrix product, which the
+reference uses, gives no such promise.
 """
 
 from __future__ import annotations
