@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 ADD_NORM = ("fused_add_rms_norm_quant",)
 BYTE_KEYS = ("INT8_DYNAMIC_TOKEN", "FP8_DYNAMIC_TOKEN", "FP8_DYNAMIC_GROUP_128")
@@ -64,7 +65,7 @@ def check(results: list[dict]) -> Iterator[dict]:
     """Every result that a bar speaks of and that has the figure, with what was wanted and got."""
     for bar in BARS:
         for result in filter(bar.holds_for, results):
-            got = result
+            got: Any = result
             for step in bar.figure:
                 got = got.get(step) if got else None
             if got is None:  # the peer isn't there

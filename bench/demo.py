@@ -14,7 +14,8 @@ from itertools import takewhile
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 import models_patch
 from quant.methods import SCHEMES, quantize_model
@@ -32,7 +33,7 @@ class Variant:
     """One form of the model, and what was measured of it."""
 
     name: str
-    model: nn.Module
+    model: PreTrainedModel
     perplexity: float = 0.0
     prefill: float = 0.0  # tokens per second
     tokens: list[int] = field(default_factory=list)  # written so far
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     progress("done")
 
 
-def recipes(stock: nn.Module, calibration: list[Tensor]) -> dict[str, Callable[[], tuple]]:
+def recipes(stock: PreTrainedModel, calibration: list[Tensor]) -> dict[str, Callable[[], tuple]]:
     """How to make each variant: name -> function that returns (model, patch report or None)."""
 
     def patched(model):

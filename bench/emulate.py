@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import models_patch
+from fused_ops.linear import decode_weight
 from quant import formats
 from quant.methods import SCHEMES, QuantLinear, quantize_model
 
@@ -35,24 +36,17 @@ class EmulatedLinear(nn.Module):
 
     def __init__(self, layer: QuantLinear):
         super().__init__()
-        rows, cols = layer.weight.shape
-        block = layer.method.scheme.weight_block
-        high, wide = (1, cols) if block is None else (block, block)
-        scale = _spread(_spread(layer.weight_scale.double(), wide, cols).T, high, rows).T
-        self.weight = layer.weight.double() * scale
+        self.weight = decode_weight(layer.weight, layer.weight_scale.double())
         self.bias = None if layer.bias is None else layer.bias.double()
-        self.key, self.input_scale = layer.input_quant_key, layer.input_quant()["scale"]
+        self.input_quant = layer.input_quant()
 
     def forward(self, x: Tensor) -> Tensor:
-        data, scale, _ = formats.quantize(x.float(), self.key, scale=self.input_scale)
-        if not self.key.scale.static:
-            scale = _spread(scale.view(*x.shape[:-1], -1), self.key.group_size(x.shape[-1]), x.shape[-1])
+        key, scale = self.input_quant["quant_key"], self.input_quant["scale"]
+        data, made, _ = formats.quantize(x.float(), key, scale=scale)
+        if scale is None:
+            cols = x.shape[-1]
+            scale = made.view(*x.shape[:-1], -1).repeat_interleave(key.group_size(cols), -1)[..., :cols]
         return linear(data.double() * scale.double(), self.weight, self.bias)
-
-
-def _spread(scales: Tensor, group: int, size: int) -> Tensor:
-    """Every scale of the last dimension, once for each of the elements that share it."""
-    return scales.repeat_interleave(group, -1)[..., :size]
 
 
 def emulate(model: nn.Module) -> nn.Module:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 TOKENS, COLS = (512, 4096), 4096
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "fused-ops"}  # small files, the same for the same results
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fused-ops"}  # small files, the same for the same results
 COLOURS = {"eager": "#b8c4ce", "torch.compile": "#4c78a8", "vllm": "#f2a541"}
 
 

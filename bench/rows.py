@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,7 +78,7 @@ def measure(case: Case, tokens: list[int], *, vllm: bool, compiler: str, budget:
         outs = case.outputs(args)
         size = case.necessary_bytes(args, outs)
         half = torch.zeros(size // 2, dtype=torch.uint8)
-        contestants = {
+        contestants: dict[str, Callable[[], object]] = {
             "fused_ops": partial(op.out, *args, **outs),
             "copy": partial(torch.empty_like(half).copy_, half),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -25,7 +25,7 @@ class Timing:
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], object]], *, budget: float = 0.4, block: float = 1e-3, least: int = 5
+    contestants: Mapping[str, Callable[[], object]], *, budget: float = 0.4, block: float = 1e-3, least: int = 5
 ) -> Timing:
     """Time the contestants in turns: each round runs each of them for a short block, after one call that isn't timed.
 

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops.norm import ROUND_BEFORE_WEIGHT
 from quant import QuantKey
 
 
 def rms_norm(x, weight, eps, flags):
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (weight * y.to(x.dtype),)
+    return (weight * y.to(x.dtype) if flags & ROUND_BEFORE_WEIGHT else (weight * y).to(x.dtype),)
 
 
 def fused_add_rms_norm(x, residual, weight, eps, flags):
@@ -55,12 +56,13 @@ def silu_mul_quant(gate, up, round_activation, key, given):
 
 
 def rope(q, k, positions, cos_sin_cache, is_neox, round_products):
-    cos, sin = cos_sin_cache[positions].to(q.dtype).unsqueeze(1).chunk(2, dim=-1)
+    dtype = q.dtype if round_products else torch.float32
+    cos, sin = cos_sin_cache[positions].to(dtype).unsqueeze(1).chunk(2, dim=-1)
     cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
     def rotate(x):
         first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], -1) * sin
+        return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
     return rotate(q), rotate(k)
 
