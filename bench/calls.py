@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
@@ -15,16 +14,17 @@ from .timing import interleaved
 
 def measure(*, budget: float) -> Iterator[dict]:
     """One result for each function, on one row of 576 bfloat16; all are timed in turns."""
-    x, residual, weight = torch.randn(3, 1, 576).bfloat16()
-    norm = (weight[0], 1e-5)
+    x, r, w = torch.randn(3, 1, 576).bfloat16()
+    w, key = w[0], INT8_DYNAMIC_TOKEN
     contestants = {
-        "torch.add": partial(torch.add, x, residual),
-        "rms_norm": partial(fused_ops.rms_norm, x, *norm),
-        "fused_add_rms_norm": partial(fused_ops.fused_add_rms_norm, x, residual, *norm),
-        "rms_norm_quant": partial(fused_ops.rms_norm_quant, x, *norm, INT8_DYNAMIC_TOKEN),
-        "fused_add_rms_norm_quant": partial(fused_ops.fused_add_rms_norm_quant, x, residual, *norm, INT8_DYNAMIC_TOKEN),
+        "torch.add": lambda: torch.add(x, r),
+        "rms_norm": lambda: fused_ops.rms_norm(x, w, 1e-5),
+        "fused_add_rms_norm": lambda: fused_ops.fused_add_rms_norm(x, r, w, 1e-5),
+        "rms_norm_quant": lambda: fused_ops.rms_norm_quant(x, w, 1e-5, key),
+        "fused_add_rms_norm_quant": lambda: fused_ops.fused_add_rms_norm_quant(x, r, w, 1e-5, key),
     }
-    timing = interleaved(contestants, budget=budget)
+    with torch.no_grad():
+        timing = interleaved(contestants, budget=budget)
     for name in contestants:
         yield {
             "call": name,

@@ -53,7 +53,7 @@ HOST_DEVICE float dynamic_scale(int amax_bits, const Key& key, float bound) {
     const float ratio = (amax < 1e-10f ? 1e-10f : amax) / limit;
     return bits<float>((bits<int>(ratio) + 0x7fffff) & kInfinityBits);
   }
-  amax = amax > bound ? bound : amax;
+  amax = amax <= bound ? amax : bound;
   const float scale = amax / limit, least = smallest_scale(key.format());
   return scale < least ? least : scale;
 }

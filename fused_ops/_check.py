@@ -72,6 +72,8 @@ def check_key(op: str, code: int, cols: int, given: Tensor | None, device: torch
     """Check what a quantization of rows of `cols` takes; `given` is described in `fused_ops.quantize`."""
     if isinstance(code, bool) or not isinstance(code, int):
         raise TypeError(f"{op}: quant_key's code is {_type(code)}, expected an int")
+    if code < 0:
+        raise ValueError(f"{op}: quant_key has groups that span rows, as only a weight's do")
     key = QuantKey.from_code(code)
     group = key.scale.group_shape.cols
     if cols % key.packing or (key.scale.dtype != torch.float32 and cols % group):

@@ -17,7 +17,16 @@ from quant import NAMED_KEYS, QuantizedActivation, QuantKey
 
 from ._check import FLOATS, check, check_key
 from ._op import op, refused
-from .quantize import empty_quantized, given_tensor, key_inputs, quantized, refuse_backward, write_quant
+from .quantize import (
+    check_unquantized,
+    empty_quantized,
+    given_tensor,
+    key_inputs,
+    quantized,
+    refuse_backward,
+    write_quant,
+    wrong_key,
+)
 
 
 @op("y")
@@ -142,12 +151,23 @@ def silu_mul_quant(
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
     if quant_key is None:
+        check_unquantized(
+            "silu_mul_quant",
+            scale=scale,
+            scale2=scale2,
+            zero_point=zero_point,
+            scale_ub=scale_ub,
+            keep_unquantized=keep_unquantized,
+            pad_rows=pad_rows,
+        )
         return silu_mul(gate, up, round_activation=round_activation, out=out)
+    if type(quant_key) is not QuantKey:
+        raise wrong_key("silu_mul_quant", quant_key)
     given = None
     if not scale is scale2 is scale_ub is None:
         given = given_tensor("silu_mul_quant", quant_key, scale, scale2, scale_ub)
     inputs = (gate, up, round_activation, quant_key.code, given)
-    if out is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1:
+    if out is zero_point is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1:
         try:
             data, made = _silu_mul_quant.call(*inputs)
         except RuntimeError as error:

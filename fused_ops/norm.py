@@ -22,7 +22,16 @@ from quant import NAMED_KEYS, QuantizedActivation, QuantKey
 
 from ._check import FLOATS, check, check_key, number
 from ._op import op, refused
-from .quantize import empty_quantized, given_tensor, key_inputs, quantized, refuse_backward, write_quant
+from .quantize import (
+    check_unquantized,
+    empty_quantized,
+    given_tensor,
+    key_inputs,
+    quantized,
+    refuse_backward,
+    write_quant,
+    wrong_key,
+)
 
 ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE = 1, 2
 _FLAGS = {  # (weight_bias, round_before_weight) as kernels take them: one int costs less than two arguments
@@ -312,13 +321,30 @@ def rms_norm_quant(
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
     if quant_key is None:
+        check_unquantized(
+            "rms_norm_quant",
+            scale=scale,
+            scale2=scale2,
+            zero_point=zero_point,
+            scale_ub=scale_ub,
+            keep_unquantized=keep_unquantized,
+            pad_rows=pad_rows,
+        )
         return rms_norm(x, weight, eps, weight_bias=weight_bias, round_before_weight=round_before_weight, out=out)
+    if type(quant_key) is not QuantKey:
+        raise wrong_key("rms_norm_quant", quant_key)
     given = None
     if not scale is scale2 is scale_ub is None:
         given = given_tensor("rms_norm_quant", quant_key, scale, scale2, scale_ub)
     flags = _FLAGS.get((weight_bias, round_before_weight))
     inputs = (x, weight, eps, flags, quant_key.code, given)
-    if flags is not None and out is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1:
+    if (
+        flags is not None
+        and out is zero_point is None
+        and quant_key.symmetric
+        and not keep_unquantized
+        and pad_rows == 1
+    ):
         try:
             data, made = _rms_norm_quant.call(*inputs)
         except RuntimeError as error:
@@ -365,16 +391,33 @@ def fused_add_rms_norm_quant(
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
     if quant_key is None:
+        check_unquantized(
+            "fused_add_rms_norm_quant",
+            scale=scale,
+            scale2=scale2,
+            zero_point=zero_point,
+            scale_ub=scale_ub,
+            keep_unquantized=keep_unquantized,
+            pad_rows=pad_rows,
+        )
         return fused_add_rms_norm(
             x, residual, weight, eps, x_multiplier=x_multiplier, weight_bias=weight_bias,
             round_before_weight=round_before_weight, out=out, residual_out=residual_out,
         )  # fmt: skip
+    if type(quant_key) is not QuantKey:
+        raise wrong_key("fused_add_rms_norm_quant", quant_key)
     given = None
     if not scale is scale2 is scale_ub is None:
         given = given_tensor("fused_add_rms_norm_quant", quant_key, scale, scale2, scale_ub)
     flags = _FLAGS.get((weight_bias, round_before_weight))
     inputs = (x, residual, weight, eps, flags, quant_key.code, given)
-    plain = out is None and residual_out is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1
+    plain = (
+        out is None
+        and residual_out is zero_point is None
+        and quant_key.symmetric
+        and not keep_unquantized
+        and pad_rows == 1
+    )
     if plain and x_multiplier == 1.0 and flags is not None:
         try:
             data, made, r = _fused_add_rms_norm_quant.call(*inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ def quantize(
         scale_ub: float32 [1], an upper bound of the magnitude that dynamic FP8 scales come from.
         keep_unquantized: also return `x` as `.unquantized`.
         pad_rows: allocate rows of `data` to a multiple of this; the result is a view of the first.
-        out: written instead of fresh tensors, and returned.
+        out: its tensors are written instead of fresh ones; returned, with this call's static scale, zero point or
+            scale2. `pad_rows` is about fresh tensors.
 
     Returns:
         `QuantizedActivation`; its `.dequantize()` is close to x.
@@ -123,6 +125,17 @@ def quantize(
         return QuantizedActivation(data, made if scale is None else scale, quant_key, x.dtype, scale2)
     inputs = (x, quant_key.code, given)
     return write_quant(_quantize, inputs, quant_key, scale, scale2, zero_point, keep_unquantized, pad_rows, out)
+
+
+def wrong_key(op_name: str, key: Any) -> TypeError:
+    return TypeError(f"{op_name}: quant_key is {type(key).__name__}, expected a QuantKey")
+
+
+def check_unquantized(op_name: str, **options: Any) -> None:
+    """Raise where an option of the quantization is given, and quant_key=None asks for none."""
+    for name, value in options.items():
+        if value is not None and value is not False and not (name == "pad_rows" and value == 1):
+            raise ValueError(f"{op_name}: {name} is given, but quant_key is None")
 
 
 def given_tensor(op_name: str, key: QuantKey, scale: Any, scale2: Any, scale_ub: Any) -> Tensor | None:
@@ -159,7 +172,8 @@ def write_quant(
         if out is None:
             out = _allocate(operation, args, key, scale, scale2, zero_point, keep_unquantized, pad_rows)
         else:
-            _check_out(operation.name, out, key, keep_unquantized, inputs[0].dtype)
+            operation.check(*args)
+            out = _given_out(operation.name, out, key, scale, scale2, zero_point, keep_unquantized, inputs[0].dtype)
         outs = {"data_out": out.data, **more_outputs}
         if not key.scale.static:
             outs |= {"scale_out": out.scale, "zero_point_out": out.zero_point}
@@ -193,13 +207,18 @@ def _allocate(operation, args, key, scale, scale2, zero_point, keep_unquantized,
     )
 
 
-def _check_out(op_name: str, out: Any, key: QuantKey, keep_unquantized: bool, dtype: torch.dtype) -> None:
+def _given_out(op_name, out: Any, key, scale, scale2, zero_point, keep_unquantized, dtype) -> QuantizedActivation:
+    """`out` with what isn't written but given in this call: a static scale or zero point, scale2."""
     if not isinstance(out, QuantizedActivation):
         raise TypeError(f"{op_name}: out is {type(out).__name__}, expected a QuantizedActivation")
     if out.quant_key != key or out.orig_dtype != dtype:
         raise ValueError(f"{op_name}: out is {out.quant_key} of {out.orig_dtype}, expected {key} of {dtype}")
     if keep_unquantized and out.unquantized is None:
         raise ValueError(f"{op_name}: out has no `unquantized`, and keep_unquantized asks for it")
+    for name, given in ("scale", scale), ("scale2", scale2), ("zero_point", zero_point):
+        if given is not None and getattr(out, name) is not given:
+            out = replace(out, **{name: given})
+    return out if keep_unquantized or out.unquantized is None else replace(out, unquantized=None)
 
 
 def refuse_backward(op_name: str, *outputs: Tensor) -> None:

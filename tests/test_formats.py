@@ -81,6 +81,29 @@ def test_every_bit_is_as_numpy_computes_it(dtype, key):
         assert_as_expected(rows, key, **given_tensors(key))
 
 
+def beside_boundaries(key: QuantKey, amax: float, size: int, **tensors: Tensor) -> Tensor:
+    """Rows of groups with this largest magnitude, of what lies at and right beside the boundaries between codes."""
+    front = torch.tensor([amax, -amax / 2])
+    _, scale, zero = expected(torch.cat([front, torch.zeros(size - 2)])[None], key, **tensors)
+    step = scale.astype(np.float64) * (tensors["scale2"].double().numpy() if "scale2" in tensors else 1)
+    values = torch.from_numpy((boundaries(key.dtype).numpy() - zero) * step).float().flatten()
+    values = torch.cat([values, values.nextafter(torch.tensor(INF)), values.nextafter(torch.tensor(-INF))])
+    values = values[(values <= amax) & (values >= -amax / 2)]
+    values = torch.cat([values, torch.zeros(-len(values) % (size - 2))]).reshape(-1, size - 2)
+    return torch.cat([front.expand(len(values), 2), values], dim=1)
+
+
+@EVERY_KEY
+def test_at_the_boundaries_between_codes(key):
+    """Where one ulp in the scale, its reciprocal or the product makes another code."""
+    size = key.group_size(64)
+    for amax in 1.75, 0.3, *(10 ** torch.randn(6)).tolist():
+        tensors = given_tensors(key)
+        if "scale2" in tensors:
+            tensors["scale2"] = torch.tensor([amax * 1.3 / 2688])
+        assert_as_expected(beside_boundaries(key, amax, size, **tensors), key, **tensors)
+
+
 @EVERY_KEY
 def test_shapes_and_strides(key):
     x = torch.randn(6, 5, 160)
@@ -159,7 +182,7 @@ def test_the_scale_of_every_bfloat16(key):
     amax = amax[amax >= 0]
     x = torch.zeros(len(amax), 32 if key.scale.dtype == E8M0 else 16)
     x[:, 7] = -amax
-    scale2 = torch.tensor([2e-3])
+    scale2 = torch.tensor([1.75 / 2688])  # so that many blocks' scales lie at a tie
     scale = formats.quantize(x, key, **({"scale2": scale2} if key.scale2 else {}))[1].float().flatten().numpy()
     finite, limit = np.isfinite(amax.numpy()), f32(LIMIT[key.dtype])
     with np.errstate(all="ignore"):

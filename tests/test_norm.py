@@ -11,6 +11,8 @@ from quant import (
     INT8_STATIC_TENSOR,
     NVFP4,
     QuantizedActivation,
+    QuantKey,
+    ScaleDesc,
 )
 
 KEYS = [FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128, INT8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN]
@@ -123,6 +125,12 @@ def test_zero_rows_and_no_rows():
     assert (q.data.shape, q.scale.shape) == ((0, 64), (0, 1))
 
 
+@pytest.fixture
+def huge_memory_is_not_filled():
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@pytest.mark.usefixtures("huge_memory_is_not_filled")
 @pytest.mark.parametrize("key", [None, INT8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128], ids=str)
 def test_more_than_2_31_elements(key):
     """Rows a gigabyte apart, over memory that is never touched in between: 64-bit offsets."""
@@ -136,14 +144,6 @@ def test_more_than_2_31_elements(key):
     assert_same(y, expected)
     out = torch.empty(2**32 - 2**30 + 64, dtype=torch.bfloat16).as_strided((4, 64), (2**30, 1))
     assert_same(fused_ops.rms_norm(x, w, 1e-6, out=out).contiguous(), fused_ops.rms_norm(x.contiguous(), w, 1e-6))
-
-
-@pytest.fixture
-def huge_memory_is_not_filled():
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-test_more_than_2_31_elements = pytest.mark.usefixtures("huge_memory_is_not_filled")(test_more_than_2_31_elements)
 
 
 def test_leading_dimensions_need_not_collapse():
@@ -160,6 +160,7 @@ def test_a_backward_pass_raises_by_name():
         assert not fused_ops.rms_norm(x, w, 1e-6).requires_grad
 
 
+WEIGHTS = QuantKey(torch.int8, ScaleDesc(torch.float32, True, (128, 128)))
 X, R, W = torch.ones(2, 64), torch.ones(2, 64), torch.ones(64)
 GOOD = {"x": X, "residual": R, "weight": W, "eps": 1e-6, "quant_key": INT8_DYNAMIC_TOKEN}
 
@@ -184,6 +185,12 @@ GOOD = {"x": X, "residual": R, "weight": W, "eps": 1e-6, "quant_key": INT8_DYNAM
         ({"quant_key": FP8_STATIC_TENSOR, "scale": torch.ones(1).double()}, TypeError, "scale is torch.float64"),
         ({"scale_ub": torch.ones(1)}, ValueError, "scale_ub is given, but INT8_DYNAMIC_TOKEN takes none"),
         ({"quant_key": NVFP4}, ValueError, "scale2 is None, NVFP4 takes"),
+        ({"quant_key": "int8"}, TypeError, "quant_key is str, expected a QuantKey"),
+        ({"quant_key": WEIGHTS}, ValueError, "quant_key has groups that span rows"),
+        ({"quant_key": None, "scale": torch.ones(1)}, ValueError, "scale is given, but quant_key is None"),
+        ({"quant_key": None, "keep_unquantized": True}, ValueError, "keep_unquantized is given, but quant_key is None"),
+        ({"zero_point": torch.zeros(1).int()}, ValueError, "zero_point is given, but INT8_DYNAMIC_TOKEN takes none"),
+        ({"residual_out": W.view(1, 64).expand(2, 64)}, ValueError, "its rows share memory"),
         ({"quant_key": NVFP4, "scale2": torch.ones(1)}, ValueError, "the cpu backend does not serve"),
         ({"pad_rows": 0}, ValueError, "pad_rows is 0, expected an int of at least 1"),
         ({"out": torch.empty(2, 64)}, TypeError, "out is Tensor, expected a QuantizedActivation"),
@@ -197,7 +204,41 @@ def test_errors_name_argument_got_and_expected(change, error, message):
         fused_ops.fused_add_rms_norm_quant(**GOOD | change)
 
 
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_in_the_weight_is_never_lost(dtype, weight_dtype):
+    """Whatever its payload: one with every bit set could carry over into a zero when it is rounded."""
+    x, w = torch.randn(2, 96).to(dtype), torch.ones(96).to(weight_dtype)
+    w.view(torch.int32 if weight_dtype == torch.float32 else torch.int16)[[5, 40]] = (
+        0x7FFFFFFF if weight_dtype == torch.float32 else 0x7FFF
+    )
+    for round_before_weight in False, True:
+        y = fused_ops.rms_norm(x, w, 1e-6, round_before_weight=round_before_weight)
+        assert y.isnan().nonzero().tolist() == [[0, 5], [0, 40], [1, 5], [1, 40]]
+
+
+def test_a_static_scale_replaces_the_one_of_the_given_output():
+    x = torch.randn(2, 64)
+    out = fused_ops.quantize(x, FP8_STATIC_TENSOR, scale=torch.tensor([1.0]))
+    again = fused_ops.quantize(x, FP8_STATIC_TENSOR, scale=torch.tensor([0.01]), out=out)
+    assert again.data is out.data
+    assert again.scale.item() == torch.tensor(0.01)
+    assert (again.dequantize() - x).abs().max() < 0.2
+
+
+@pytest.mark.skipif("cpu" not in fused_ops.OPS["quantize"].backends, reason="no compiled kernels on this machine")
+@pytest.mark.parametrize("code", [-1, (-128 << 16) | 2, 2 | 1 << 6, 1 << 7 | 128 << 16, 15, 1 << 62], ids=hex)
+def test_codes_of_no_key_are_refused_by_the_kernels(code):
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.ops.fused_ops.quantize(torch.randn(4, 64), code, None)
+
+
 def test_outputs_that_overlap_inputs_are_refused():
+    one, weight = torch.ones(1, 64), torch.ones(64)
+    with pytest.raises(ValueError, match="residual_out: overlaps another argument"):
+        fused_ops.fused_add_rms_norm(one, one.clone(), weight, 1e-6, residual_out=weight.view(1, 64))
+    with pytest.raises(ValueError, match="overlaps another argument"):
+        fused_ops.fused_add_rms_norm(one, one.clone(), weight, 1e-6, out=(y := torch.ones(1, 64)), residual_out=y)
     memory = torch.ones(4, 64)
     with pytest.raises(ValueError, match="rms_norm: output: overlaps another argument"):
         fused_ops.rms_norm(memory[:3], W, 1e-6, out=memory[1:])

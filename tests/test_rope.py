@@ -71,6 +71,13 @@ def test_a_token_does_not_depend_on_its_neighbours():
             assert_same(a, w[t : t + 1].contiguous())
 
 
+def test_exchanged_outputs_are_refused():
+    q, k, positions, cache = rope_inputs(4, 2, 2, 64, 64, torch.float32, "cpu")
+    if "cpu" in fused_ops.OPS["rope"].backends:
+        with pytest.raises(ValueError, match="overlaps another"):
+            fused_ops.rope(q, k, positions, cache, out=(k, q))
+
+
 def test_nan_stays():
     q, k, positions, cache = rope_inputs(3, 1, 1, 64, 64, torch.bfloat16, "cpu")
     q[1, 0, 5] = float("nan")
@@ -79,6 +86,7 @@ def test_nan_stays():
     assert steps(y[0], fused_ops.rope(q[:1], k[:1], positions[:1], cache)[0][0]).max() == 0
 
 
+B = torch.zeros(512)  # of which positions and output are views below
 Q, K, P, C = rope_inputs(4, 2, 1, 64, 64, torch.float32, "cpu")
 
 
@@ -96,7 +104,8 @@ Q, K, P, C = rope_inputs(4, 2, 1, 64, 64, torch.float32, "cpu")
         ({"cos_sin_cache": C.half()}, TypeError, "cos_sin_cache is torch.float16"),
         ({"cos_sin_cache": torch.ones(9, 66)}, ValueError, "cos_sin_cache has 66 columns"),
         ({"cos_sin_cache": torch.ones(9, 7)}, ValueError, "cos_sin_cache has 7 columns"),
-        ({"out": (Q, Q[:, :1])}, ValueError, ".*(overlaps another|expected two tensors)"),
+        ({"out": (Q, Q[:, :1])}, ValueError, ".*overlaps another"),
+        ({"positions": B.view(torch.int64)[:4], "out": (B.view(4, 2, 64), K + 1)}, ValueError, ".*overlaps another"),
     ],
 )
 @pytest.mark.parametrize("backend", sorted(fused_ops.OPS["rope"].backends))

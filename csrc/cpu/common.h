@@ -125,9 +125,11 @@ inline Rows rows_like(const Tensor& tensor, const char* name, const Tensor& like
   return rows;
 }
 
-// Outputs must not share memory with anything else, except with an input that lies just so: a row is read before it is
-// written. Tensors whose outermost strides agree may interleave, as slices of a packed one do.
-inline void check_overlap(const Rows& out, int64_t out_bytes, const Rows& in, int64_t in_bytes, const char* name) {
+// Outputs must not share memory with anything else, except, where `in_place` says so, with an input that lies just so:
+// one whose row is read before the output's is written. Tensors whose outermost strides agree may interleave, as slices
+// of a packed one do.
+inline void check_overlap(const Rows& out, int64_t out_bytes, const Rows& in, int64_t in_bytes, bool in_place,
+                          const char* name) {
   if (!out || !in || !out.count || !in.count || !out.cols || !in.cols) return;
   const auto extent = [](const Rows& rows, int64_t bytes, int from) {
     bytes *= rows.cols;
@@ -136,7 +138,7 @@ inline void check_overlap(const Rows& out, int64_t out_bytes, const Rows& in, in
   };
   const int64_t apart = in.data - out.data;
   if (apart >= extent(out, out_bytes, 0) || -apart >= extent(in, in_bytes, 0)) return;
-  bool same = apart == 0 && out_bytes == in_bytes && out.dims == in.dims;
+  bool same = in_place && apart == 0 && out_bytes == in_bytes && out.dims == in.dims && out.cols == in.cols;
   for (int d = 0; same && d < out.dims; ++d) same = out.stride[d] == in.stride[d] && out.size[d] == in.size[d];
   if (same) return;
   if (out.dims && in.dims && out.stride[0] == in.stride[0] && out.stride[0] > 0) {
@@ -144,6 +146,16 @@ inline void check_overlap(const Rows& out, int64_t out_bytes, const Rows& in, in
     if (gap >= extent(out, out_bytes, 1) && gap + extent(in, in_bytes, 1) <= stride) return;
   }
   STD_TORCH_CHECK(false, name, ": overlaps another argument in memory");
+}
+
+// A contiguous tensor as one row, for check_overlap.
+inline Rows whole(const Tensor& tensor) {
+  Rows rows;
+  rows.data = static_cast<char*>(tensor.data_ptr());
+  rows.count = 1;
+  rows.stride[0] = 0;
+  rows.cols = tensor.numel();
+  return rows;
 }
 
 // An output's rows must not share memory with each other.

@@ -66,7 +66,8 @@ Linear linear_of(const Tensor& data, const Tensor& scale, int64_t code, const Te
   const int64_t columns = code >> 16;  // of a group, 0: all
   STD_TORCH_CHECK(code >= 0 && (p.format == Key::kInt8 || p.format == Key::kE4m3) && !key.asymmetric() &&
                       key.scale_format() == Key::kFloat && key.layout() == Key::kRowMajor &&
-                      (columns == 0 || columns == kGroup),
+                      (columns == 0 || columns == kGroup) && key.is_static() == key.per_tensor() &&
+                      !(key.per_tensor() && columns),
                   "key: this backend has no product for it");
   STD_TORCH_CHECK(is_float(dtype), "out_dtype: expected bfloat16, float16 or float32");
 
@@ -158,16 +159,10 @@ void scaled_linear_out(const Tensor& data, const Tensor& scale, int64_t key, con
   p.y = rows_like(*y, "y_out", data, p.outs, dtype);
   const int64_t bytes = static_cast<int64_t>(y->element_size());
   check_output(p.y, bytes, "y_out");
-  check_overlap(p.y, bytes, p.x, 1, "y_out");
-  check_overlap(p.y, bytes, p.w, 1, "y_out");
-  for (const Tensor* input : {&scale, &weight_scale, bias ? &*bias : &scale}) {
-    Rows whole;
-    whole.data = static_cast<char*>(input->data_ptr());
-    whole.count = 1;
-    whole.cols = input->numel();
-    STD_TORCH_CHECK(whole.data != p.y.data || !whole.data, "y_out: is an input too");
-    check_overlap(p.y, bytes, whole, static_cast<int64_t>(input->element_size()), "y_out");
-  }
+  check_overlap(p.y, bytes, p.x, 1, false, "y_out");
+  check_overlap(p.y, bytes, p.w, 1, false, "y_out");
+  for (const Tensor* input : {&scale, &weight_scale, bias ? &*bias : &scale})
+    check_overlap(p.y, bytes, whole(*input), static_cast<int64_t>(input->element_size()), false, "y_out");
   run(p);
 }
 

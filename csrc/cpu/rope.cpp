@@ -72,12 +72,14 @@ void rope_out(const Tensor& q, const Tensor& k, const OptionalTensor& positions,
   const int64_t bytes = static_cast<int64_t>(q.element_size());
   const Rows table = rows_of(cos_sin, "cos_sin_cache");
   for (const Rope::Heads* heads : {&p.q, &p.k}) {
+    const Rope::Heads* other = heads == &p.q ? &p.k : &p.q;
     check_output(heads->out, bytes, "output");
-    for (const Rope::Heads* other : {&p.q, &p.k}) check_overlap(heads->out, bytes, other->in, bytes, "output");
-    check_overlap(heads->out, bytes, table, 4, "output");
+    check_overlap(heads->out, bytes, heads->in, bytes, true, "output");
+    check_overlap(heads->out, bytes, other->in, bytes, false, "output");
+    check_overlap(heads->out, bytes, other->out, bytes, false, "output");
+    check_overlap(heads->out, bytes, table, 4, false, "output");
+    if (positions) check_overlap(heads->out, bytes, whole(*positions), positions->element_size(), false, "output");
   }
-  STD_TORCH_CHECK(p.q.out.data != p.k.out.data || !q.numel() || !k.numel(), "q_out, k_out: expected two tensors");
-  check_overlap(p.q.out, bytes, p.k.out, bytes, "output");
   run(p, q.size(0));
 }
 

@@ -39,6 +39,7 @@ void set_norm(Pipeline& p, const OptionalTensor& weight, double eps, int64_t fla
 }
 
 void set_key(Pipeline& p, int64_t code, const OptionalTensor& given) {
+  STD_TORCH_CHECK(code >= 0 && code >> 16 < int64_t{1} << 31, "key: no key has this code");
   p.key = Key{code};
   const int format = p.key.format();
   const int64_t group = p.key.group(p.cols);
@@ -46,7 +47,9 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given) {
                       !p.key.asymmetric() && p.key.layout() <= Key::kTmaAligned,
                   "key: this backend doesn't serve it");
   STD_TORCH_CHECK(p.key.is_static() == p.key.per_tensor(), "key: this backend doesn't serve it");
-  STD_TORCH_CHECK(group == p.cols || group % kLanes == 0, "key: groups of a multiple of 32 columns are served");
+  STD_TORCH_CHECK(!p.key.power_of_two() || format == Key::kE4m3, "key: power_of_two is defined for FP8");
+  STD_TORCH_CHECK(!(p.key.per_tensor() && code >> 16) && (group == p.cols || group % kLanes == 0),
+                  "key: groups of a multiple of 32 columns are served");
   p.given = std::numeric_limits<float>::infinity();
   if (given) {
     STD_TORCH_CHECK(given->defined() && given->is_cpu() && dtype_of(*given) == ScalarType::Float &&
@@ -153,14 +156,11 @@ void check_all(const Pipeline& p) {
   for (const Named& out : outs) {
     if (!out.rows) continue;
     check_output(out.rows, out.bytes, out.name);
-    check_overlap(out.rows, out.bytes, p.x, bytes, out.name);
-    check_overlap(out.rows, out.bytes, p.other, bytes, out.name);
-    check_overlap(out.rows, out.bytes, weight, weight_bytes, out.name);
-    for (const Named& other : outs) {
-      if (&other == &out || !other.rows) continue;
-      STD_TORCH_CHECK(out.rows.data != other.rows.data || !p.rows || !p.cols, out.name, ": is another output too");
-      check_overlap(out.rows, out.bytes, other.rows, other.bytes, out.name);
-    }
+    check_overlap(out.rows, out.bytes, p.x, bytes, true, out.name);
+    check_overlap(out.rows, out.bytes, p.other, bytes, true, out.name);
+    check_overlap(out.rows, out.bytes, weight, weight_bytes, false, out.name);
+    for (const Named& other : outs)
+      if (&other != &out) check_overlap(out.rows, out.bytes, other.rows, other.bytes, false, out.name);
   }
 }
 
