@@ -28,7 +28,8 @@ def patch(model: nn.Module) -> Report:
     a stock forward isn't one of those known, is left as it was, and the report says why.
 
     Forwards are bound to the modules of this model; weights and `state_dict` are untouched, nothing is global. A copy
-    (`copy.deepcopy`, `torch.save`) of a patched model is patched. It is for inference: a backward pass raises.
+    (`copy.deepcopy`, `torch.save`) of a patched model is patched. It is for inference: a backward pass raises. Nor is
+    it for autocast, whose residuals have another dtype than what is added to them: that raises too.
 
     How results are quantized is decided here, by the linear layers that the model has now. So quantize first; a model
     that is quantized after it was patched gives the same numbers, but its layers quantize for themselves until `patch`

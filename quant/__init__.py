@@ -1,4 +1,4 @@
-"""What a quantized tensor is. `quant.methods` and `quant.checkpoint` hold the layers that use it."""
+"""What a quantized tensor is. `quant.methods` holds the layers that use it."""
 
 from .activation import QuantizedActivation
 from .key import (
