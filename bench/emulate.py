@@ -87,8 +87,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     texts = [smollm2.tokens(tokenizer, topic) for topic in TEXTS[: options.texts]]
     found = {}
     for scheme in options.schemes:
-        print(f"{scheme} ...", flush=True)
+        print(f"{scheme}: ", end="", flush=True)
         found[scheme] = compare(scheme, texts, [smollm2.tokens(tokenizer, smollm2.CALIBRATION)])
+        print(f"{100 * found[scheme]['difference']:+.2f} % from the emulation", flush=True)
     print(f"\n{sum(ids.numel() for ids in texts)} tokens; the bound is {100 * BOUND} %\n{summary(found)}")
     return found
 

@@ -63,7 +63,9 @@ class ScaledLinearMethod(QuantMethod):
                 raise ValueError(f"{layer.name}: x is quantized as {x.quant_key}, expected {self.input_quant_key}")
         else:
             x = fused_ops.quantize(x, **layer.input_quant())
-        return fused_ops.scaled_linear(x, layer.weight, layer.weight_scale, bias, out_dtype=x.orig_dtype)
+        buffers = layer._buffers  # nn.Module's attribute lookup would cost as much as a small product
+        weight, weight_scale = buffers["weight"], buffers["weight_scale"]
+        return fused_ops.scaled_linear(x, weight, weight_scale, bias, out_dtype=x.orig_dtype)
 
 
 class QuantLinear(nn.Module):
@@ -110,7 +112,7 @@ class QuantLinear(nn.Module):
         """What a producer needs: `fused_add_rms_norm_quant(x, r, w, eps, **layer.input_quant())`."""
         return {
             "quant_key": self.method.input_quant_key,
-            "scale": getattr(self, "input_scale", None),
+            "scale": self._buffers.get("input_scale"),
             "scale2": None,
             "zero_point": None,
             "scale_ub": None,
@@ -118,7 +120,7 @@ class QuantLinear(nn.Module):
         }
 
     def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
-        return self.method.apply(self, x, self.bias)
+        return self.method.apply(self, x, self._buffers["bias"])
 
     def _apply(self, fn, recurse=True):
         # A change of dtype (model.half()) means the activations': codes and scales stay what the key says they are.
