@@ -68,6 +68,13 @@ def number(op: str, **values: Any) -> None:
             raise TypeError(f"{op}: {name} is {_type(value)}, expected a number")
 
 
+def boolean(op: str, **values: Any) -> None:
+    """Raise TypeError unless each value is a bool."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} is {value!r}, expected a bool")
+
+
 def check_key(op: str, code: int, cols: int, given: Tensor | None, device: torch.device, zero_point=None) -> QuantKey:
     """Check what a quantization of rows of `cols` takes; `given` is described in `fused_ops.quantize`."""
     if isinstance(code, bool) or not isinstance(code, int):

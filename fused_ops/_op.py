@@ -167,6 +167,9 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
     """Raise unless every given output has the shape and dtype of `op.empty(*args)`, with rows of its own."""
     expected = op.empty(*args)
     expected = expected if isinstance(expected, tuple) else (expected,)
+    given = [tensor for tensor in outs.values() if tensor is not None]
+    if len({id(tensor) for tensor in given}) < len(given):
+        raise ValueError(f"{op.name}: one tensor is given for two of the outputs {', '.join(op.outputs)}")
     for name, want in zip(op.outputs, expected, strict=True):
         got = outs.get(f"{name}_out")
         if got is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant import NAMED_KEYS, QuantizedActivation, QuantKey
 
-from ._check import FLOATS, check, check_key
+from ._check import FLOATS, boolean, check, check_key
 from ._op import op, refused
 from .quantize import (
     check_unquantized,
@@ -46,6 +46,7 @@ def _silu_mul_quant(
 @_silu_mul.declares("check")
 def _check(gate, up, round_activation, name="silu_mul"):
     sizes = check(name, gate=(gate, "... N", FLOATS), up=(up, "... N", "gate"))
+    boolean(name, round_activation=round_activation)
     return sizes["N"]
 
 

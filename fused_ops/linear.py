@@ -91,9 +91,9 @@ def _(data, scale, key, weight, weight_scale, bias, out_dtype):
     rows, cols, out = data.shape[:-1].numel(), sizes["K"], sizes["N"]
     whole, blocks = [[1], [], [1, 1], [out, 1]], [-(-out // BLOCK), -(-cols // BLOCK)]
     grouped = quant_key.scale.group_shape.cols == BLOCK
-    expected = [1] if quant_key.scale.static else [rows, quant_key.groups(cols)]
+    expected = [[1], []] if quant_key.scale.static else [[rows, quant_key.groups(cols)]]
     for name, tensor, shapes in (
-        ("scale", scale, [expected]),
+        ("scale", scale, expected),
         ("weight_scale", weight_scale, [blocks, *whole] if grouped else whole),
     ):
         if not isinstance(tensor, Tensor):

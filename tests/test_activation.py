@@ -70,6 +70,7 @@ G = torch.ones(2, 64)
         ({"up": G[:, :32]}, ValueError, r"up is \[2, 32\], expected \[2, 64\]"),
         ({"up": G.half()}, TypeError, "up is torch.float16, expected torch.float32 as gate"),
         ({"gate": G.double()}, TypeError, "gate is torch.float64"),
+        ({"round_activation": "yes"}, TypeError, "round_activation is 'yes', expected a bool"),
         (
             {"gate": torch.ones(2, 0), "up": torch.ones(2, 0)},
             ValueError,

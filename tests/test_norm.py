@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 import torch
 from compare import assert_close, assert_same, steps
@@ -16,6 +18,9 @@ from quant import (
 )
 
 KEYS = [FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128, INT8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN]
+needs_kernels = pytest.mark.skipif(
+    "cpu" not in fused_ops.OPS["quantize"].backends, reason="no compiled kernels on this machine"
+)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -226,7 +231,7 @@ def test_a_static_scale_replaces_the_one_of_the_given_output():
     assert (again.dequantize() - x).abs().max() < 0.2
 
 
-@pytest.mark.skipif("cpu" not in fused_ops.OPS["quantize"].backends, reason="no compiled kernels on this machine")
+@needs_kernels
 @pytest.mark.parametrize("code", [-1, (-128 << 16) | 2, 2 | 1 << 6, 1 << 7 | 128 << 16, 15, 1 << 62], ids=hex)
 def test_codes_of_no_key_are_refused_by_the_kernels(code):
     with pytest.raises((RuntimeError, ValueError)):
@@ -237,14 +242,19 @@ def test_outputs_that_overlap_inputs_are_refused():
     one, weight = torch.ones(1, 64), torch.ones(64)
     with pytest.raises(ValueError, match="residual_out: overlaps another argument"):
         fused_ops.fused_add_rms_norm(one, one.clone(), weight, 1e-6, residual_out=weight.view(1, 64))
-    with pytest.raises(ValueError, match="overlaps another argument"):
-        fused_ops.fused_add_rms_norm(one, one.clone(), weight, 1e-6, out=(y := torch.ones(1, 64)), residual_out=y)
     memory = torch.ones(4, 64)
     with pytest.raises(ValueError, match="rms_norm: output: overlaps another argument"):
         fused_ops.rms_norm(memory[:3], W, 1e-6, out=memory[1:])
     packed = torch.randn(4, 128)
     expected = fused_ops.rms_norm(packed[:, :64], W, 1e-6)
     assert_same(fused_ops.rms_norm(packed[:, :64], W, 1e-6, out=packed[:, 64:]).contiguous(), expected)
+
+
+def test_one_tensor_for_two_outputs_is_refused_on_every_backend():
+    y = torch.empty(2, 64)
+    for backend in fused_ops.OPS["fused_add_rms_norm"].backends:
+        with fused_ops.use_backend(backend), pytest.raises(ValueError, match="one tensor is given for two|overlaps"):
+            fused_ops.fused_add_rms_norm(X, R, W, 1e-6, out=y, residual_out=y)
 
 
 def test_pad_rows_and_out():
@@ -259,3 +269,33 @@ def test_pad_rows_and_out():
     assert fused_ops.rms_norm_quant(x, W, 1e-6, FP8_DYNAMIC_TOKEN, out=out) is out
     assert_same(out.data, expected.data)
     assert_same(out.scale, expected.scale)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key", [FP8_DYNAMIC_GROUP_128, INT8_DYNAMIC_TOKEN], ids=str)
+def test_results_that_no_cache_holds(key, dtype):
+    """Results larger than the last-level cache are written around it: the same bits as in pieces."""
+    cache = int(subprocess.run(["getconf", "LEVEL3_CACHE_SIZE"], capture_output=True).stdout or 0)
+    cols = 4096
+    rows = (cache if cache > 0 else 32 << 20) // (cols * (dtype.itemsize + 1)) + 1
+    x, residual, w = torch.randn(rows, cols).to(dtype), torch.randn(rows, cols).to(dtype), torch.randn(cols)
+    q, r = fused_ops.fused_add_rms_norm_quant(x, residual, w, 1e-6, key)
+    for some in (slice(i, min(i + rows // 3 + 1, rows)) for i in range(0, rows, rows // 3 + 1)):
+        expected, sums = fused_ops.fused_add_rms_norm_quant(x[some], residual[some], w, 1e-6, key)
+        assert_same(q.data[some], expected.data)
+        assert_same(q.scale[some], expected.scale)
+        assert_same(r[some], sums)
+
+
+def test_denormals_are_kept_where_the_caller_flushes_them():
+    x = torch.full((2, 64), 1e-39)
+    expected = fused_ops.rms_norm(x, None, 0.0), fused_ops.fused_add_rms_norm(x, x, None, 1e-6)[1]
+    torch.set_flush_denormal(True)
+    try:
+        actual = fused_ops.rms_norm(x, None, 0.0), fused_ops.fused_add_rms_norm(x, x, None, 1e-6)[1]
+    finally:
+        torch.set_flush_denormal(False)
+    assert expected[1].count_nonzero() == x.numel()
+    for a, e in zip(actual, expected, strict=True):
+        assert_same(a, e)

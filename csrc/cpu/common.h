@@ -10,10 +10,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <optional>
+#include <utility>
 
 #include "../quantize.h"
+#include "isa.h"
 
 namespace fused_ops {
 
@@ -160,13 +161,13 @@ inline Rows whole(const Tensor& tensor) {
 
 // An output's rows must not share memory with each other.
 inline void check_output(const Rows& out, int64_t out_bytes, const char* name) {
-  int order[kMaxDims];
-  std::iota(order, order + out.dims, 0);
-  std::sort(order, order + out.dims, [&](int a, int b) { return out.stride[a] < out.stride[b]; });
+  std::pair<int64_t, int64_t> dims[kMaxDims];  // (stride, size), innermost first
+  for (int d = 0; d < out.dims; ++d) dims[d] = {out.stride[d], out.size[d]};
+  std::sort(dims, dims + out.dims);
   int64_t extent = out.cols * out_bytes;
-  for (int i = 0; i < out.dims && out.count; ++i) {
-    STD_TORCH_CHECK(out.stride[order[i]] >= extent, name, ": rows overlap in memory");
-    extent += (out.size[order[i]] - 1) * out.stride[order[i]];
+  for (int d = 0; d < out.dims && out.count; ++d) {
+    STD_TORCH_CHECK(dims[d].first >= extent, name, ": rows overlap in memory");
+    extent += (dims[d].second - 1) * dims[d].first;
   }
 }
 
@@ -200,9 +201,26 @@ inline Tensor empty_rows(const Tensor& like, int64_t cols, ScalarType dtype, Row
   return tensor;
 }
 
-// body(begin, end) over [0, count) on torch's threads; a small piece of work stays in the caller.
-template <class Body>
-void parallel_rows(int64_t count, int64_t work_per_row, const Body& body) {
+// Subnormal float32s count, even where the caller flushes them (torch.set_flush_denormal).
+class KeepSubnormals {
+#if HAVE_V3
+ public:
+  KeepSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~(_MM_FLUSH_ZERO_MASK | kDenormalsAreZero)); }
+  ~KeepSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+  static constexpr unsigned kDenormalsAreZero = 0x40;
+  const unsigned saved_;
+#endif
+};
+
+// kernel(begin, end) over [0, count) on torch's threads; a small piece of work stays in the caller.
+template <class Kernel>
+void parallel_rows(int64_t count, int64_t work_per_row, const Kernel& kernel) {
+  const auto body = [&](int64_t begin, int64_t end) {
+    const KeepSubnormals keep;
+    kernel(begin, end);
+  };
   constexpr int64_t kSerial = 16384;
   if (count * work_per_row < kSerial || count < 2) {
     if (count > 0) body(int64_t{0}, count);

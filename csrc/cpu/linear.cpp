@@ -106,19 +106,6 @@ Linear linear_of(const Tensor& data, const Tensor& scale, int64_t code, const Te
   return p;
 }
 
-// FP8 codes pass through subnormal float32s, which count even where the caller flushes them (set_flush_denormal).
-class KeepSubnormals {
-#if HAVE_V3
- public:
-  KeepSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~(_MM_FLUSH_ZERO_MASK | kDenormalsAreZero)); }
-  ~KeepSubnormals() { _mm_setcsr(saved_); }
-
- private:
-  static constexpr unsigned kDenormalsAreZero = 0x40;
-  const unsigned saved_;
-#endif
-};
-
 void run(Linear& p) {
   if (p.x.count == 0 || p.outs == 0) return;
   struct alignas(64) Line {
@@ -133,11 +120,9 @@ void run(Linear& p) {
   for (; p.first < p.x.count; p.first += p.rows) {
     p.rows = std::min(p.x.count - p.first, kMaxRows);
     parallel_rows(p.rows, p.cols / kCodes, [&](int64_t begin, int64_t end) {
-      const KeepSubnormals keep;
       PICK_ISA(linear_decode)(p, begin, end);
     });
     parallel_rows(tiles, kTile * p.cols * p.rows / kCodes, [&](int64_t begin, int64_t end) {
-      const KeepSubnormals keep;
       PICK_ISA(linear_multiply)(p, begin, end);
     });
   }
