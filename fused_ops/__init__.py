@@ -2,24 +2,54 @@
 
 from ._cpu import load as _load
 from ._op import OPS, use_backend
-from .activation import silu_mul, silu_mul_quant
+from .activation import (
+    gelu_tanh_mul,
+    gelu_tanh_mul_quant,
+    relu2,
+    relu2_quant,
+    silu_mul,
+    silu_mul_quant,
+    swiglu_oai_mul,
+    swiglu_oai_mul_quant,
+)
 from .linear import scaled_linear
-from .norm import fused_add_rms_norm, fused_add_rms_norm_quant, rms_norm, rms_norm_quant
-from .quantize import quantize
+from .norm import (
+    fused_add_rms_norm,
+    fused_add_rms_norm_pad,
+    fused_add_rms_norm_quant,
+    layer_norm,
+    layer_norm_quant,
+    rms_norm,
+    rms_norm_quant,
+)
+from .post_norm import rms_norm_add, rms_norm_add_rms_norm_quant
+from .quantize import QuantOptions, quantize
 from .rope import rope
 
 _load()
 
 __all__ = [
     "OPS",
+    "QuantOptions",
     "fused_add_rms_norm",
+    "fused_add_rms_norm_pad",
     "fused_add_rms_norm_quant",
+    "gelu_tanh_mul",
+    "gelu_tanh_mul_quant",
+    "layer_norm",
+    "layer_norm_quant",
     "quantize",
+    "relu2",
+    "relu2_quant",
     "rms_norm",
+    "rms_norm_add",
+    "rms_norm_add_rms_norm_quant",
     "rms_norm_quant",
     "rope",
     "scaled_linear",
     "silu_mul",
     "silu_mul_quant",
+    "swiglu_oai_mul",
+    "swiglu_oai_mul_quant",
     "use_backend",
 ]

@@ -11,6 +11,7 @@ from quant import QuantKey
 from quant.key import FP8
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INDICES = (torch.int64, torch.int32)
 
 
 def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Op:
         self.empty: Callable[..., tuple] = _undeclared
         self.cases: Callable[[str], Iterator[tuple]] = _undeclared
         self.workload: Callable[..., tuple] = _undeclared
+        self.store: Callable[..., None] = lambda args, name, target, value: target.copy_(value)
 
         hints = typing.get_type_hints(reference)
         parameters = inspect.signature(reference).parameters.values()
@@ -77,6 +79,7 @@ class Op:
         written = [f"Tensor({a}!)? {o}_out=None" for a, o in zip(string.ascii_lowercase, self.outputs, strict=False)]
         _library.define(f"{self.name}.out({', '.join(inputs)}, *, {', '.join(written)}) -> ()")
         self.arguments = [p.name for p in parameters]
+        self.required = sum(p.default is p.empty for p in parameters)
 
         packet = getattr(torch.ops.fused_ops, self.name)
         self.default, self.out = packet.default, packet.out
@@ -88,10 +91,15 @@ class Op:
         OPS[self.name] = self
 
     def declares(self, role: str) -> Callable[[Callable], Callable]:
-        """Decorator that fills a role of the declaration: "check", "empty", "cases" or "workload"."""
+        """Decorator that fills a role of the declaration.
+
+        "check": raises on bad arguments; it gets the operation's name where it has a `name`. "empty": allocates outputs. "cases", "workload": arguments for tests and
+        benchmarks. "store": how the reference writes a given output, where it leaves some of it as it was.
+        """
 
         def register(function: Callable) -> Callable:
-            setattr(self, role, function)
+            named = role == "check" and "name" in inspect.signature(function).parameters
+            setattr(self, role, partial(function, name=self.name) if named else function)
             return function
 
         return register
@@ -115,7 +123,13 @@ class Op:
     def _run_out(self, *args, **outs):
         self.check(*args)
         check_outputs(self, args, outs)
-        _copy_into(self, self.reference(*args), outs)
+        self._store(args, self.reference(*args), outs)
+
+    def _store(self, args: tuple, results: Any, outs: dict[str, Tensor | None]) -> None:
+        for name, value in zip(self.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+            target = outs.get(f"{name}_out")
+            if target is not None:
+                self.store(args, name, target, value)
 
     def _fake(self, *args):
         self.check(*args)
@@ -141,6 +155,47 @@ def _direct(overload: torch._ops.OpOverload) -> Callable:
 def op(outputs: str, returns: int | None = None) -> Callable[[Callable], Op]:
     """Declare an operation: the decorated function is its reference and returns `outputs`, in this order."""
     return lambda reference: Op(reference, outputs, returns)
+
+
+def invoke(op: Op, args: tuple, optional: tuple = (), **outs: Tensor | None) -> Any:
+    """Call `op` as its public function does: what the functional overload returns.
+
+    args: the inputs without default. optional: the others, where one isn't its default. outs: given outputs.
+    """
+    written: dict[str, Tensor | None] = {}
+    try:
+        if not optional and all(out is None for out in outs.values()):
+            result = op.call(*args)
+            first = result[0] if type(result) is tuple else result
+            if first.requires_grad:
+                refuse_backward(op.name, *(result if type(result) is tuple else (result,)))
+            return result
+        op.check(*args, *optional)
+        names = op.outputs[: op.returns]
+        if any(outs.get(f"{name}_out") is None for name in names):
+            fresh = op.empty(*args, *optional)
+            fresh = fresh if isinstance(fresh, tuple) else (fresh,)
+        written = {f"{name}_out": outs.get(f"{name}_out") for name in names}
+        for name, out in zip(names, written.values(), strict=True):
+            written[f"{name}_out"] = fresh[names.index(name)] if out is None else out
+        op.out(*args, *optional, **written)
+    except RuntimeError as error:
+        refused(op, (*args, *optional), error, {name: out for name, out in outs.items() if out is not None})
+        raise
+    results = tuple(written.values())
+    return results[0] if op.returns == 1 else results
+
+
+def refuse_backward(op_name: str, *outputs: Tensor) -> None:
+    """Make a backward pass that reaches these outputs raise by name: gradients are not defined here."""
+
+    def refuse(_):
+        raise RuntimeError(f"fused_ops.{op_name} is for inference only and has no gradient; use torch.no_grad()")
+
+    if not torch.compiler.is_compiling():
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(refuse)
 
 
 def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | None] | None = None) -> None:
@@ -195,13 +250,6 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
 
 def describe(args: tuple) -> str:
     return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
-
-
-def _copy_into(op: Op, results: Any, outs: dict[str, Tensor | None]) -> None:
-    for name, value in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
-        target = outs.get(f"{name}_out")
-        if target is not None:
-            target.copy_(value)
 
 
 def _undeclared(*_):
@@ -280,6 +328,6 @@ def _forced(op: Op, name: str, device: str) -> list[tuple[str, Callable]]:
     def run_out(*args, **outs):
         op.check(*args)
         check_outputs(op, args, outs)
-        _copy_into(op, backend.run(*args), outs)
+        op._store(args, backend.run(*args), outs)
 
     return [(op.name, run), (f"{op.name}.out", run_out)]

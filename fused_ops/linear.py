@@ -30,7 +30,8 @@ from quant.key import FP8, PER_TOKEN
 
 from ._check import FLOATS, check
 from ._op import op, refused
-from .quantize import key_inputs, refuse_backward
+from ._op import refuse_backward
+from .quantize import key_inputs
 
 BLOCK = 128  # columns of an activation's group, and side of a weight block, with one scale
 KEYS = (

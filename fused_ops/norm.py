@@ -1,4 +1,4 @@
-"""RMSNorm: alone, fused with the residual addition before it, and with the quantization after it.
+"""Norms: alone, fused with the residual addition before them, and with the quantization after them.
 
     r = round_S(x * x_multiplier + residual)                          the new residual
     y = round_S(r / sqrt(mean(r^2) + eps) * (weight + weight_bias))   S is x's dtype, the rest float32
@@ -7,7 +7,7 @@
 A fused operation returns the same bits as the unfused ones, one after another. A row's bits depend on the row alone,
 except on the reference backend, whose sums are torch's.
 
-Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019.
+Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019; Ba et al., "Layer Normalization", 2016.
 """
 
 from __future__ import annotations
@@ -17,21 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from typing_extensions import Unpack
 
-from quant import NAMED_KEYS, QuantizedActivation, QuantKey
+from quant import QuantizedActivation, QuantKey
 
-from ._check import FLOATS, check, check_key, number
-from ._op import op, refused
-from .quantize import (
-    check_unquantized,
-    empty_quantized,
-    given_tensor,
-    key_inputs,
-    quantized,
-    refuse_backward,
-    write_quant,
-    wrong_key,
-)
+from ._check import FLOATS, check, number
+from ._op import invoke, op
+from .quantize import QuantOptions, plain_out, quantizing, run_quant
 
 ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE = 1, 2
 _FLAGS = {  # (weight_bias, round_before_weight) as kernels take them: one int costs less than two arguments
@@ -45,13 +38,26 @@ _FLAGS = {  # (weight_bias, round_before_weight) as kernels take them: one int c
 @op("y")
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, flags: int):
     r = x.float()
-    # torch's float32 sqrt is an ulp off for a fifth of all values; rounding a float64 one is exact.
-    y = r * (1 / (r.square().mean(-1, keepdim=True) + eps).double().sqrt().float())
+    y = r * _rstd(r.square().mean(-1, keepdim=True), eps)
     if weight is None:
         return y.to(x.dtype)
     if flags & ROUND_BEFORE_WEIGHT:
         y = y.to(x.dtype).float()
     return (y * (weight.float() + 1 if flags & WEIGHT_BIAS_ONE else weight.float())).to(x.dtype)
+
+
+def _rstd(variance: Tensor, eps: float) -> Tensor:
+    # torch's float32 sqrt is an ulp off for a fifth of all values; rounding a float64 one is exact.
+    return 1 / (variance + eps).double().sqrt().float()
+
+
+@op("y")
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+    r = x.float()
+    r = r - r.mean(-1, keepdim=True)
+    y = r * _rstd(r.square().mean(-1, keepdim=True), eps)
+    y = y if weight is None else y * weight.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 @op("y residual")
@@ -62,91 +68,62 @@ def _fused_add_rms_norm(
     return _rms_norm.reference(r, weight, eps, flags), r
 
 
-@op("data scale zero_point unquantized", returns=2)
-def _rms_norm_quant(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    flags: int,
-    key: int,
-    given: Tensor | None,
-    zero_point: Tensor | None = None,
+@op("y residual")
+def _fused_add_rms_norm_pad(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, flags: int, multiple: int
 ):
-    return quantized(_rms_norm.reference(x, weight, eps, flags), key, given, zero_point)
+    y, r = _fused_add_rms_norm.reference(x, residual, weight, eps, flags)
+    return pad(y, (0, -y.shape[-1] % multiple)), r
 
 
-@op("data scale residual zero_point unquantized", returns=3)
-def _fused_add_rms_norm_quant(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    flags: int,
-    key: int,
-    given: Tensor | None,
-    zero_point: Tensor | None = None,
-    x_multiplier: float = 1.0,
-):
-    y, r = _fused_add_rms_norm.reference(x, residual, weight, eps, flags, x_multiplier)
-    data, scale, *rest = quantized(y, key, given, zero_point)
-    return data, scale, r, *rest
-
-
-def _check(name: str, x, weight, eps, flags, **residual) -> int:
-    sizes = check(name, x=(x, "... N", FLOATS), **residual, weight=(weight, "N ?", FLOATS))
+@_rms_norm.declares("check")
+def _check(x, weight, eps, flags, *, name, **more) -> int:
+    sizes = check(name, x=(x, "... N", FLOATS), **more, weight=(weight, "N ?", FLOATS))
     number(name, eps=eps)
     if flags not in _FLAGS.values():
         raise ValueError(f"{name}: flags is {flags}, expected one of {list(_FLAGS.values())}")
     return sizes["N"]
 
 
-@_rms_norm.declares("check")
-def _(x, weight, eps, flags):
-    _check("rms_norm", x, weight, eps, flags)
+@_layer_norm.declares("check")
+def _(x, weight, bias, eps, *, name) -> int:
+    return _check(x, weight, eps, 0, name=name, bias=(bias, "N ?", FLOATS))
 
 
 @_fused_add_rms_norm.declares("check")
-def _check_add(x, residual, weight, eps, flags, x_multiplier=1.0, name="fused_add_rms_norm"):
+def check_add(x, residual, weight, eps, flags, x_multiplier=1.0, *, name) -> int:
     number(name, x_multiplier=x_multiplier)
-    return _check(name, x, weight, eps, flags, residual=(residual, "... N", "x"))
+    return _check(x, weight, eps, flags, name=name, residual=(residual, "... N", "x"))
 
 
-@_rms_norm_quant.declares("check")
-def _(x, weight, eps, flags, key, given, zero_point=None):
-    cols = _check("rms_norm_quant", x, weight, eps, flags)
-    check_key("rms_norm_quant", key, cols, given, x.device, zero_point)
+@_fused_add_rms_norm_pad.declares("check")
+def _(x, residual, weight, eps, flags, multiple, *, name) -> int:
+    cols = check_add(x, residual, weight, eps, flags, name=name)
+    if isinstance(multiple, bool) or not isinstance(multiple, (int, torch.SymInt)) or not 0 < multiple < 1 << 31:
+        raise ValueError(f"{name}: multiple is {multiple!r}, expected an int of at least 1")
+    return cols
 
 
-@_fused_add_rms_norm_quant.declares("check")
-def _(x, residual, weight, eps, flags, key, given, zero_point=None, x_multiplier=1.0):
-    cols = _check_add(x, residual, weight, eps, flags, x_multiplier, "fused_add_rms_norm_quant")
-    check_key("fused_add_rms_norm_quant", key, cols, given, x.device, zero_point)
-
-
+@_layer_norm.declares("empty")
 @_rms_norm.declares("empty")
 def _(x, *_):
     return x.new_empty(x.shape)
 
 
 @_fused_add_rms_norm.declares("empty")
-def _(x, *_):
+def empty_add(x, *_):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@_rms_norm_quant.declares("empty")
-def _(x, weight, eps, flags, key, given, zero_point=None):
-    return empty_quantized(x, key)
-
-
-@_fused_add_rms_norm_quant.declares("empty")
-def _(x, residual, weight, eps, flags, key, given, zero_point=None, x_multiplier=1.0):
-    data, scale, *rest = empty_quantized(x, key)
-    return data, scale, x.new_empty(x.shape), *rest
+@_fused_add_rms_norm_pad.declares("empty")
+def _(x, residual, weight, eps, flags, multiple):
+    *rows, cols = x.shape
+    return x.new_empty(*rows, -(-cols // multiple) * multiple), x.new_empty(x.shape)
 
 
 @_rms_norm.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for shape in (1, 8), (7, 576), (2, 3, 4096), (0, 64), (33, 1000), (2, 1):
+def cases(device: str) -> Iterator[tuple]:
+    for shape in (1, 8), (7, 576), (2, 3, 4096), (0, 64), (33, 1000), (2, 1), (5, 64):
         for dtype in FLOATS:
             x, weight = torch.randn(shape, device=device).to(dtype), torch.randn(shape[-1], device=device)
             yield x, weight.to(dtype), 1e-5, ROUND_BEFORE_WEIGHT
@@ -154,54 +131,63 @@ def _(device: str) -> Iterator[tuple]:
             yield x, None, 1e-6, 0
 
 
+@_layer_norm.declares("cases")
+def _(device: str) -> Iterator[tuple]:
+    for x, weight, eps, flags in cases(device):
+        x = x + 3 if flags else x
+        yield x, weight, None if flags == WEIGHT_BIAS_ONE or weight is None else weight.flip(0), eps
+
+
 @_fused_add_rms_norm.declares("cases")
+def cases_add(device: str) -> Iterator[tuple]:
+    for x, weight, eps, flags in cases(device):
+        yield x, torch.randn_like(x), weight, eps, flags, *([0.22] if flags == WEIGHT_BIAS_ONE else [])
+
+
+@_fused_add_rms_norm_pad.declares("cases")
 def _(device: str) -> Iterator[tuple]:
-    for x, *rest in _rms_norm.cases(device):
-        yield x, torch.randn_like(x), *rest
-
-
-@_rms_norm_quant.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for key in NAMED_KEYS.values():
-        for args in _rms_norm.cases(device):
-            if args[0].shape[-1] % 32 == 0:
-                yield *args, *key_inputs(key, device)
-
-
-@_fused_add_rms_norm_quant.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for x, weight, eps, flags, *key in _rms_norm_quant.cases(device):
-        yield x, torch.randn_like(x), weight, eps, flags, *key
+    for args in cases_add(device):
+        for multiple in 1, 128:
+            yield *args[:5], multiple
 
 
 @_rms_norm.declares("workload")
-def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
+def workload(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
     x, weight = torch.randn(tokens, cols, device=device).to(dtype), torch.randn(cols, device=device).to(dtype)
     return x, weight, 1e-5, 0
 
 
-@_fused_add_rms_norm.declares("workload")
+@_layer_norm.declares("workload")
 def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
-    x, *rest = _rms_norm.workload(tokens, cols, key, dtype, device)
+    x, weight, eps, _ = workload(tokens, cols, key, dtype, device)
+    return x, weight, weight, eps
+
+
+@_fused_add_rms_norm.declares("workload")
+def workload_add(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
+    x, *rest = workload(tokens, cols, key, dtype, device)
     return x, torch.randn_like(x), *rest
 
 
-@_rms_norm_quant.declares("workload")
-def _(tokens: int, cols: int, key: QuantKey, dtype: torch.dtype, device: str) -> tuple:
-    return *_rms_norm.workload(tokens, cols, None, dtype, device), *key_inputs(key, device)
+@_fused_add_rms_norm_pad.declares("workload")
+def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
+    return *workload_add(tokens, cols, key, dtype, device), 256
 
 
-@_fused_add_rms_norm_quant.declares("workload")
-def _(tokens: int, cols: int, key: QuantKey, dtype: torch.dtype, device: str) -> tuple:
-    return *_fused_add_rms_norm.workload(tokens, cols, None, dtype, device), *key_inputs(key, device)
+_rms_norm_quant = quantizing(_rms_norm)
+_layer_norm_quant = quantizing(_layer_norm)
+_fused_add_rms_norm_quant = quantizing(_fused_add_rms_norm)
 
 
-def check_flags(op_name: str, weight_bias: float, round_before_weight: bool) -> None:
-    if (weight_bias, round_before_weight) not in _FLAGS:
+def norm_flags(op_name: str, weight_bias: float, round_before_weight: bool) -> int:
+    """The two options as kernels take them."""
+    try:
+        return _FLAGS[weight_bias, round_before_weight]
+    except (KeyError, TypeError):
         raise ValueError(
             f"{op_name}: weight_bias is {weight_bias!r} and round_before_weight {round_before_weight!r}, "
             "expected 0.0 or 1.0, and a bool"
-        )
+        ) from None
 
 
 def rms_norm(
@@ -229,19 +215,27 @@ def rms_norm(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
-    flags = _FLAGS.get((weight_bias, round_before_weight))
-    try:
-        if out is None:
-            y = _rms_norm.call(x, weight, eps, flags)
-            if y.requires_grad:
-                refuse_backward("rms_norm", y)
-            return y
-        _rms_norm.out(x, weight, eps, flags, y_out=out)
-    except RuntimeError as error:
-        check_flags("rms_norm", weight_bias, round_before_weight)
-        refused(_rms_norm, (x, weight, eps, flags), error, {"y_out": out})
-        raise
-    return out
+    return invoke(_rms_norm, (x, weight, eps, norm_flags("rms_norm", weight_bias, round_before_weight)), y_out=out)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """Layer norm over the last dimension: `y = round_S((x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias)`.
+
+    Args:
+        x: [..., N] bfloat16, float16 or float32 (S); rows may be strided.
+        weight, bias: [N] in any of these dtypes, or None.
+        eps: added to the variance.
+        out: [..., N] in S, written instead of a fresh tensor; may be x.
+
+    Returns:
+        y, [..., N] in S.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing is written.
+    """
+    return invoke(_layer_norm, (x, weight, bias, eps), y_out=out)
 
 
 def fused_add_rms_norm(
@@ -270,25 +264,38 @@ def fused_add_rms_norm(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
-    flags = _FLAGS.get((weight_bias, round_before_weight))
-    outs: dict[str, Any] = {}
-    try:
-        if out is None and residual_out is None and x_multiplier == 1.0:
-            y, r = _fused_add_rms_norm.call(x, residual, weight, eps, flags)
-            if y.requires_grad:
-                refuse_backward("fused_add_rms_norm", y, r)
-            return y, r
-        check_flags("fused_add_rms_norm", weight_bias, round_before_weight)
-        _fused_add_rms_norm.check(x, residual, weight, eps, flags, x_multiplier)
-        y = x.new_empty(x.shape) if out is None else out
-        r = x.new_empty(x.shape) if residual_out is None else residual_out
-        outs = {"y_out": y, "residual_out": r}
-        _fused_add_rms_norm.out(x, residual, weight, eps, flags, x_multiplier, **outs)
-    except RuntimeError as error:
-        check_flags("fused_add_rms_norm", weight_bias, round_before_weight)
-        refused(_fused_add_rms_norm, (x, residual, weight, eps, flags, x_multiplier), error, outs)
-        raise
-    return y, r
+    args = (x, residual, weight, eps, norm_flags("fused_add_rms_norm", weight_bias, round_before_weight))
+    optional = () if x_multiplier == 1.0 else (x_multiplier,)
+    return invoke(_fused_add_rms_norm, args, optional, y_out=out, residual_out=residual_out)
+
+
+def fused_add_rms_norm_pad(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    multiple: int,
+    *,
+    weight_bias: float = 0.0,
+    round_before_weight: bool = False,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`fused_add_rms_norm` whose normed rows are padded with zeros, as a product with padded weights wants them.
+
+    Args:
+        x, residual, weight, eps, weight_bias, round_before_weight, out, residual_out: as in `fused_add_rms_norm`.
+        multiple: columns are padded to a multiple of this. A router reads `normed[..., :N]`.
+
+    Returns:
+        (normed [..., ceil(N / multiple) * multiple], new residual [..., N]), both in S.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing is written.
+    """
+    flags = norm_flags("fused_add_rms_norm_pad", weight_bias, round_before_weight)
+    args = (x, residual, weight, eps, flags, multiple)
+    return invoke(_fused_add_rms_norm_pad, args, y_out=out, residual_out=residual_out)
 
 
 def rms_norm_quant(
@@ -299,20 +306,13 @@ def rms_norm_quant(
     *,
     weight_bias: float = 0.0,
     round_before_weight: bool = False,
-    scale: Tensor | None = None,
-    scale2: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    scale_ub: Tensor | None = None,
-    keep_unquantized: bool = False,
-    pad_rows: int = 1,
-    out: Any = None,
+    **quant: Unpack[QuantOptions],
 ) -> QuantizedActivation | Tensor:
     """`rms_norm`, then `quantize`, in one pass over memory; bit for bit what the two return one after the other.
 
     Args:
         x, weight, eps, weight_bias, round_before_weight: as in `rms_norm`.
-        quant_key, scale, scale2, zero_point, scale_ub, keep_unquantized, pad_rows, out: as in `quantize`; with
-            `quant_key=None` this is `rms_norm`.
+        quant_key, **quant: as in `quantize`; with `quant_key=None` this is `rms_norm`.
 
     Returns:
         `QuantizedActivation` of logical shape [..., N]; a Tensor where quant_key is None.
@@ -320,41 +320,25 @@ def rms_norm_quant(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
+    args = (x, weight, eps, norm_flags("rms_norm_quant", weight_bias, round_before_weight))
     if quant_key is None:
-        check_unquantized(
-            "rms_norm_quant",
-            scale=scale,
-            scale2=scale2,
-            zero_point=zero_point,
-            scale_ub=scale_ub,
-            keep_unquantized=keep_unquantized,
-            pad_rows=pad_rows,
-        )
-        return rms_norm(x, weight, eps, weight_bias=weight_bias, round_before_weight=round_before_weight, out=out)
-    if type(quant_key) is not QuantKey:
-        raise wrong_key("rms_norm_quant", quant_key)
-    given = None
-    if not scale is scale2 is scale_ub is None:
-        given = given_tensor("rms_norm_quant", quant_key, scale, scale2, scale_ub)
-    flags = _FLAGS.get((weight_bias, round_before_weight))
-    inputs = (x, weight, eps, flags, quant_key.code, given)
-    if (
-        flags is not None
-        and out is zero_point is None
-        and quant_key.symmetric
-        and not keep_unquantized
-        and pad_rows == 1
-    ):
-        try:
-            data, made = _rms_norm_quant.call(*inputs)
-        except RuntimeError as error:
-            refused(_rms_norm_quant, (*inputs, zero_point), error)
-            raise
-        if made.requires_grad:
-            refuse_backward("rms_norm_quant", data, made)
-        return QuantizedActivation(data, made if scale is None else scale, quant_key, x.dtype, scale2)
-    check_flags("rms_norm_quant", weight_bias, round_before_weight)
-    return write_quant(_rms_norm_quant, inputs, quant_key, scale, scale2, zero_point, keep_unquantized, pad_rows, out)
+        return invoke(_rms_norm, args, y_out=plain_out("rms_norm_quant", quant))
+    return run_quant(_rms_norm_quant, args, quant_key, **quant)
+
+
+def layer_norm_quant(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    quant_key: QuantKey | None,
+    **quant: Unpack[QuantOptions],
+) -> QuantizedActivation | Tensor:
+    """`layer_norm`, then `quantize`: arguments as in these two, result and errors as in `rms_norm_quant`."""
+    args = (x, weight, bias, eps)
+    if quant_key is None:
+        return invoke(_layer_norm, args, y_out=plain_out("layer_norm_quant", quant))
+    return run_quant(_layer_norm_quant, args, quant_key, **quant)
 
 
 def fused_add_rms_norm_quant(
@@ -367,22 +351,15 @@ def fused_add_rms_norm_quant(
     x_multiplier: float = 1.0,
     weight_bias: float = 0.0,
     round_before_weight: bool = False,
-    scale: Tensor | None = None,
-    scale2: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    scale_ub: Tensor | None = None,
-    keep_unquantized: bool = False,
-    pad_rows: int = 1,
-    out: Any = None,
     residual_out: Tensor | None = None,
+    **quant: Unpack[QuantOptions],
 ) -> tuple[QuantizedActivation | Tensor, Tensor]:
     """`fused_add_rms_norm`, then `quantize`, in one pass over memory; bit for bit what the two return.
 
     Args:
         x, residual, weight, eps, x_multiplier, weight_bias, round_before_weight, residual_out: as in
             `fused_add_rms_norm`.
-        quant_key, scale, scale2, zero_point, scale_ub, keep_unquantized, pad_rows, out: as in `quantize`; with
-            `quant_key=None` this is `fused_add_rms_norm`.
+        quant_key, **quant: as in `quantize`; with `quant_key=None` this is `fused_add_rms_norm`.
 
     Returns:
         (`QuantizedActivation` of the normed rows, new residual [..., N] in S).
@@ -390,48 +367,9 @@ def fused_add_rms_norm_quant(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
+    args = (x, residual, weight, eps, norm_flags("fused_add_rms_norm_quant", weight_bias, round_before_weight))
+    optional = () if x_multiplier == 1.0 else (x_multiplier,)
     if quant_key is None:
-        check_unquantized(
-            "fused_add_rms_norm_quant",
-            scale=scale,
-            scale2=scale2,
-            zero_point=zero_point,
-            scale_ub=scale_ub,
-            keep_unquantized=keep_unquantized,
-            pad_rows=pad_rows,
-        )
-        return fused_add_rms_norm(
-            x, residual, weight, eps, x_multiplier=x_multiplier, weight_bias=weight_bias,
-            round_before_weight=round_before_weight, out=out, residual_out=residual_out,
-        )  # fmt: skip
-    if type(quant_key) is not QuantKey:
-        raise wrong_key("fused_add_rms_norm_quant", quant_key)
-    given = None
-    if not scale is scale2 is scale_ub is None:
-        given = given_tensor("fused_add_rms_norm_quant", quant_key, scale, scale2, scale_ub)
-    flags = _FLAGS.get((weight_bias, round_before_weight))
-    inputs = (x, residual, weight, eps, flags, quant_key.code, given)
-    plain = (
-        out is None
-        and residual_out is zero_point is None
-        and quant_key.symmetric
-        and not keep_unquantized
-        and pad_rows == 1
-    )
-    if plain and x_multiplier == 1.0 and flags is not None:
-        try:
-            data, made, r = _fused_add_rms_norm_quant.call(*inputs)
-        except RuntimeError as error:
-            refused(_fused_add_rms_norm_quant, (*inputs, zero_point), error)
-            raise
-        if r.requires_grad:
-            refuse_backward("fused_add_rms_norm_quant", data, made, r)
-        return QuantizedActivation(data, made if scale is None else scale, quant_key, x.dtype, scale2), r
-    check_flags("fused_add_rms_norm_quant", weight_bias, round_before_weight)
-    _fused_add_rms_norm_quant.check(*inputs, zero_point, x_multiplier)
-    r = x.new_empty(x.shape) if residual_out is None else residual_out
-    activation = write_quant(
-        _fused_add_rms_norm_quant, inputs, quant_key, scale, scale2, zero_point, keep_unquantized, pad_rows, out,
-        more_inputs=(x_multiplier,), residual_out=r,
-    )  # fmt: skip
-    return activation, r
+        out: Any = plain_out("fused_add_rms_norm_quant", quant)
+        return invoke(_fused_add_rms_norm, args, optional, y_out=out, residual_out=residual_out)
+    return run_quant(_fused_add_rms_norm_quant, args, quant_key, optional, residual_out=residual_out, **quant)

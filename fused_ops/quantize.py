@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from quant import NAMED_KEYS, QuantizedActivation, QuantKey, formats
+from quant import NAMED_KEYS, QuantizedActivation, QuantKey, ScaleLayout, formats
 
 from ._check import FLOATS, check, check_key
-from ._op import Op, op, refused
+from ._op import Op, op, refuse_backward, refused
 
 # Kernels take one tensor from outside, whichever the key asks for: `given` is the scale of a static key, scale2 of
 # NVFP4, and the upper bound of the amax (scale_ub) of a dynamic FP8 key.
+
+
+class QuantOptions(TypedDict, total=False):
+    """What every operation that ends in a quantization takes besides its `quant_key`.
+
+    `**layer.input_quant()` of the linear layer that follows gives the key and all that the layer knows of these.
+
+    scale: float32 [1], the scale of a static key.
+    scale2: float32 [1], NVFP4's per-tensor scale.
+    zero_point: int32 [1], a static asymmetric key.
+    scale_ub: float32 [1], an upper bound of the magnitude that dynamic FP8 scales come from.
+    keep_unquantized: also return the unquantized result, as `.unquantized`.
+    pad_rows: allocate rows of `data` to a multiple of this; the result is a view of the first.
+    out: its tensors are written instead of fresh ones; returned, with this call's static scale, zero point or scale2.
+        With `quant_key=None` a Tensor.
+    """
+
+    scale: Tensor | None
+    scale2: Tensor | None
+    zero_point: Tensor | None
+    scale_ub: Tensor | None
+    keep_unquantized: bool
+    pad_rows: int
+    out: Any
 
 
 def quantized(y: Tensor, code: int, given: Tensor | None, zero_point: Tensor | None) -> tuple:
@@ -33,6 +59,19 @@ def empty_quantized(y: Tensor, code: int) -> tuple:
     data, scale, zero_point = formats.empty(y.shape, key, y.device)
     scale = y.new_empty(1, dtype=torch.float32) if scale is None else scale
     return data, scale, zero_point, y.new_empty(y.shape)
+
+
+def case_keys() -> list[QuantKey]:
+    """Keys for tests: the named ones, and every layout and rounding that one of them has."""
+    keys = list(NAMED_KEYS.values())
+    for key in NAMED_KEYS.values():
+        for layout in list(ScaleLayout)[1:]:
+            for power_of_two in False, True:
+                try:
+                    keys.append(key.with_scale(layout=layout, power_of_two=power_of_two))
+                except ValueError:
+                    continue
+    return keys
 
 
 @op("data scale zero_point unquantized", returns=2)
@@ -53,7 +92,7 @@ def _(x, key, given, zero_point=None):
 
 @_quantize.declares("cases")
 def _(device: str) -> Iterator[tuple]:
-    for key in NAMED_KEYS.values():
+    for key in case_keys():
         for shape in (1, 32), (3, 576), (2, 5, 4096), (0, 64), (7, 160):
             for dtype in FLOATS:
                 yield torch.randn(shape, device=device).to(dtype), *key_inputs(key, device)
@@ -74,9 +113,79 @@ def key_inputs(key: QuantKey, device: str) -> tuple:
     return (key.code, given) if zero_point is None else (key.code, given, zero_point)
 
 
-def quantize(
-    x: Tensor,
-    quant_key: QuantKey,
+def quantizing(plain: Op) -> Op:
+    """Declare `plain` followed by the quantization of its first result; everything follows from `plain`'s declaration.
+
+    The inputs are those of `plain`, with (key, given, zero_point=None) after the ones that have no default. The outputs
+    are (data, scale, the other results of plain, zero_point, unquantized).
+    """
+    required, (first, *others) = plain.required, plain.outputs
+
+    def split(args: tuple) -> tuple[tuple, int, Tensor | None, Tensor | None]:
+        code, given, *rest = args[required:]
+        zero_point, *optional = rest or (None,)
+        return (*args[:required], *optional), code, given, zero_point
+
+    def reference(*args):
+        inputs, *key = split(args)
+        y, *rest = _tuple(plain.reference(*inputs))
+        data, scale, zero_point, y = quantized(y, *key)
+        return data, scale, *rest, zero_point, y
+
+    parameters = list(inspect.signature(plain.reference).parameters.values())
+    key_parameters = [p for p in inspect.signature(_quantize.reference).parameters.values() if p.name != "x"]
+    signature = [*parameters[:required], *key_parameters, *parameters[required:]]
+    reference.__name__ = f"{plain.name}_quant"
+    reference.__annotations__ = {p.name: p.annotation for p in signature}
+    reference.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+    fused = Op(reference, " ".join(["data scale", *others, "zero_point unquantized"]), returns=2 + len(others))
+
+    @fused.declares("check")
+    def _(*args):
+        inputs, code, given, zero_point = split(args)
+        cols = plain.check(*inputs, name=fused.name)
+        check_key(fused.name, code, cols, given, args[0].device, zero_point)
+
+    @fused.declares("empty")
+    def _(*args):
+        inputs, code, *_ = split(args)
+        y, *rest = _tuple(plain.empty(*inputs))
+        data, scale, *optional = empty_quantized(y, code)
+        return data, scale, *rest, *optional
+
+    def with_key(args: tuple, key: QuantKey, device: str) -> tuple:
+        code, given, *zero_point = key_inputs(key, device)
+        optional = args[required:]
+        return *args[:required], code, given, *(zero_point or [None] * bool(optional)), *optional
+
+    @fused.declares("cases")
+    def _(device: str) -> Iterator[tuple]:
+        for i, key in enumerate(case_keys()):
+            for args in list(plain.cases(device))[i % 3 :: 3]:
+                if plain.check(*args) % 32 == 0:
+                    yield with_key(args, key, device)
+
+    @fused.declares("workload")
+    def _(tokens: int, cols: int, key: QuantKey, dtype: torch.dtype, device: str) -> tuple:
+        return with_key(plain.workload(tokens, cols, None, dtype, device), key, device)
+
+    @fused.declares("store")
+    def _(args: tuple, name: str, target: Tensor, value: Tensor) -> None:
+        inputs, code, *_ = split(args)
+        plain.store(inputs, name if name in others else first, target, value)
+
+    return fused
+
+
+def _tuple(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def run_quant(
+    op: Op,
+    args: tuple,
+    key: QuantKey,
+    optional: tuple = (),
     *,
     scale: Tensor | None = None,
     scale2: Tensor | None = None,
@@ -84,8 +193,45 @@ def quantize(
     scale_ub: Tensor | None = None,
     keep_unquantized: bool = False,
     pad_rows: int = 1,
-    out: QuantizedActivation | None = None,
-) -> QuantizedActivation:
+    out: Any = None,
+    **outs: Tensor | None,
+) -> Any:
+    """Call an operation that `quantizing` made: its activation, or (activation, other results).
+
+    args: the inputs before the key. optional: those behind it, where one isn't its default. outs: given outputs.
+    """
+    if type(key) is not QuantKey:
+        raise TypeError(f"{op.name}: quant_key is {type(key).__name__}, expected a QuantKey")
+    given = None
+    if not scale is scale2 is scale_ub is None:
+        given = _given(op.name, key, scale, scale2, scale_ub)
+    plain = out is zero_point is None and key.symmetric and not optional and not keep_unquantized and pad_rows == 1
+    if not plain or any(o is not None for o in outs.values()):
+        options = (scale, scale2, zero_point, keep_unquantized, pad_rows)
+        return _write(op, (*args, key.code, given), key, optional, options, out, outs)
+    try:
+        result = op.call(*args, key.code, given)
+    except RuntimeError as error:
+        refused(op, (*args, key.code, given), error)
+        raise
+    made = result[1]
+    if made.requires_grad:
+        refuse_backward(op.name, *result)
+    q = QuantizedActivation(result[0], made if scale is None else scale, key, args[0].dtype, scale2)
+    return q if op.returns == 2 else (q, *result[2:])
+
+
+def plain_out(op_name: str, options: QuantOptions) -> Any:
+    """`out` of a call with quant_key=None; any other option has nothing to act on and raises."""
+    for name, value in options.items():
+        if name not in QuantOptions.__annotations__:
+            raise TypeError(f"{op_name}: got an unexpected keyword argument {name!r}")
+        if name != "out" and value is not None and value is not False and not (name == "pad_rows" and value == 1):
+            raise ValueError(f"{op_name}: {name} is given, but quant_key is None")
+    return options.get("out")
+
+
+def quantize(x: Tensor, quant_key: QuantKey, **quant: Unpack[QuantOptions]) -> QuantizedActivation:
     """Quantize the last dimension of `x` as `quant_key` says.
 
         data = sat(round(x * (1 / scale))), scale from each group's largest magnitude      in float32
@@ -96,14 +242,7 @@ def quantize(
         x: [..., N] bfloat16, float16 or float32; rows may be strided. MX and NVFP4 keys need N
             divisible by their group.
         quant_key: the scheme.
-        scale: float32 [1], the scale of a static key.
-        scale2: float32 [1], NVFP4's per-tensor scale.
-        zero_point: int32 [1], a static asymmetric key.
-        scale_ub: float32 [1], an upper bound of the magnitude that dynamic FP8 scales come from.
-        keep_unquantized: also return `x` as `.unquantized`.
-        pad_rows: allocate rows of `data` to a multiple of this; the result is a view of the first.
-        out: its tensors are written instead of fresh ones; returned, with this call's static scale, zero point or
-            scale2. `pad_rows` is about fresh tensors.
+        **quant: see `QuantOptions`.
 
     Returns:
         `QuantizedActivation`; its `.dequantize()` is close to x.
@@ -111,34 +250,10 @@ def quantize(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
-    given = (
-        None if scale is scale2 is scale_ub is None else given_tensor("quantize", quant_key, scale, scale2, scale_ub)
-    )
-    if out is None and quant_key.symmetric and not keep_unquantized and pad_rows == 1:
-        try:
-            data, made = _quantize.call(x, quant_key.code, given)
-        except RuntimeError as error:
-            refused(_quantize, (x, quant_key.code, given, zero_point), error)
-            raise
-        if made.requires_grad:
-            refuse_backward("quantize", data, made)
-        return QuantizedActivation(data, made if scale is None else scale, quant_key, x.dtype, scale2)
-    inputs = (x, quant_key.code, given)
-    return write_quant(_quantize, inputs, quant_key, scale, scale2, zero_point, keep_unquantized, pad_rows, out)
+    return run_quant(_quantize, (x,), quant_key, **quant)
 
 
-def wrong_key(op_name: str, key: Any) -> TypeError:
-    return TypeError(f"{op_name}: quant_key is {type(key).__name__}, expected a QuantKey")
-
-
-def check_unquantized(op_name: str, **options: Any) -> None:
-    """Raise where an option of the quantization is given, and quant_key=None asks for none."""
-    for name, value in options.items():
-        if value is not None and value is not False and not (name == "pad_rows" and value == 1):
-            raise ValueError(f"{op_name}: {name} is given, but quant_key is None")
-
-
-def given_tensor(op_name: str, key: QuantKey, scale: Any, scale2: Any, scale_ub: Any) -> Tensor | None:
+def _given(op_name: str, key: QuantKey, scale: Any, scale2: Any, scale_ub: Any) -> Tensor | None:
     """The one of the three that the kernel takes for `key`; a surplus one raises."""
     wanted = "scale" if key.scale.static else "scale2" if key.scale2 is not None else "scale_ub"
     values = {"scale": scale, "scale2": scale2, "scale_ub": scale_ub}
@@ -148,63 +263,55 @@ def given_tensor(op_name: str, key: QuantKey, scale: Any, scale2: Any, scale_ub:
     return values[wanted]
 
 
-def write_quant(
-    operation: Op,
-    inputs: tuple,
-    key: QuantKey,
-    scale: Tensor | None,
-    scale2: Tensor | None,
-    zero_point: Tensor | None,
-    keep_unquantized: bool,
-    pad_rows: int,
-    out: Any,
-    more_inputs: tuple = (),
-    **more_outputs: Tensor,
-) -> QuantizedActivation:
+def _write(op: Op, args: tuple, key: QuantKey, optional: tuple, options: tuple, out: Any, outs: dict) -> Any:
     """Run the `out` overload into `out`, or into fresh tensors.
 
     Everything that isn't the plain functional call goes this way: given outputs, `keep_unquantized`, `pad_rows`,
     zero points.
     """
-    args = (*inputs, zero_point, *more_inputs)
-    outs: dict[str, Tensor | None] = {}
+    scale, scale2, zero_point, keep_unquantized, pad_rows = options
+    if unknown := outs.keys() - {f"{name}_out" for name in op.outputs[2:-2]}:
+        raise TypeError(f"{op.name}: got an unexpected keyword argument {min(unknown)!r}")
+    args = (*args, zero_point, *optional)
+    dtype = args[0].dtype if isinstance(args[0], Tensor) else None
+    written: dict[str, Tensor | None] = {}
     try:
+        op.check(*args)
+        given_all = out is not None and all(o is not None for o in outs.values()) and len(outs) == len(op.outputs) - 4
+        fresh = {} if given_all else dict(zip(op.outputs, op.empty(*args), strict=True))
         if out is None:
-            out = _allocate(operation, args, key, scale, scale2, zero_point, keep_unquantized, pad_rows)
+            out = QuantizedActivation(
+                _padded(op.name, fresh["data"], pad_rows),
+                fresh["scale"] if scale is None else scale,
+                key,
+                dtype,
+                scale2,
+                fresh["zero_point"] if zero_point is None else zero_point,
+                fresh["unquantized"] if keep_unquantized else None,
+            )
         else:
-            operation.check(*args)
-            out = _given_out(operation.name, out, key, scale, scale2, zero_point, keep_unquantized, inputs[0].dtype)
-        outs = {"data_out": out.data, **more_outputs}
+            out = _given_out(op.name, out, key, scale, scale2, zero_point, keep_unquantized, dtype)
+        written = {"data_out": out.data}
         if not key.scale.static:
-            outs |= {"scale_out": out.scale, "zero_point_out": out.zero_point}
+            written |= {"scale_out": out.scale, "zero_point_out": out.zero_point}
         if keep_unquantized:
-            outs["unquantized_out"] = out.unquantized
-        operation.out(*args, **outs)
+            written["unquantized_out"] = out.unquantized
+        others = {n: outs.get(f"{n}_out") if outs.get(f"{n}_out") is not None else fresh[n] for n in op.outputs[2:-2]}
+        op.out(*args, **written, **{f"{name}_out": tensor for name, tensor in others.items()})
     except RuntimeError as error:
-        refused(operation, args, error, outs)
+        refused(op, args, error, written | {name: o for name, o in outs.items() if o is not None})
         raise
-    return out
+    return (out, *others.values()) if others else out
 
 
-def _allocate(operation, args, key, scale, scale2, zero_point, keep_unquantized, pad_rows) -> QuantizedActivation:
+def _padded(op_name: str, data: Tensor, pad_rows: Any) -> Tensor:
+    """`data`, or as many rows at the start of a tensor that has a multiple of `pad_rows`."""
     if isinstance(pad_rows, bool) or not isinstance(pad_rows, int) or pad_rows < 1:
-        raise ValueError(f"{operation.name}: pad_rows is {pad_rows!r}, expected an int of at least 1")
-    operation.check(*args)
-    fresh = dict(zip(operation.outputs, operation.empty(*args), strict=True))
-    data = fresh["data"]
-    if pad_rows > 1:
-        rows = data.shape[:-1].numel()
-        padded = data.new_empty((-(-rows // pad_rows) * pad_rows, data.shape[-1]))
-        data = padded[:rows].view(data.shape)
-    return QuantizedActivation(
-        data,
-        fresh["scale"] if scale is None else scale,
-        key,
-        args[0].dtype,
-        scale2,
-        fresh["zero_point"] if zero_point is None else zero_point,
-        fresh["unquantized"] if keep_unquantized else None,
-    )
+        raise ValueError(f"{op_name}: pad_rows is {pad_rows!r}, expected an int of at least 1")
+    if pad_rows == 1:
+        return data
+    rows = data.shape[:-1].numel()
+    return data.new_empty((-(-rows // pad_rows) * pad_rows, data.shape[-1]))[:rows].view(data.shape)
 
 
 def _given_out(op_name, out: Any, key, scale, scale2, zero_point, keep_unquantized, dtype) -> QuantizedActivation:
@@ -219,15 +326,3 @@ def _given_out(op_name, out: Any, key, scale, scale2, zero_point, keep_unquantiz
         if given is not None and getattr(out, name) is not given:
             out = replace(out, **{name: given})
     return out if keep_unquantized or out.unquantized is None else replace(out, unquantized=None)
-
-
-def refuse_backward(op_name: str, *outputs: Tensor) -> None:
-    """Make a backward pass that reaches these outputs raise by name: gradients are not defined here."""
-
-    def refuse(_):
-        raise RuntimeError(f"fused_ops.{op_name} is for inference only and has no gradient; use torch.no_grad()")
-
-    if not torch.compiler.is_compiling():
-        for output in outputs:
-            if output.requires_grad:
-                output.register_hook(refuse)

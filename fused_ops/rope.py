@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._check import FLOATS, check
-from ._op import op, refused
-from .quantize import refuse_backward
-
-INDICES = (torch.int64, torch.int32)
+from ._check import FLOATS, INDICES, check
+from ._op import op, refuse_backward, refused
 
 
 @op("q k")

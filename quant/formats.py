@@ -274,6 +274,14 @@ def _swizzled(rows: int, groups: int, device) -> Tensor:
     return ((m // 128) * -(-groups // 4) + k // 4) * 512 + (m % 32) * 16 + (m % 128 // 32) * 4 + k % 4
 
 
+def swizzled_rows(rows: Tensor, size: int) -> Tensor:
+    """bool [size]: which bytes of a 128x4 buffer belong to these rows (bool [rows]), or to none of the tensor's."""
+    groups = size // max(1, -(-rows.numel() // 128) * 128)
+    found = torch.ones(size, dtype=torch.bool, device=rows.device)
+    found[_swizzled(rows.numel(), groups, rows.device)] = rows.unsqueeze(1)
+    return found
+
+
 def _shifts(device) -> Tensor:
     return torch.arange(0, 32, 8, dtype=torch.int32, device=device)
 
