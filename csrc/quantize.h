@@ -1,7 +1,7 @@
 // Number formats and scale arithmetic, shared by host and device code: no headers, no torch.
 //
-// Encoders are templates over a float type F and an int type I of the same width: float and int, or a vector of
-// each. What they compute is defined by quant/formats.py.
+// Functions are templates over a float type F and an int type I of the same width: float and int, or a vector of each.
+// What they compute is defined by quant/formats.py.
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,7 +17,7 @@ HOST_DEVICE To bits(From from) {
   return __builtin_bit_cast(To, from);
 }
 
-constexpr int kInfinityBits = 0x7f800000, kMagnitudeBits = 0x7fffffff;
+constexpr int kInfinityBits = 0x7f800000, kMagnitudeBits = 0x7fffffff, kNanBits = 0x7fc00000;
 
 // A quantization key, as quant/key.py packs it into an int.
 struct Key {
@@ -36,27 +36,18 @@ struct Key {
   HOST_DEVICE int layout() const { return code >> 12 & 7; }
   // Columns that share a scale.
   HOST_DEVICE long long group(long long cols) const { return code >> 16 ? code >> 16 : cols; }
+  HOST_DEVICE int codes_per_byte() const { return format() == kE2m1 ? 2 : 1; }
 };
 
-// The largest code, which amax maps to, and the smallest scale.
-HOST_DEVICE float format_max(int format) { return format == Key::kInt8 ? 127.0f : 448.0f; }
+// The largest code, which amax maps to, and the smallest float32 scale.
+HOST_DEVICE float format_max(int format) {
+  return format == Key::kInt8 ? 127.0f : format == Key::kE2m1 ? 6.0f : 448.0f;
+}
 HOST_DEVICE float smallest_scale(int format) {
   return format == Key::kInt8 ? 1.1920928955078125e-07f /* 2^-23 */ : static_cast<float>(1.0 / (448.0 * 512.0));
 }
 
-// The float32 scale of a group whose largest magnitude has these bits; NaN if that isn't finite. `bound` is scale_ub.
-HOST_DEVICE float dynamic_scale(int amax_bits, const Key& key, float bound) {
-  if (amax_bits >= kInfinityBits) return bits<float>(0x7fc00000);
-  float amax = bits<float>(amax_bits);
-  const float limit = format_max(key.format());
-  if (key.power_of_two()) {
-    const float ratio = (amax < 1e-10f ? 1e-10f : amax) / limit;
-    return bits<float>((bits<int>(ratio) + 0x7fffff) & kInfinityBits);
-  }
-  amax = amax <= bound ? amax : bound;
-  const float scale = amax / limit, least = smallest_scale(key.format());
-  return scale < least ? least : scale;
-}
+// --- codes, each in the low byte ---
 
 // The code of |x| in a format with MANTISSA bits whose smallest normal exponent is SMALLEST, biased as in float32.
 // Adding a float whose last place is the format's step there rounds x to nearest even, subnormals included.
@@ -64,37 +55,125 @@ template <int MANTISSA, int SMALLEST, class I, class F>
 HOST_DEVICE I magnitude_code(F x) {
   constexpr int kShift = 23 - MANTISSA;
   I exponent = bits<I>(x) & kInfinityBits;
-  exponent = exponent > (SMALLEST << 23) ? exponent : exponent * 0 + (SMALLEST << 23);
+  exponent = exponent > (SMALLEST << 23) ? exponent : I{} + (SMALLEST << 23);
   const I step = exponent + (kShift << 23);
   const I rounded = bits<I>(x + bits<F>(step)) - step;
   return rounded + (exponent >> kShift) - (SMALLEST << MANTISSA);
 }
 
-// float8_e4m3fn in the low byte, saturating; NaN is 0x7f. FINITE: |x| rounds to at most 448 and isn't NaN.
+template <class I, class F>
+HOST_DEVICE I nan_mask(F x) {
+  return (bits<I>(x) & kMagnitudeBits) > kInfinityBits ? I{} - 1 : I{};
+}
+
+// float8_e4m3fn, saturating; NaN is 0x7f. FINITE: |x| rounds to at most 448 and isn't NaN.
 template <bool FINITE, class I, class F>
 HOST_DEVICE I encode_e4m3(F x) {
   constexpr int kMax = 0x43e00000;  // 448
   const I all = bits<I>(x);
   I magnitude = all & kMagnitudeBits;
-  const I nan = magnitude > kInfinityBits ? magnitude * 0 - 1 : magnitude * 0;
-  if constexpr (!FINITE) magnitude = magnitude > kMax ? magnitude * 0 + kMax : magnitude;
+  if constexpr (!FINITE) magnitude = magnitude > kMax ? I{} + kMax : magnitude;
   const I code = magnitude_code<3, 121, I>(bits<F>(magnitude)) | (all >> 24 & 0x80);
   if constexpr (FINITE) return code;
+  const I nan = nan_mask<I>(x);
   return (code & ~nan) | (nan & 0x7f);
 }
 
-// int8 in the low byte, saturating; NaN is 0. FINITE as above. Adding 1.5 * 2^23 rounds to an integer in the low bits.
+// The value of a code that isn't NaN, by way of subnormal float32s.
+template <class F, class I>
+HOST_DEVICE F decode_e4m3(I code) {
+  return bits<F>((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f;
+}
+
+// float4_e2m1, saturating; NaN is 0. FINITE: |x| rounds to at most 6 and isn't NaN.
+template <bool FINITE, class I, class F>
+HOST_DEVICE I encode_e2m1(F x) {
+  constexpr int kMax = 0x40c00000;  // 6
+  const I all = bits<I>(x);
+  I magnitude = all & kMagnitudeBits;
+  if constexpr (!FINITE) magnitude = magnitude > kMax ? I{} + kMax : magnitude;
+  const I code = magnitude_code<1, 127, I>(bits<F>(magnitude)) | (all >> 28 & 8);
+  if constexpr (FINITE) return code;
+  return code & ~nan_mask<I>(x);
+}
+
+// int8, saturating; NaN is 0. FINITE as above. Adding 1.5 * 2^23 rounds to an integer in the low bits.
 template <bool FINITE, class I, class F>
 HOST_DEVICE I encode_int8(F x) {
   constexpr float kMagic = 12582912.0f;
   constexpr int kMagicBits = 0x4b400000;
-  if constexpr (FINITE) return bits<I>(x + kMagic) & 0xff;
-  const I nan = (bits<I>(x) & kMagnitudeBits) > kInfinityBits ? bits<I>(x) * 0 - 1 : bits<I>(x) * 0;
   I code = bits<I>(x + kMagic);
+  if constexpr (FINITE) return code & 0xff;
   // Bits of huge values compare as integers too: negative floats are negative ints, beyond any code.
-  code = code > kMagicBits + 127 ? code * 0 + (kMagicBits + 127) : code;
-  code = code < kMagicBits - 128 ? code * 0 + (kMagicBits - 128) : code;
-  return code & 0xff & ~nan;
+  code = code > kMagicBits + 127 ? I{} + (kMagicBits + 127) : code;
+  code = code < kMagicBits - 128 ? I{} + (kMagicBits - 128) : code;
+  return code & 0xff & ~nan_mask<I>(x);
+}
+
+// Nearest integer, ties to even, of any x: adding 2^23 of its sign leaves no room for a fraction.
+template <class I, class F>
+HOST_DEVICE F round_even(F x) {
+  const F step = bits<F>((bits<I>(x) & ~kMagnitudeBits) | 0x4b000000);
+  return (bits<I>(x) & kMagnitudeBits) < 0x4b000000 ? (x + step) - step : x;
+}
+
+// int8 with a zero point, saturating; NaN is 0.
+template <class I, class F>
+HOST_DEVICE I encode_int8_asymmetric(F x, F zero_point) {
+  return encode_int8<false, I>(round_even<I>(x) + zero_point);
+}
+
+// --- scales ---
+
+// The scale of a group: what is stored (float32 bits, or an eight-bit code), and what elements are multiplied with.
+// Where the group isn't finite both are NaN; where the codes are all to be zero the reciprocal is NaN.
+template <class F, class I>
+struct Scale {
+  I stored;
+  F reciprocal;
+};
+
+// From the bits of the group's largest magnitude. `given` is scale2 of NVFP4, else the bound of the amax.
+template <class F, class I>
+HOST_DEVICE Scale<F, I> dynamic_scale(I amax_bits, const Key& key, float given) {
+  const auto finite = amax_bits < kInfinityBits;
+  const F amax = bits<F>(amax_bits), nan = bits<F>(I{} + kNanBits);
+  const float limit = format_max(key.format());
+  if (key.scale_format() == Key::kScaleE4m3) {
+    const float g = 1.0f / given;
+    const I code = finite ? encode_e4m3<false, I>(g * (amax * (1.0f / 6.0f))) : I{} + 0x7f;
+    const F reciprocal = g * (1.0f / decode_e4m3<F>(code));
+    return {code, (code == 0) | ((code & 0x7f) == 0x7f) ? nan : reciprocal};
+  }
+  if (key.scale_format() == Key::kE8m0) {
+    I exponent = (bits<I>(amax / limit) + 0x7fffff) >> 23;
+    exponent = exponent > 254 ? I{} + 254 : exponent;
+    const I inverse = exponent == 254 ? I{} + 0x400000 : (254 - exponent) << 23;
+    return {finite ? exponent : I{} + 255, finite ? bits<F>(inverse) : nan};
+  }
+  F scale;
+  if (key.power_of_two()) {
+    const F ratio = (amax < 1e-10f ? F{} + 1e-10f : amax) / limit;
+    scale = bits<F>((bits<I>(ratio) + 0x7fffff) & kInfinityBits);
+  } else {
+    const F least = F{} + smallest_scale(key.format());
+    scale = (amax <= given ? amax : F{} + given) / limit;
+    scale = scale < least ? least : scale;
+  }
+  scale = finite ? scale : nan;
+  return {bits<I>(scale), 1.0f / scale};
+}
+
+// Of an asymmetric int8 group that spans [-low, high], both at least 0, with its zero point.
+template <class F, class I>
+HOST_DEVICE Scale<F, I> asymmetric_scale(I high_bits, I low_bits, F& zero_point) {
+  const auto finite = (high_bits < kInfinityBits) & (low_bits < kInfinityBits);
+  const F least = F{} + smallest_scale(Key::kInt8), nan = bits<F>(I{} + kNanBits);
+  F scale = (bits<F>(high_bits) + bits<F>(low_bits)) / 255.0f;
+  scale = finite ? (scale < least ? least : scale) : nan;
+  const F reciprocal = 1.0f / scale;
+  zero_point = finite ? -128.0f + round_even<I>(bits<F>(low_bits) * reciprocal) : F{};
+  return {bits<I>(scale), reciprocal};
 }
 
 }  // namespace fused_ops

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from quant import QuantKey, ScaleLayout
-from quant.key import FP8
+from quant import QuantKey
+from quant.key import FP8_FNUZ
 
 from ._op import OPS, Backend, Op, use_backend
 
@@ -33,15 +33,14 @@ def load() -> None:
 
 
 def serves(code: int) -> bool:
-    """Whether the row kernels quantize to this key; `set_key` in csrc/cpu/row.cpp says the same."""
+    """Whether the row kernels quantize to this key; `set_key` in csrc/cpu/scales.cpp says the same."""
     key = QuantKey.from_code(code)
+    group = key.scale.group_shape.cols
     return (
-        key.dtype in (FP8, torch.int8)
-        and key.symmetric
-        and key.scale.dtype == torch.float32
-        and key.scale.layout <= ScaleLayout.TMA_ALIGNED
-        and key.scale.static == key.per_tensor
-        and (key.scale.group_shape.cols == -1 or key.scale.group_shape.cols % 32 == 0)
+        key.dtype != FP8_FNUZ
+        and (group == -1 or group == 16 or group % 32 == 0)
+        and (key.scale.dtype == torch.float32 or group > 0)
+        and (key.symmetric or key.scale.static or not key.per_tensor)
     )
 
 

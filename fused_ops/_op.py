@@ -93,8 +93,10 @@ class Op:
     def declares(self, role: str) -> Callable[[Callable], Callable]:
         """Decorator that fills a role of the declaration.
 
-        "check": raises on bad arguments; it gets the operation's name where it has a `name`. "empty": allocates outputs. "cases", "workload": arguments for tests and
-        benchmarks. "store": how the reference writes a given output, where it leaves some of it as it was.
+        "check": raises on bad arguments; it gets the operation's name where it has a `name`.
+        "empty": allocates outputs.
+        "cases", "workload": arguments for tests and benchmarks.
+        "store": how the reference writes a given output, where it leaves some of it as it was.
         """
 
         def register(function: Callable) -> Callable:
@@ -244,7 +246,7 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
         if wrong and got.numel():
             expected_strides = want.stride() if exact else "a contiguous last dimension"
             raise ValueError(f"{op.name}: output {name} has strides {got.stride()}, expected {expected_strides}")
-        if any(stride == 0 and size > 1 for size, stride in zip(got.shape, got.stride(), strict=True)):
+        if got.numel() and any(stride == 0 and size > 1 for size, stride in zip(got.shape, got.stride(), strict=True)):
             raise ValueError(f"{op.name}: output {name} has strides {got.stride()}: its rows share memory")
 
 

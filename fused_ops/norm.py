@@ -69,9 +69,7 @@ def _fused_add_rms_norm(
 
 
 @op("y residual")
-def _fused_add_rms_norm_pad(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, flags: int, multiple: int
-):
+def _fused_add_rms_norm_pad(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, flags: int, multiple: int):
     y, r = _fused_add_rms_norm.reference(x, residual, weight, eps, flags)
     return pad(y, (0, -y.shape[-1] % multiple)), r
 

@@ -1,6 +1,6 @@
 """Norms of a sublayer's result: post-norm (OLMo2, Exaone4) and sandwich (Gemma2, Gemma3, GLM4) layers.
 
-    r = round_S(residual + rms_norm(x))
+r = round_S(residual + rms_norm(x))
 """
 
 from __future__ import annotations

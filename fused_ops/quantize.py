@@ -171,8 +171,7 @@ def quantizing(plain: Op) -> Op:
 
     @fused.declares("store")
     def _(args: tuple, name: str, target: Tensor, value: Tensor) -> None:
-        inputs, code, *_ = split(args)
-        plain.store(inputs, name if name in others else first, target, value)
+        plain.store(split(args)[0], name if name in others else first, target, value)
 
     return fused
 

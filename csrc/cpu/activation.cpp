@@ -1,56 +1,57 @@
-#include "row.h"
+#include "row_op.h"
 
 namespace fused_ops {
 namespace {
 
-Pipeline gated(const Tensor& gate, const Tensor& up, bool round_activation) {
-  Pipeline p = pipeline_of(gate);
-  p.load = Pipeline::kSiluMul;
-  p.other = rows_like(up, "up", gate, p.cols, p.dtype);
-  p.round_activation = round_activation;
-  return p;
-}
+using T = const Tensor&;
+using OptionalT = const OptionalTensor&;
 
-Tensor silu_mul(const Tensor& gate, const Tensor& up, bool round_activation) {
-  Pipeline p = gated(gate, up, round_activation);
-  Tensor y = empty_rows(gate, p.cols, p.dtype, p.y);
-  run(p, false);
-  return y;
-}
+template <Pipeline::Load LOAD>
+struct Gated {
+  static Pipeline make(T gate, T up, bool round_activation, OptionalT tokens_per_expert = {}) {
+    Pipeline p = pipeline_of(gate);
+    p.load = LOAD;
+    p.other = rows_like(up, "up", gate, p.cols, p.dtype);
+    p.round_activation = round_activation;
+    set_experts(p, gate, tokens_per_expert);
+    return p;
+  }
+};
 
-void silu_mul_out(const Tensor& gate, const Tensor& up, bool round_activation, const OptionalTensor& y) {
-  Pipeline p = gated(gate, up, round_activation);
-  if (y) p.y = rows_like(*y, "y_out", gate, p.cols, p.dtype);
-  run(p, true);
-}
+struct SwigluOai {
+  static Pipeline make(T gate, OptionalT up, double alpha, double limit, bool round_activation,
+                       OptionalT tokens_per_expert = {}) {
+    Pipeline p = Gated<Pipeline::kSwigluOai>::make(gate, up ? *up : gate, round_activation, tokens_per_expert);
+    if (!up) {
+      STD_TORCH_CHECK(p.cols % 2 == 0, "gate: expected an even number of columns without up");
+      p.cols /= 2;
+      p.other = Rows();
+    }
+    STD_TORCH_CHECK(limit >= 0, "limit: expected at least 0");
+    p.alpha = static_cast<float>(alpha);
+    p.limit = static_cast<float>(limit);
+    return p;
+  }
+};
 
-std::tuple<Tensor, Tensor> silu_mul_quant(const Tensor& gate, const Tensor& up, bool round_activation, int64_t key,
-                                          const OptionalTensor& given) {
-  Pipeline p = gated(gate, up, round_activation);
-  set_key(p, key, given);
-  auto outputs = new_quantized(p, gate);
-  run(p, false);
-  return outputs;
-}
-
-void silu_mul_quant_out(const Tensor& gate, const Tensor& up, bool round_activation, int64_t key,
-                        const OptionalTensor& given, const OptionalTensor& zero_point, const OptionalTensor& data,
-                        const OptionalTensor& scale, const OptionalTensor& zero_point_out,
-                        const OptionalTensor& unquantized) {
-  Pipeline p = gated(gate, up, round_activation);
-  set_key(p, key, given);
-  STD_TORCH_CHECK(!zero_point, "zero_point: these keys take none");
-  set_outputs(p, gate, data, scale, zero_point_out, unquantized);
-  run(p, true);
-}
+struct Relu2 {
+  static Pipeline make(T x, OptionalT tokens_per_expert = {}) {
+    Pipeline p = pipeline_of(x);
+    p.load = Pipeline::kRelu2;
+    set_experts(p, x, tokens_per_expert);
+    return p;
+  }
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("silu_mul", TORCH_BOX(&silu_mul));
-  m.impl("silu_mul.out", TORCH_BOX(&silu_mul_out));
-  m.impl("silu_mul_quant", TORCH_BOX(&silu_mul_quant));
-  m.impl("silu_mul_quant.out", TORCH_BOX(&silu_mul_quant_out));
+  using GateUp = Inputs<T, T, bool>;
+  using Experts = Inputs<OptionalT>;
+  implement<RowOp<Gated<Pipeline::kSilu>, GateUp, Experts>>(m, "silu_mul");
+  implement<RowOp<Gated<Pipeline::kGeluTanh>, GateUp, Experts>>(m, "gelu_tanh_mul");
+  implement<RowOp<SwigluOai, Inputs<T, OptionalT, double, double, bool>, Experts>>(m, "swiglu_oai_mul");
+  implement<RowOp<Relu2, Inputs<T>, Experts>>(m, "relu2");
 }
 
 }  // namespace fused_ops

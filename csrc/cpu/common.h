@@ -54,7 +54,8 @@ inline bool is_float(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
 }
 
-// The dtypes that kernels see, as the stable ABI numbers them: asked once, since each is a call.
+// The dtypes that kernels see, as the stable ABI numbers them: asked once, since each is a call. e8m0 can be asked for
+// from torch 2.12 on only; until then its number is the enum's.
 struct DtypeCode {
   ScalarType dtype;
   int32_t code;
@@ -65,6 +66,10 @@ inline const DtypeCode kDtypes[] = {
     {ScalarType::Float, aoti_torch_dtype_float32()},
     {ScalarType::Char, aoti_torch_dtype_int8()},
     {ScalarType::Float8_e4m3fn, aoti_torch_dtype_float8_e4m3fn()},
+    {ScalarType::Byte, aoti_torch_dtype_uint8()},
+    {ScalarType::Float8_e8m0fnu, static_cast<int32_t>(ScalarType::Float8_e8m0fnu)},
+    {ScalarType::Int, aoti_torch_dtype_int32()},
+    {ScalarType::Long, aoti_torch_dtype_int64()},
 };
 
 inline int32_t dtype_code(ScalarType dtype) {
@@ -83,7 +88,7 @@ inline ScalarType dtype_of(const Tensor& tensor) {
 }
 
 inline int64_t byte_size(ScalarType dtype) {
-  if (dtype == ScalarType::Float) return 4;
+  if (dtype == ScalarType::Float || dtype == ScalarType::Int) return 4;
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2 : 1;
 }
 

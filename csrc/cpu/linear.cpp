@@ -119,12 +119,9 @@ void run(Linear& p) {
   constexpr int64_t kCodes = 8;  // that cost what other operations spend on an element
   for (; p.first < p.x.count; p.first += p.rows) {
     p.rows = std::min(p.x.count - p.first, kMaxRows);
-    parallel_rows(p.rows, p.cols / kCodes, [&](int64_t begin, int64_t end) {
-      PICK_ISA(linear_decode)(p, begin, end);
-    });
-    parallel_rows(tiles, kTile * p.cols * p.rows / kCodes, [&](int64_t begin, int64_t end) {
-      PICK_ISA(linear_multiply)(p, begin, end);
-    });
+    parallel_rows(p.rows, p.cols / kCodes, [&](int64_t begin, int64_t end) { PICK_ISA(linear_decode)(p, begin, end); });
+    parallel_rows(tiles, kTile * p.cols * p.rows / kCodes,
+                  [&](int64_t begin, int64_t end) { PICK_ISA(linear_multiply)(p, begin, end); });
   }
 }
 

@@ -1,54 +1,98 @@
 // Row pipelines: load -> transform -> store.
 //
 // A fused operation reads a row once, works on it in a float32 buffer that stays in the L1 cache, and writes it once.
-// So an operation is a choice of three stages, made at run time: L loads, T transforms and S stores are L + T + S
-// functions (row.inc), compiled once per instruction set. An operation's own file checks its arguments and fills in
-// a Pipeline.
+// So an operation is a choice of stages, made at run time: L loads, T transforms and S stores are L + T + S functions
+// (row.inc and what it includes), compiled once per instruction set. An operation's own file checks its arguments and
+// fills in a Pipeline; row_op.h makes its overloads from that.
 #pragma once
 
 #include "common.h"
 
 namespace fused_ops {
 
-struct Pipeline {
-  int64_t rows = 0, cols = 0;
-  ScalarType dtype = ScalarType::Float;  // S, of the rows that are read and of unquantized results
-
-  enum Load { kCopy, kAdd, kSiluMul } load = kCopy;
-  Rows x;
-  Rows other;                     // kAdd: the residual; kSiluMul: up
-  Rows sum;                       // kAdd: the new residual, may be absent
-  float x_multiplier = 1.0f;      // kAdd
-  bool round_activation = false;  // kSiluMul
-
-  bool rms_norm = false;
-  const void* weight = nullptr;  // absent: the weightless norm
-  ScalarType weight_dtype = ScalarType::Float;
+struct Norm {
+  enum Kind { kNone, kRms, kLayer } kind = kNone;
+  const void *weight = nullptr, *bias = nullptr;  // may be absent
+  ScalarType weight_dtype = ScalarType::Float, bias_dtype = ScalarType::Float;
   float eps = 0;
   bool round_before_weight = false, weight_plus_one = false;
 
-  Rows y;     // the unquantized result, may be absent
-  Rows data;  // the codes, may be absent
-  Key key{0};
-  float* scale = nullptr;  // dynamic keys
-  int64_t scale_row_stride = 0, scale_group_stride = 0;
-  float given = 0;  // static keys: the scale; dynamic ones: upper bound of amax
+  explicit operator bool() const { return kind != kNone; }
+};
 
-  bool stream = false;  // write around the caches, see finish()
+// Where scales, or zero points, are written: the one of row r and group 4 * i + j lies `row(r) + i * four + j * one`
+// bytes from data.
+struct ScaleOut {
+  char* data = nullptr;
+  int64_t row_bytes = 0, four = 0, one = 0;
+  int64_t extent = 0;  // bytes
+  int element = 4;     // bytes
+  bool swizzled = false;
+
+  explicit operator bool() const { return data != nullptr; }
+
+  int64_t row(int64_t r) const {
+    if (!swizzled) return r * row_bytes;
+    return r / 128 * (row_bytes * 128) + r % 32 * 16 + r % 128 / 32 * 4;
+  }
+};
+
+struct Pipeline {
+  int64_t rows = 0, cols = 0;            // of the result
+  ScalarType dtype = ScalarType::Float;  // S, of the rows that are read and of unquantized results
+
+  enum Load { kCopy, kAdd, kSilu, kGeluTanh, kSwigluOai, kRelu2 } load = kCopy;
+  Rows x;
+  Rows other;                     // the residual, of kAdd or after the first norm; up, of gated loads
+  Rows sum;                       // the new residual, may be absent
+  float x_multiplier = 1.0f;      // kAdd
+  bool round_activation = false;  // gated loads
+  float alpha = 0, limit = 0;     // kSwigluOai; without `other` x holds gate and up, interleaved
+
+  // Of rows [experts, rows_per_expert] only the first so many of each expert are worked on, where this is given.
+  const void* tokens_per_expert = nullptr;
+  bool long_tokens = false;
+  int64_t rows_per_expert = 0;
+
+  Norm post;  // before the residual is added, may be absent
+  Norm norm;  // may be absent
+
+  Rows y;                      // the unquantized result, may be absent
+  int64_t multiple = 1;        // columns of y are padded to a multiple of this, with zeros
+  int* tensor_amax = nullptr;  // magnitude bits of the largest result, may be absent
+  Rows data;                   // the codes, may be absent
+  Key key{0};
+  ScaleOut scale, zero_point;  // dynamic keys
+  float given = 0;             // static keys: the scale; NVFP4: scale2; other dynamic keys: upper bound of amax
+  float given_zero = 0;        // static asymmetric keys
+
+  bool stream = false;  // write around the caches, see run()
+
+  bool skips(int64_t r) const {
+    if (!tokens_per_expert) return false;
+    const int64_t expert = r / rows_per_expert, place = r % rows_per_expert;
+    return place >= (long_tokens ? static_cast<const int64_t*>(tokens_per_expert)[expert]
+                                 : static_cast<const int32_t*>(tokens_per_expert)[expert]);
+  }
 };
 
 // Arguments that several operations share. Each check throws before anything is written.
-void set_norm(Pipeline& p, const OptionalTensor& weight, double eps, int64_t flags);
-void set_key(Pipeline& p, int64_t key, const OptionalTensor& given);
 Pipeline pipeline_of(const Tensor& x);
+Norm norm_of(const Pipeline& p, Norm::Kind kind, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+             int64_t flags);
+void set_experts(Pipeline& p, const Tensor& x, const OptionalTensor& tokens_per_expert);
+void set_key(Pipeline& p, int64_t key, const OptionalTensor& given, const OptionalTensor& zero_point);
 
 // Fresh (data, scale) for `like`, and both as the pipeline's outputs.
 std::tuple<Tensor, Tensor> new_quantized(Pipeline& p, const Tensor& like);
 // Given outputs; absent ones are not written.
-void set_outputs(Pipeline& p, const Tensor& like, const OptionalTensor& data, const OptionalTensor& scale,
-                 const OptionalTensor& zero_point, const OptionalTensor& unquantized);
+void set_quantized(Pipeline& p, const Tensor& like, const OptionalTensor& data, const OptionalTensor& scale,
+                   const OptionalTensor& zero_point, const OptionalTensor& unquantized);
 
-// Runs it, on torch's threads. Outputs that the caller gave are checked against all inputs for overlap.
-void run(Pipeline& p, bool check_memory);
+// Raises where an output shares memory with another argument in a way that would change what is read.
+void check_memory(const Pipeline& p);
+
+// Runs it, on torch's threads.
+void run(Pipeline& p);
 
 }  // namespace fused_ops

@@ -1,0 +1,123 @@
+// The overloads of a row operation, from one function that turns its arguments into a Pipeline.
+//
+//   struct SiluMul {
+//     static Pipeline make(const Tensor& gate, const Tensor& up, bool round_activation, const OptionalTensor& = {});
+//   };
+//   using SiluMulOp = RowOp<SiluMul, Inputs<const Tensor&, const Tensor&, bool>, Inputs<const OptionalTensor&>>;
+//   implement<SiluMulOp>(m, "silu_mul");      // silu_mul, silu_mul.out, silu_mul_quant, silu_mul_quant.out
+//
+// Required are the inputs of the functional overload; Optional are those that the out overload has besides. The order
+// of arguments is the one of the schemas that fused_ops/_op.py and fused_ops/quantize.py make.
+#pragma once
+
+#include <string>
+
+#include "row.h"
+
+namespace fused_ops {
+
+template <class... T>
+struct Inputs {};
+
+// What an operation returns besides its rows: nothing, or the new residual, or nothing but that.
+enum class Residual { kNone, kAlso, kOnly };
+
+template <class Make, class Required, class Optional = Inputs<>, Residual RESIDUAL = Residual::kNone>
+struct RowOp;
+
+template <class Make, class First, class... R, class... O, Residual RESIDUAL>
+struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
+  static constexpr bool kAlso = RESIDUAL == Residual::kAlso;
+
+  static auto functional(First x, R... r) {
+    Pipeline p = Make::make(x, r...);
+    Tensor y = empty_rows(x, padded_cols(p), p.dtype, RESIDUAL == Residual::kOnly ? p.sum : p.y);
+    if constexpr (kAlso) {
+      Tensor sum = empty_rows(x, p.cols, p.dtype, p.sum);
+      run(p);
+      return std::tuple(std::move(y), std::move(sum));
+    } else {
+      run(p);
+      return y;
+    }
+  }
+
+  static auto quantized(First x, R... r, int64_t key, const OptionalTensor& given) {
+    Pipeline p = Make::make(x, r...);
+    set_key(p, key, given, {});
+    auto [data, scale] = new_quantized(p, x);
+    if constexpr (kAlso) {
+      Tensor sum = empty_rows(x, p.cols, p.dtype, p.sum);
+      run(p);
+      return std::tuple(std::move(data), std::move(scale), std::move(sum));
+    } else {
+      run(p);
+      return std::tuple(std::move(data), std::move(scale));
+    }
+  }
+
+  // The out overloads, which differ in whether they have a residual.
+  struct Plain {
+    static void out(First x, R... r, O... o, const OptionalTensor& y) {
+      Pipeline p = Make::make(x, r..., o...);
+      if (y && RESIDUAL == Residual::kOnly) p.sum = rows_like(*y, "residual_out", x, p.cols, p.dtype);
+      if (y && RESIDUAL == Residual::kNone) p.y = rows_like(*y, "y_out", x, padded_cols(p), p.dtype);
+      finish(p);
+    }
+    static void quantized_out(First x, R... r, int64_t key, const OptionalTensor& given, const OptionalTensor& zero,
+                              O... o, const OptionalTensor& data, const OptionalTensor& scale,
+                              const OptionalTensor& zero_out, const OptionalTensor& unquantized) {
+      Pipeline p = Make::make(x, r..., o...);
+      set_key(p, key, given, zero);
+      set_quantized(p, x, data, scale, zero_out, unquantized);
+      finish(p);
+    }
+  };
+  struct WithResidual {
+    static void out(First x, R... r, O... o, const OptionalTensor& y, const OptionalTensor& residual) {
+      Pipeline p = Make::make(x, r..., o...);
+      if (y) p.y = rows_like(*y, "y_out", x, padded_cols(p), p.dtype);
+      if (residual) p.sum = rows_like(*residual, "residual_out", x, p.cols, p.dtype);
+      finish(p);
+    }
+    static void quantized_out(First x, R... r, int64_t key, const OptionalTensor& given, const OptionalTensor& zero,
+                              O... o, const OptionalTensor& data, const OptionalTensor& scale,
+                              const OptionalTensor& residual, const OptionalTensor& zero_out,
+                              const OptionalTensor& unquantized) {
+      Pipeline p = Make::make(x, r..., o...);
+      set_key(p, key, given, zero);
+      set_quantized(p, x, data, scale, zero_out, unquantized);
+      if (residual) p.sum = rows_like(*residual, "residual_out", x, p.cols, p.dtype);
+      finish(p);
+    }
+  };
+  using Out = std::conditional_t<kAlso, WithResidual, Plain>;
+
+ private:
+  static int64_t padded_cols(const Pipeline& p) { return (p.cols + p.multiple - 1) / p.multiple * p.multiple; }
+
+  static void finish(Pipeline& p) {
+    check_memory(p);
+    run(p);
+  }
+};
+
+template <class Op, class Library>
+void implement_plain(Library& m, const std::string& name) {
+  m.impl(name.c_str(), TORCH_BOX(&Op::functional));
+  m.impl((name + ".out").c_str(), TORCH_BOX(&Op::Out::out));
+}
+
+template <class Op, class Library>
+void implement_quantized(Library& m, const std::string& name) {
+  m.impl(name.c_str(), TORCH_BOX(&Op::quantized));
+  m.impl((name + ".out").c_str(), TORCH_BOX(&Op::Out::quantized_out));
+}
+
+template <class Op, class Library>
+void implement(Library& m, const std::string& name) {
+  implement_plain<Op>(m, name);
+  implement_quantized<Op>(m, name + "_quant");
+}
+
+}  // namespace fused_ops

@@ -1,0 +1,163 @@
+// Keys, and the tensors that a quantization makes: their shapes, dtypes and strides are those of quant/formats.py.
+#include <limits>
+
+#include "row.h"
+
+namespace fused_ops {
+namespace {
+
+ScalarType storage(const Key& key) {
+  if (key.format() == Key::kInt8) return ScalarType::Char;
+  return key.format() == Key::kE2m1 ? ScalarType::Byte : ScalarType::Float8_e4m3fn;
+}
+
+ScalarType scale_dtype(const Key& key) {
+  if (key.layout() == Key::kPackedUe8m0) return ScalarType::Int;
+  if (key.scale_format() == Key::kE8m0) return ScalarType::Float8_e8m0fnu;
+  return key.scale_format() == Key::kScaleE4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Float;
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+struct ScaleShape {
+  int64_t dims, size[2], stride[2];
+};
+
+ScaleShape scale_shape(const Pipeline& p) {
+  const int64_t group = p.key.group(p.cols), groups = (p.cols + group - 1) / group;
+  if (p.key.per_tensor()) return {1, {1}, {1}};
+  switch (p.key.layout()) {
+    case Key::kRowMajor:
+      return {2, {p.rows, groups}, {groups, 1}};
+    case Key::kColumnMajor:
+      return {2, {p.rows, groups}, {1, p.rows}};
+    case Key::kTmaAligned:
+      return {2, {p.rows, groups}, {1, round_up(p.rows, 4)}};
+    case Key::kPackedUe8m0:
+      return {2, {p.rows, (groups + 3) / 4}, {1, round_up(p.rows, 4)}};
+    default:  // kSwizzled128x4
+      return {1, {round_up(p.rows, 128) * round_up(groups, 4)}, {1}};
+  }
+}
+
+ScaleOut scale_out(const Pipeline& p, const ScaleShape& shape, const Tensor& tensor, ScalarType dtype) {
+  ScaleOut out;
+  out.data = static_cast<char*>(tensor.data_ptr());
+  const int64_t bytes = byte_size(dtype);
+  out.element = static_cast<int>(bytes);
+  out.extent = bytes;
+  for (int d = 0; d < shape.dims; ++d) out.extent += (shape.size[d] - 1) * shape.stride[d] * bytes;
+  for (int d = 0; d < shape.dims; ++d)
+    if (!shape.size[d]) out.extent = 0;
+  if (p.key.per_tensor()) return out;
+  switch (p.key.layout()) {
+    case Key::kSwizzled128x4:
+      out.swizzled = true;
+      out.row_bytes = p.rows ? shape.size[0] / round_up(p.rows, 128) : 0;
+      out.four = 512;
+      out.one = 1;
+      break;
+    case Key::kPackedUe8m0:
+      out.row_bytes = 4;
+      out.four = shape.stride[1] * 4;
+      out.one = 1;
+      out.element = 1;
+      break;
+    default:
+      out.row_bytes = shape.stride[0] * bytes;
+      out.one = shape.stride[1] * bytes;
+      out.four = 4 * out.one;
+  }
+  return out;
+}
+
+bool is_one(const OptionalTensor& tensor, ScalarType dtype) {
+  return tensor->defined() && tensor->is_cpu() && dtype_of(*tensor) == dtype && tensor->numel() == 1;
+}
+
+void check_given(const ScaleShape& shape, const Tensor& tensor, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.defined() && tensor.is_cpu() && dtype_of(tensor) == dtype, name, ": unexpected dtype");
+  STD_TORCH_CHECK(tensor.dim() == shape.dims, name, ": unexpected shape");
+  for (int d = 0; d < shape.dims; ++d) {
+    STD_TORCH_CHECK(tensor.size(d) == shape.size[d], name, ": unexpected shape");
+    STD_TORCH_CHECK(shape.size[d] <= 1 || tensor.stride(d) == shape.stride[d], name, ": unexpected strides");
+  }
+}
+
+}  // namespace
+
+void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const OptionalTensor& zero_point) {
+  STD_TORCH_CHECK(code >= 0 && code >> 16 < int64_t{1} << 31, "key: no key has this code");
+  const Key key{code};
+  const int format = key.format(), scale = key.scale_format();
+  const bool fp8 = format == Key::kE4m3, int8 = format == Key::kInt8, fp4 = format == Key::kE2m1;
+  STD_TORCH_CHECK(fp8 || int8 || fp4, "key: this backend doesn't serve its format");
+  STD_TORCH_CHECK((fp8 && scale <= Key::kE8m0) || (int8 && scale == Key::kFloat) ||
+                      (fp4 && (scale == Key::kE8m0 || scale == Key::kScaleE4m3)),
+                  "key: this backend doesn't serve its scales");
+  STD_TORCH_CHECK(!key.asymmetric() || int8, "key: zero points are defined for int8");
+  STD_TORCH_CHECK(!key.power_of_two() || (fp8 && scale == Key::kFloat), "key: power_of_two is defined for FP8");
+  STD_TORCH_CHECK(key.layout() <= Key::kSwizzled128x4, "key: no key has this layout");
+  STD_TORCH_CHECK(key.layout() != Key::kPackedUe8m0 || key.power_of_two(), "key: packed scales are powers of two");
+  STD_TORCH_CHECK(key.layout() != Key::kSwizzled128x4 || scale != Key::kFloat, "key: swizzled scales are bytes");
+  const int64_t columns = code >> 16;
+  if (key.per_tensor()) {
+    STD_TORCH_CHECK(columns == 0 && key.layout() == Key::kRowMajor && scale == Key::kFloat,
+                    "key: no key has this code");
+  } else {
+    STD_TORCH_CHECK(!key.is_static(), "key: static scales are per tensor");
+    STD_TORCH_CHECK(columns == 0 || columns % 32 == 0 || columns == 16,
+                    "key: groups of 16 or a multiple of 32 columns are served");
+    const bool divides = scale != Key::kFloat;
+    STD_TORCH_CHECK(!divides || (columns && p.cols % columns == 0), "key: expected a row of whole groups");
+    STD_TORCH_CHECK(columns != 16 || p.cols % 16 == 0, "key: expected a row of whole groups of 16");
+  }
+  p.key = key;
+
+  const bool bounded = fp8 && scale == Key::kFloat && !key.power_of_two();
+  p.given = std::numeric_limits<float>::infinity();
+  if (given) {
+    STD_TORCH_CHECK(is_one(given, ScalarType::Float) && (key.is_static() || scale == Key::kScaleE4m3 || bounded),
+                    "given: unexpected tensor");
+    p.given = *static_cast<const float*>(given->data_ptr());
+  }
+  STD_TORCH_CHECK(given || !(key.is_static() || scale == Key::kScaleE4m3), "scale, scale2: this key takes one");
+  const bool takes_zero = key.is_static() && key.asymmetric();
+  STD_TORCH_CHECK(zero_point.has_value() == takes_zero && (!takes_zero || is_one(zero_point, ScalarType::Int)),
+                  "zero_point: a static asymmetric key takes one, of int32, and no other key");
+  if (takes_zero) p.given_zero = static_cast<float>(*static_cast<const int32_t*>(zero_point->data_ptr()));
+}
+
+std::tuple<Tensor, Tensor> new_quantized(Pipeline& p, const Tensor& like) {
+  Tensor data = empty_rows(like, p.cols / p.key.codes_per_byte(), storage(p.key), p.data);
+  const ScaleShape shape = scale_shape(p);
+  const ScalarType dtype = scale_dtype(p.key);
+  Tensor scale = empty_strided(shape.dims, shape.size, shape.stride, dtype);
+  if (p.key.is_static()) {
+    *static_cast<float*>(scale.data_ptr()) = p.given;
+  } else {
+    p.scale = scale_out(p, shape, scale, dtype);
+  }
+  return {std::move(data), std::move(scale)};
+}
+
+void set_quantized(Pipeline& p, const Tensor& like, const OptionalTensor& data, const OptionalTensor& scale,
+                   const OptionalTensor& zero_point, const OptionalTensor& unquantized) {
+  if (data) p.data = rows_like(*data, "data_out", like, p.cols / p.key.codes_per_byte(), storage(p.key));
+  if (unquantized) p.y = rows_like(*unquantized, "unquantized_out", like, p.cols, p.dtype);
+  if (p.key.is_static()) {
+    STD_TORCH_CHECK(!scale && !zero_point, "scale_out, zero_point_out: a static key's are given, not written");
+    return;
+  }
+  STD_TORCH_CHECK(data.has_value() == scale.has_value(), "data_out, scale_out: expected both or neither");
+  STD_TORCH_CHECK(!zero_point || (p.key.asymmetric() && scale), "zero_point_out: this key has none");
+  if (!scale) return;
+  const ScaleShape shape = scale_shape(p);
+  check_given(shape, *scale, scale_dtype(p.key), "scale_out");
+  p.scale = scale_out(p, shape, *scale, scale_dtype(p.key));
+  if (!zero_point) return;
+  check_given(shape, *zero_point, ScalarType::Int, "zero_point_out");
+  p.zero_point = scale_out(p, shape, *zero_point, ScalarType::Int);
+}
+
+}  // namespace fused_ops
