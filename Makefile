@@ -5,13 +5,17 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test test-full bench lint format build clean
 
 demo: .venv/models
 	$(BIN)/python -m bench.demo
 
 test: .venv/models .venv/tests
 	$(BIN)/python -m pytest -q tests
+
+# Every combination of arguments, where `make test` takes every pair of two.
+test-full: .venv/models .venv/tests
+	$(BIN)/python -m pytest -q tests --full
 
 bench: .venv/models .venv/bench
 	$(BIN)/python -m bench.run

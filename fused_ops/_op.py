@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from quant import QuantKey
+
 OPS: dict[str, Op] = {}  # every declared operation; tests and benchmarks iterate it
 DEVICES = ("CPU", "CUDA")  # dispatch keys that a forced backend overrides
 
@@ -213,7 +215,7 @@ def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | N
         backend = op.backends.get(name)
         if backend is not None and not backend.supports(*args):
             raise ValueError(
-                f"{op.name}: the {name} backend does not serve these arguments yet: {describe(args)}; "
+                f"{op.name}: the {name} backend does not serve these arguments yet: {describe(args, op)}; "
                 "`with fused_ops.use_backend('reference')` does"
             ) from error
     if refusal := re.search(r"csrc\S*:\d+, (.*)", str(error)):
@@ -250,8 +252,12 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{op.name}: output {name} has strides {got.stride()}: its rows share memory")
 
 
-def describe(args: tuple) -> str:
-    return ", ".join(f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args)
+def describe(args: tuple, op: Op | None = None) -> str:
+    """The arguments in words; with the operation's names, keys as they are known to users."""
+    words = [f"{a.dtype}{list(a.shape)}" if isinstance(a, Tensor) else repr(a) for a in args]
+    for i, name in enumerate(op.arguments[: len(args)] if op else ()):
+        words[i] = f"{name}={QuantKey.from_code(args[i]) if name == 'key' else words[i]}"
+    return ", ".join(words)
 
 
 def _undeclared(*_):

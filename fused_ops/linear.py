@@ -29,8 +29,7 @@ from quant import (
 from quant.key import FP8, PER_TOKEN
 
 from ._check import FLOATS, check
-from ._op import op, refused
-from ._op import refuse_backward
+from ._op import op, refuse_backward, refused
 from .quantize import key_inputs
 
 BLOCK = 128  # columns of an activation's group, and side of a weight block, with one scale

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._check import FLOATS, INDICES, check
+from ._check import FLOATS, INDICES, boolean, check
 from ._op import op, refuse_backward, refused
 
 
@@ -51,6 +51,7 @@ def _(q, k, positions, cos_sin_cache, is_neox, round_products):
         positions=(positions, "T ?", INDICES),
         cos_sin_cache=(cos_sin_cache, "P R", torch.float32),
     )
+    boolean("rope", is_neox=is_neox, round_products=round_products)
     rows, rotary_dim = cos_sin_cache.shape
     if rotary_dim % 2 or rotary_dim > sizes["D"]:
         raise ValueError(f"rope: cos_sin_cache has {rotary_dim} columns, expected an even number up to {sizes['D']}")

@@ -1,5 +1,14 @@
+import pairwise
 import pytest
 import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every combination of arguments, not only every pair")
+
+
+def pytest_configure(config):
+    pairwise.everything = config.getoption("--full")
 
 
 @pytest.fixture(autouse=True)
