@@ -12,6 +12,7 @@ from .activation import (
     swiglu_oai_mul,
     swiglu_oai_mul_quant,
 )
+from .dual_norm import dual_rms_norm
 from .linear import scaled_linear
 from .norm import (
     fused_add_rms_norm,
@@ -31,6 +32,7 @@ _load()
 __all__ = [
     "OPS",
     "QuantOptions",
+    "dual_rms_norm",
     "fused_add_rms_norm",
     "fused_add_rms_norm_pad",
     "fused_add_rms_norm_quant",

@@ -11,7 +11,7 @@ import torch
 from quant import QuantKey
 from quant.key import FP8_FNUZ
 
-from ._op import OPS, Backend, Op, use_backend
+from ._op import NO_KEY, OPS, Backend, Op, use_backend
 
 
 def load() -> None:
@@ -45,5 +45,5 @@ def serves(code: int) -> bool:
 
 
 def _supports(op: Op):
-    key = op.argument("key")
-    return lambda *args: args[0].device.type == "cpu" and (key is None or serves(args[key]))
+    keys = [i for i, name in enumerate(op.arguments) if name == "key" or name.endswith("_key")]
+    return lambda *args: args[0].device.type == "cpu" and all(args[i] == NO_KEY or serves(args[i]) for i in keys)

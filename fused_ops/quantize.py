@@ -203,7 +203,7 @@ def run_quant(
         raise TypeError(f"{op.name}: quant_key is {type(key).__name__}, expected a QuantKey")
     given = None
     if not scale is scale2 is scale_ub is None:
-        given = _given(op.name, key, scale, scale2, scale_ub)
+        given = given_tensor(op.name, key, {"scale": scale, "scale2": scale2, "scale_ub": scale_ub})
     plain = out is zero_point is None and key.symmetric and not optional and not keep_unquantized and pad_rows == 1
     if not plain or any(o is not None for o in outs.values()):
         options = (scale, scale2, zero_point, keep_unquantized, pad_rows)
@@ -252,14 +252,13 @@ def quantize(x: Tensor, quant_key: QuantKey, **quant: Unpack[QuantOptions]) -> Q
     return run_quant(_quantize, (x,), quant_key, **quant)
 
 
-def _given(op_name: str, key: QuantKey, scale: Any, scale2: Any, scale_ub: Any) -> Tensor | None:
-    """The one of the three that the kernel takes for `key`; a surplus one raises."""
+def given_tensor(op_name: str, key: QuantKey, options: QuantOptions) -> Tensor | None:
+    """The one of scale, scale2 and scale_ub that the kernel takes for `key`; a surplus one raises."""
     wanted = "scale" if key.scale.static else "scale2" if key.scale2 is not None else "scale_ub"
-    values = {"scale": scale, "scale2": scale2, "scale_ub": scale_ub}
-    for name, value in values.items():
-        if value is not None and name != wanted:
+    for name in ("scale", "scale2", "scale_ub"):
+        if name != wanted and options.get(name) is not None:
             raise ValueError(f"{op_name}: {name} is given, but {key} takes none")
-    return values[wanted]
+    return options.get(wanted)  # type: ignore[return-value]
 
 
 def _write(op: Op, args: tuple, key: QuantKey, optional: tuple, options: tuple, out: Any, outs: dict) -> Any:

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <type_traits>
@@ -82,28 +83,40 @@ Named memory(const void* data, int64_t count, int64_t bytes, const char* name) {
 
 Named memory(const ScaleOut& out, const char* name) { return memory(out.data, out.extent, 1, name); }
 
+std::array<Named, 5> outputs(const Pipeline& p) {
+  const int64_t bytes = byte_size(p.dtype);
+  return {Named{p.sum, bytes, "residual_out"}, Named{p.y, bytes, "output"}, Named{p.data, 1, "data_out"},
+          memory(p.scale, "scale_out"), memory(p.zero_point, "zero_point_out")};
+}
+
+std::array<Named, 4> read_by_every_row(const Pipeline& p) {
+  const auto vector = [&](const void* data, ScalarType dtype) { return memory(data, p.cols, byte_size(dtype), ""); };
+  return {vector(p.norm.weight, p.norm.weight_dtype), vector(p.norm.bias, p.norm.bias_dtype),
+          vector(p.post.weight, p.post.weight_dtype),
+          memory(p.tokens_per_expert, p.rows_per_expert ? p.rows / p.rows_per_expert : 0, p.long_tokens ? 8 : 4, "")};
+}
+
 }  // namespace
 
 void check_memory(const Pipeline& p) {
   const int64_t bytes = byte_size(p.dtype);
-  const Named outs[] = {{p.sum, bytes, "residual_out"},
-                        {p.y, bytes, "output"},
-                        {p.data, 1, "data_out"},
-                        memory(p.scale, "scale_out"),
-                        memory(p.zero_point, "zero_point_out")};
-  const auto vector = [&](const void* data, ScalarType dtype) { return memory(data, p.cols, byte_size(dtype), ""); };
-  const Named read_later[] = {
-      vector(p.norm.weight, p.norm.weight_dtype), vector(p.norm.bias, p.norm.bias_dtype),
-      vector(p.post.weight, p.post.weight_dtype),
-      memory(p.tokens_per_expert, p.rows_per_expert ? p.rows / p.rows_per_expert : 0, p.long_tokens ? 8 : 4, "")};
+  const auto outs = outputs(p);
   for (const Named& out : outs) {
     if (!out.rows) continue;
     check_output(out.rows, out.bytes, out.name);
     check_overlap(out.rows, out.bytes, p.x, bytes, true, out.name);
     check_overlap(out.rows, out.bytes, p.other, bytes, true, out.name);
-    for (const Named& in : read_later) check_overlap(out.rows, out.bytes, in.rows, in.bytes, false, out.name);
+    for (const Named& in : read_by_every_row(p)) check_overlap(out.rows, out.bytes, in.rows, in.bytes, false, out.name);
     for (const Named& other : outs)
       if (&other != &out) check_overlap(out.rows, out.bytes, other.rows, other.bytes, false, out.name);
+  }
+}
+
+void check_apart(const Pipeline& a, const Pipeline& b) {
+  for (const Named& out : outputs(a)) {
+    check_overlap(out.rows, out.bytes, b.x, byte_size(b.dtype), false, out.name);
+    for (const Named& in : read_by_every_row(b)) check_overlap(out.rows, out.bytes, in.rows, in.bytes, false, out.name);
+    for (const Named& other : outputs(b)) check_overlap(out.rows, out.bytes, other.rows, other.bytes, false, out.name);
   }
 }
 
@@ -128,27 +141,28 @@ bool worth_streaming(const Pipeline& p) {
   return p.rows * a_row > cache && aligned(p.sum) && aligned(p.y) && aligned(p.data);
 }
 
-void run_once(Pipeline& p) {
-  p.stream = worth_streaming(p);
+// One pass over the rows of both; b may be absent.
+void run_once(Pipeline& a, Pipeline* b = nullptr) {
+  for (Pipeline* p : {&a, b ? b : &a}) p->stream = worth_streaming(*p);
   const auto run_rows = PICK_ISA(run_rows);
+  const int64_t cols = std::max(a.cols, b ? b->cols : 0), rows = a.rows + (b ? b->rows : 0);
   std::atomic<int> amax{0};
-  parallel_rows(p.rows, p.cols, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, cols, [&](int64_t begin, int64_t end) {
     constexpr int64_t kOnStack = 8192;
     alignas(64) float small[kOnStack];
-    const int64_t padded = (p.cols + kLanes - 1) / kLanes * kLanes;
-    int largest;
-    if (padded <= kOnStack) {
-      largest = run_rows(p, begin, end, small);
-    } else {
-      struct alignas(64) Line {
-        float v[16];
-      };
-      const std::unique_ptr<Line[]> large(new Line[padded / 16]);
-      largest = run_rows(p, begin, end, large[0].v);
-    }
+    struct alignas(64) Line {
+      float v[16];
+    };
+    std::unique_ptr<Line[]> large;
+    const int64_t padded = (cols + kLanes - 1) / kLanes * kLanes;
+    if (padded > kOnStack) large.reset(new Line[padded / 16]);
+    float* const row = large ? large[0].v : small;
+    int largest = 0;
+    if (begin < a.rows) largest = run_rows(a, begin, std::min(end, a.rows), row);
+    if (end > a.rows) run_rows(*b, std::max(begin - a.rows, int64_t{0}), end - a.rows, row);
     for (int seen = amax; seen < largest && !amax.compare_exchange_weak(seen, largest);) continue;
   });
-  if (p.tensor_amax) *p.tensor_amax = amax;
+  if (a.tensor_amax) *a.tensor_amax = amax;
 }
 
 // One scale for the whole tensor takes two launches: the rows and their largest element, then the codes.
@@ -185,20 +199,33 @@ void run_per_tensor(Pipeline& p) {
   run_once(codes);
 }
 
+bool one_scale(const Pipeline& p) { return p.scale && p.key.per_tensor(); }
+
+// Of rows that don't exist.
+void zero_padding(const Pipeline& p) {
+  if (!p.scale.swizzled) return;
+  for (int64_t r = p.rows; r % 128; ++r)
+    for (int64_t four = 0; four < p.scale.row_bytes / 4; ++four)
+      std::memset(p.scale.data + p.scale.row(r) + four * p.scale.four, 0, 4);
+}
+
 }  // namespace
 
 void run(Pipeline& p) {
-  if (p.scale && p.key.per_tensor()) {
-    STD_TORCH_CHECK(!p.key.asymmetric(), "key: this backend serves asymmetric keys static or by token");
-    return run_per_tensor(p);
-  }
-  if (!p.rows) return;
-  if (p.scale.swizzled) {  // padding of rows that don't exist
-    for (int64_t r = p.rows; r % 128; ++r)
-      for (int64_t four = 0; four < p.scale.row_bytes / 4; ++four)
-        std::memset(p.scale.data + p.scale.row(r) + four * p.scale.four, 0, 4);
-  }
+  STD_TORCH_CHECK(!one_scale(p) || !p.key.asymmetric(), "key: asymmetric keys are served static or by token");
+  if (one_scale(p)) return run_per_tensor(p);
+  zero_padding(p);
   run_once(p);
+}
+
+void run(Pipeline& a, Pipeline& b) {
+  if (one_scale(a) || one_scale(b)) {
+    run(a);
+    return run(b);
+  }
+  zero_padding(a);
+  zero_padding(b);
+  run_once(a, &b);
 }
 
 }  // namespace fused_ops

@@ -91,8 +91,12 @@ void set_quantized(Pipeline& p, const Tensor& like, const OptionalTensor& data, 
 
 // Raises where an output shares memory with another argument in a way that would change what is read.
 void check_memory(const Pipeline& p);
+// The same for what a writes and b reads or writes, in one launch.
+void check_apart(const Pipeline& a, const Pipeline& b);
 
 // Runs it, on torch's threads.
 void run(Pipeline& p);
+// Both in one launch.
+void run(Pipeline& a, Pipeline& b);
 
 }  // namespace fused_ops

@@ -1,0 +1,70 @@
+#include "row_op.h"
+
+namespace fused_ops {
+namespace {
+
+using T = const Tensor&;
+using OptionalT = const OptionalTensor&;
+
+constexpr int64_t kNoKey = -1;
+
+Pipeline normed(T x, OptionalT weight, double eps, int64_t flags, int64_t key, OptionalT given) {
+  Pipeline p = pipeline_of(x);
+  p.norm = norm_of(p, Norm::kRms, weight, {}, eps, flags);
+  if (key != kNoKey) set_key(p, key, given, {});
+  STD_TORCH_CHECK(key != kNoKey || !given, "given: this result isn't quantized");
+  return p;
+}
+
+std::tuple<Tensor, Tensor> fresh(Pipeline& p, T like, int64_t key) {
+  if (key != kNoKey) return new_quantized(p, like);
+  const int64_t none = 0, one = 1;
+  Tensor y = empty_rows(like, p.cols, p.dtype, p.y);
+  return {std::move(y), empty_strided(1, &none, &one, ScalarType::Float)};
+}
+
+void set_given(Pipeline& p, T like, int64_t key, OptionalT data, OptionalT scale) {
+  if (key != kNoKey) return set_quantized(p, like, data, scale, {}, {});
+  if (data) p.y = rows_like(*data, "output", like, p.cols, p.dtype);
+}
+
+void check_rows(T q, T kv) {
+  STD_TORCH_CHECK(dtype_of(q) == dtype_of(kv), "kv: expected q's dtype");
+  rows_like(kv, "kv", q, kv.size(-1), dtype_of(q));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dual_rms_norm(T q, T kv, OptionalT q_weight, OptionalT kv_weight,
+                                                         double q_eps, double kv_eps, int64_t flags, int64_t q_key,
+                                                         int64_t kv_key, OptionalT q_given, OptionalT kv_given) {
+  Pipeline a = normed(q, q_weight, q_eps, flags, q_key, q_given);
+  Pipeline b = normed(kv, kv_weight, kv_eps, flags, kv_key, kv_given);
+  check_rows(q, kv);
+  auto [q_data, q_scale] = fresh(a, q, q_key);
+  auto [kv_data, kv_scale] = fresh(b, kv, kv_key);
+  run(a, b);
+  return {std::move(q_data), std::move(q_scale), std::move(kv_data), std::move(kv_scale)};
+}
+
+void dual_rms_norm_out(T q, T kv, OptionalT q_weight, OptionalT kv_weight, double q_eps, double kv_eps, int64_t flags,
+                       int64_t q_key, int64_t kv_key, OptionalT q_given, OptionalT kv_given, OptionalT q_data,
+                       OptionalT q_scale, OptionalT kv_data, OptionalT kv_scale) {
+  Pipeline a = normed(q, q_weight, q_eps, flags, q_key, q_given);
+  Pipeline b = normed(kv, kv_weight, kv_eps, flags, kv_key, kv_given);
+  check_rows(q, kv);
+  set_given(a, q, q_key, q_data, q_scale);
+  set_given(b, kv, kv_key, kv_data, kv_scale);
+  check_memory(a);
+  check_memory(b);
+  check_apart(a, b);
+  check_apart(b, a);
+  run(a, b);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+  m.impl("dual_rms_norm", TORCH_BOX(&dual_rms_norm));
+  m.impl("dual_rms_norm.out", TORCH_BOX(&dual_rms_norm_out));
+}
+
+}  // namespace fused_ops

@@ -1,0 +1,114 @@
+import pairwise
+import pytest
+import torch
+from compare import assert_same
+
+import fused_ops
+from fused_ops import OPS
+from fused_ops._op import NO_KEY
+from quant import (
+    FP8_DYNAMIC_GROUP_128,
+    FP8_DYNAMIC_TENSOR,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_TOKEN,
+    INT8_DYNAMIC_TOKEN_ASYM,
+    INT8_STATIC_TENSOR_ASYM,
+    MXFP8,
+    NVFP4,
+    QuantizedActivation,
+    QuantKey,
+)
+
+OP = OPS["dual_rms_norm"]
+
+
+def same(a, b, context=""):
+    assert type(a) is type(b)
+    if not isinstance(a, QuantizedActivation):
+        return assert_same(a.contiguous(), b.contiguous(), context)
+    for name in "data", "scale", "zero_point", "unquantized":
+        assert_same(getattr(a, name), getattr(b, name), f"{context} {name}")
+
+
+@pytest.mark.parametrize("backend", OP.backends)
+def test_it_is_two_norms_bit_for_bit(backend):
+    for args in pairwise.sample(OP.cases("cpu")):
+        sides = zip(args[:2], args[2:4], args[4:6], args[7:9], args[9:], strict=True)
+        with fused_ops.use_backend(backend):
+            made = OP.default(*args)
+            for i, (x, weight, eps, code, given) in enumerate(sides):
+                y = OPS["rms_norm"].default(x, weight, eps, args[6])
+                expected = (y, y.new_empty(0).float())
+                if code != NO_KEY:
+                    expected = OPS["quantize"].default(y, code, given)
+                for name, a, e in zip(("data", "scale"), made[2 * i : 2 * i + 2], expected, strict=True):
+                    assert_same(a, e, f"{name} {i} {code}")
+
+
+INPUTS = OP.workload(7, 1024, None, torch.bfloat16, "cpu")[:6]
+ONE = torch.tensor([0.05])
+
+
+@pytest.mark.parametrize(
+    ("q_key", "q_options"),
+    [
+        (None, {}),
+        (None, {"out": torch.empty(7, 768).bfloat16()}),
+        (INT8_DYNAMIC_TOKEN, {}),
+        (INT8_DYNAMIC_TOKEN, {"keep_unquantized": True}),
+        (INT8_DYNAMIC_TOKEN_ASYM, {}),
+        (INT8_STATIC_TENSOR_ASYM, {"scale": ONE, "zero_point": torch.tensor([3], dtype=torch.int32)}),
+        (FP8_STATIC_TENSOR, {"scale": ONE}),
+        (FP8_DYNAMIC_TENSOR, {}),
+        (MXFP8, {}),
+        (NVFP4, {"scale2": ONE}),
+    ],
+    ids=lambda value: str(value) if value is None or isinstance(value, QuantKey) else "-".join(value),
+)
+def test_the_public_function_is_two_calls_of_rms_norm_quant(q_key, q_options):
+    q, kv, q_weight, kv_weight, q_eps, kv_eps = INPUTS
+    for kv_key in None, FP8_DYNAMIC_GROUP_128:
+        made = fused_ops.dual_rms_norm(
+            *INPUTS, q_quant_key=q_key, kv_quant_key=kv_key, q_options=q_options, weight_bias=1.0
+        )
+        same(made[0], fused_ops.rms_norm_quant(q, q_weight, q_eps, q_key, weight_bias=1.0, **q_options))
+        same(made[1], fused_ops.rms_norm_quant(kv, kv_weight, kv_eps, kv_key, weight_bias=1.0))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "error", "message"),
+    [
+        (1, INPUTS[1][:3], ValueError, r"kv is \[3, 256\], expected \[7, M\]"),
+        (1, INPUTS[1].half(), TypeError, "kv is torch.float16, expected torch.bfloat16 as q"),
+        (2, INPUTS[2][:5], ValueError, r"q_weight is \[5\], expected \[768\]"),
+        (3, INPUTS[3][:5], ValueError, r"kv_weight is \[5\], expected \[256\]"),
+        (4, "small", TypeError, "q_eps is str"),
+    ],
+)
+def test_errors_name_argument_got_and_expected(position, value, error, message):
+    args = list(INPUTS)
+    args[position] = value
+    with pytest.raises(error, match="dual_rms_norm: " + message):
+        fused_ops.dual_rms_norm(*args)
+
+
+def test_options_without_a_key_and_outputs_that_overlap_are_refused():
+    with pytest.raises(ValueError, match="dual_rms_norm: scale is given, but quant_key is None"):
+        fused_ops.dual_rms_norm(*INPUTS, q_options={"scale": ONE})
+    with pytest.raises(TypeError, match="dual_rms_norm: quant_key is str"):
+        fused_ops.dual_rms_norm(*INPUTS, q_quant_key="int8")
+    if "cpu" in OP.backends:
+        packed = torch.randn(4, 1024).bfloat16()
+        q, kv = packed.split([768, 256], dim=1)
+        args = (q, kv, None, None, 1e-6, 1e-6, 0, NO_KEY, NO_KEY, None, None)
+        expected = OP.default(*args)
+        OP.out(*args, q_out=q, kv_out=kv)  # each in the place of its own input
+        assert_same(packed, torch.cat([expected[0], expected[2]], dim=1))
+        with pytest.raises(RuntimeError, match="overlaps another argument"):
+            OP.out(*args, q_out=packed[:, 256:], kv_out=torch.empty_like(kv))
+
+
+def test_the_key_codes_are_those_of_keys():
+    with pytest.raises((RuntimeError, ValueError)):
+        OP.default(*INPUTS, 0, -2, NO_KEY, None, None)
+    assert QuantKey.from_code(INT8_DYNAMIC_TOKEN.code) == INT8_DYNAMIC_TOKEN
