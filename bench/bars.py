@@ -1,10 +1,12 @@
-"""What version 0.1 sets out to reach on a 2-core AVX2 machine, and whether a run did."""
+"""What this library sets out to reach on a 2-core AVX2 machine, and whether a run did."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from quant import NAMED_KEYS
 
 ADD_NORM = ("fused_add_rms_norm_quant",)
 BYTE_KEYS = ("INT8_DYNAMIC_TOKEN", "FP8_DYNAMIC_TOKEN", "FP8_DYNAMIC_GROUP_128")
@@ -15,6 +17,7 @@ INT8, FP8 = BYTE_KEYS[:1], BYTE_KEYS[1:]
 class Bar:
     """`figure` of every result of these operations, keys and numbers of tokens is at least `least` (or at most `most`).
 
+    ops: none: all that work on rows. keys: none: results without one.
     figure: path of the number in a result, such as ("times_faster", "vllm").
     source: why this much.
     """
@@ -30,10 +33,10 @@ class Bar:
 
     def holds_for(self, result: dict) -> bool:
         if "call" in result:
-            return result["call"] in self.ops and not self.keys
+            return result["call"] in self.ops and self.figure == ("times_add",)
         return (
-            result["op"] in self.ops
-            and result["key"] in self.keys
+            (result["op"] in self.ops if self.ops else "share_of_copy" in result)
+            and result["key"] in (self.keys or (None,))
             and result["tokens"] in self.tokens
             and result["cols"] == self.cols
         )
@@ -43,6 +46,10 @@ def _call(function: str, most: float) -> Bar:
     return Bar("prototype: 0.85 to 0.95 of this", (function,), ("times_add",), most=most)
 
 
+SHARE = ("share_of_copy",)
+INT8_KEYS = tuple(name for name in NAMED_KEYS if name.startswith("INT8"))
+FP8_KEYS = tuple(name for name in NAMED_KEYS if name.startswith("FP8"))
+SMALL_GROUPS = ("MXFP8", "MXFP4", "NVFP4")
 COMPILE, VLLM = ("times_faster", "torch.compile"), ("times_faster", "vllm")
 BARS = (
     Bar("prototype: 3.2x at 512 rows", ADD_NORM, COMPILE, BYTE_KEYS, (512, 4096), least=3.0),
@@ -52,6 +59,12 @@ BARS = (
     Bar("prototype: 0.45; bound by arithmetic", ADD_NORM, ("share_of_copy",), FP8, (4096,), least=0.4),
     Bar("one pass against two or more", ("silu_mul_quant",), COMPILE, BYTE_KEYS, (512, 4096), least=2.0),
     Bar("its exp isn't vectorised", ("silu_mul_quant",), VLLM, BYTE_KEYS, (512, 4096), least=5.0),
+    Bar("little arithmetic", (), SHARE, (), (4096,), least=0.8),
+    Bar("bound by arithmetic", (), SHARE, INT8_KEYS, (4096,), least=0.6),
+    Bar("bound by arithmetic", (), SHARE, FP8_KEYS, (4096,), least=0.5),
+    Bar("bound by arithmetic", (), SHARE, SMALL_GROUPS, (4096,), least=0.4),
+    Bar("one pass", (), COMPILE, (), (4096,), least=2.0),
+    Bar("one pass", (), COMPILE, INT8_KEYS + FP8_KEYS + SMALL_GROUPS, (4096,), least=2.0),
     _call("rms_norm", 2.0),
     _call("fused_add_rms_norm", 2.4),
     _call("rms_norm_quant", 2.8),

@@ -1,4 +1,4 @@
-"""Operations that work on rows: every declared one, for the key of every scheme, against its peers."""
+"""Operations that work on rows: every declared one, on every key or on some, against its peers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor
 
 import fused_ops
 from fused_ops._op import Op
-from quant import QuantKey
+from quant import FP8_DYNAMIC_GROUP_128, INT8_DYNAMIC_TOKEN, NAMED_KEYS, QuantKey
 from quant.methods import SCHEMES
 
 from .peers import compiled, eager, vllm_cpu
 from .timing import interleaved
 
-KEYS = tuple(scheme.input_quant_key for scheme in SCHEMES.values())
+KEYS = tuple(SCHEMES[name].input_quant_key for name in ("int8_token", "fp8_static", "fp8_token", "fp8_block"))
+EVERY_KEY = ("quantize", "fused_add_rms_norm_quant")  # the others share their stores: they take a few
 LARGE = 4096
-SMALL = {"silu_mul": 1536, "silu_mul_quant": 1536}  # SmolLM2's intermediate size; its hidden size is 576
+SMALL = {op: 1536 for op in fused_ops.OPS if "mul" in op or "relu2" in op}  # SmolLM2's sizes; its hidden one is 576
 MATRIX_PRODUCTS = ("scaled_linear",)  # measured in `linear`
 TABLES = {"rope": "cos_sin_cache"}  # arguments of which an operation reads a row a token
 
@@ -61,10 +62,18 @@ def cases(only: list[str]) -> Iterator[Case]:
     for op in fused_ops.OPS.values():
         if op.name in MATRIX_PRODUCTS or (only and op.name not in only):
             continue
-        takes_key = op.argument("key") is not None
-        for cols in LARGE, SMALL.get(op.name, 576):
-            for key in KEYS if takes_key else (None,):
-                yield Case(op, key, cols)
+        for key in _keys(op):
+            yield Case(op, key, LARGE)
+            if key is None or key in KEYS:
+                yield Case(op, key, SMALL.get(op.name, 576))
+
+
+def _keys(op: Op) -> tuple[QuantKey | None, ...]:
+    if op.argument("key") is None:
+        return (None,)
+    if op.name in EVERY_KEY:  # but for those that take a zero point, which have no functional form
+        return tuple(key for key in NAMED_KEYS.values() if key.symmetric)
+    return KEYS if op.name in ("rms_norm_quant", "silu_mul_quant") else (INT8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128)
 
 
 def measure(case: Case, tokens: list[int], *, vllm: bool, compiler: str, budget: float) -> Iterator[dict]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.norm import ROUND_BEFORE_WEIGHT
-from quant import QuantKey
+from quant import QuantKey, formats
 
 
 def rms_norm(x, weight, eps, flags):
@@ -27,11 +27,44 @@ def fused_add_rms_norm(x, residual, weight, eps, flags):
     return *rms_norm(residual, weight, eps, flags), residual
 
 
+def fused_add_rms_norm_pad(x, residual, weight, eps, flags, multiple):
+    y, residual = fused_add_rms_norm(x, residual, weight, eps, flags)
+    return F.pad(y, (0, -y.shape[-1] % multiple)), residual
+
+
+def rms_norm_add(x, residual, weight, eps, flags):
+    return (residual + rms_norm(x, weight, eps, flags)[0],)
+
+
+def rms_norm_add_rms_norm(x, residual, post_weight, weight, post_eps, eps, flags):
+    (residual,) = rms_norm_add(x, residual, post_weight, post_eps, flags)
+    return *rms_norm(residual, weight, eps, flags), residual
+
+
+def layer_norm(x, weight, bias, eps):
+    return (F.layer_norm(x, x.shape[-1:], weight, bias, eps),)
+
+
 def silu_mul(gate, up, round_activation):
     return (F.silu(gate) * up,)
 
 
+def gelu_tanh_mul(gate, up, round_activation):
+    return (F.gelu(gate, approximate="tanh") * up,)
+
+
+def swiglu_oai_mul(gate, up, alpha, limit, round_activation):
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * (gate * torch.sigmoid(gate * alpha)),)
+
+
+def relu2(x):
+    return (F.relu(x).square(),)
+
+
 def quantize(x: Tensor, key: QuantKey, given: Tensor | None):
+    if key.packing == 2 or key.scale.dtype != torch.float32 or not key.symmetric or key.per_tensor > key.scale.static:
+        return _reference_quantize(x, key, given)
     limit, smallest = (127.0, 2.0**-23) if key.dtype == torch.int8 else (448.0, 1 / (448 * 512))
     cols, group = x.shape[-1], key.group_size(x.shape[-1])
     y = F.pad(x.float(), (0, -cols % group)).unflatten(-1, (-1, group))
@@ -42,17 +75,22 @@ def quantize(x: Tensor, key: QuantKey, given: Tensor | None):
     return (codes,) if key.scale.static else (codes, scale.squeeze(-1))
 
 
-def rms_norm_quant(x, weight, eps, flags, key, given):
-    return quantize(*rms_norm(x, weight, eps, flags), key, given)
+def _reference_quantize(x: Tensor, key: QuantKey, given: Tensor | None):
+    """Formats that nobody writes by hand in model code: this library's reference."""
+    name = "scale2" if key.scale2 else "scale"
+    options = {} if given is None else {name: given}
+    data, scale, zero_point = formats.quantize(x, key, **options)
+    return tuple(t for t in (data, None if key.scale.static else scale, zero_point) if t is not None)
 
 
-def fused_add_rms_norm_quant(x, residual, weight, eps, flags, key, given):
-    y, residual = fused_add_rms_norm(x, residual, weight, eps, flags)
-    return *quantize(y, key, given), residual
+def _quantized(operation: Callable[..., tuple]) -> Callable[..., tuple]:
+    def run(*args):
+        *inputs, key, given = args
+        y, *others = operation(*inputs)
+        return *quantize(y, key, given), *others
 
-
-def silu_mul_quant(gate, up, round_activation, key, given):
-    return quantize(*silu_mul(gate, up, round_activation), key, given)
+    run.__name__ = f"{operation.__name__}_quant"
+    return run
 
 
 def rope(q, k, positions, cos_sin_cache, is_neox, round_products):
@@ -67,14 +105,15 @@ def rope(q, k, positions, cos_sin_cache, is_neox, round_products):
     return rotate(q), rotate(k)
 
 
-_ALL = (
-    quantize,
+_PLAIN = (
     rms_norm,
+    layer_norm,
     fused_add_rms_norm,
-    rms_norm_quant,
-    fused_add_rms_norm_quant,
+    rms_norm_add_rms_norm,
     silu_mul,
-    silu_mul_quant,
-    rope,
+    gelu_tanh_mul,
+    swiglu_oai_mul,
+    relu2,
 )
+_ALL = (*_PLAIN, *map(_quantized, _PLAIN), quantize, fused_add_rms_norm_pad, rms_norm_add, rope)
 FUNCTIONS: dict[str, Callable[..., tuple]] = {function.__name__: function for function in _ALL}
