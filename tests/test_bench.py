@@ -54,7 +54,7 @@ def test_peers_compute_the_same(case):
         assert (result.shape, result.dtype) == (out.shape, out.dtype), name
         # eager code rounds in other places: half a percent of codes and values lie on the other side of a boundary
         differ = (out.float() - result.float()).abs() > 0.02 * result.float().abs().clamp_min(1e-3)
-        assert differ.float().mean() < 0.005, name
+        assert differ.sum() <= 0.005 * differ.numel(), name
 
 
 def test_necessary_bytes():

@@ -32,6 +32,12 @@ def fused_add_rms_norm_pad(x, residual, weight, eps, flags, multiple):
     return F.pad(y, (0, -y.shape[-1] % multiple)), residual
 
 
+def dual_rms_norm(q, kv, q_weight, kv_weight, q_eps, kv_eps, flags, *_):
+    no_scale = q.new_empty(0, dtype=torch.float32)
+    (q,), (kv,) = rms_norm(q, q_weight, q_eps, flags), rms_norm(kv, kv_weight, kv_eps, flags)
+    return q, no_scale, kv, no_scale
+
+
 def rms_norm_add(x, residual, weight, eps, flags):
     return (residual + rms_norm(x, weight, eps, flags)[0],)
 
@@ -115,5 +121,5 @@ _PLAIN = (
     swiglu_oai_mul,
     relu2,
 )
-_ALL = (*_PLAIN, *map(_quantized, _PLAIN), quantize, fused_add_rms_norm_pad, rms_norm_add, rope)
+_ALL = (*_PLAIN, *map(_quantized, _PLAIN), quantize, fused_add_rms_norm_pad, dual_rms_norm, rms_norm_add, rope)
 FUNCTIONS: dict[str, Callable[..., tuple]] = {function.__name__: function for function in _ALL}
