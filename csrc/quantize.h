@@ -41,10 +41,19 @@ struct Key {
 
 // The largest code, which amax maps to, and the smallest float32 scale.
 HOST_DEVICE float format_max(int format) {
-  return format == Key::kInt8 ? 127.0f : format == Key::kE2m1 ? 6.0f : 448.0f;
+  switch (format) {
+    case Key::kInt8:
+      return 127.0f;
+    case Key::kE2m1:
+      return 6.0f;
+    case Key::kE4m3Fnuz:
+      return 224.0f;
+    default:
+      return 448.0f;
+  }
 }
 HOST_DEVICE float smallest_scale(int format) {
-  return format == Key::kInt8 ? 1.1920928955078125e-07f /* 2^-23 */ : static_cast<float>(1.0 / (448.0 * 512.0));
+  return format == Key::kInt8 ? 1.1920928955078125e-07f /* 2^-23 */ : 1.0f / (format_max(format) * 512.0f);
 }
 
 // --- codes, each in the low byte ---
@@ -77,6 +86,19 @@ HOST_DEVICE I encode_e4m3(F x) {
   if constexpr (FINITE) return code;
   const I nan = nan_mask<I>(x);
   return (code & ~nan) | (nan & 0x7f);
+}
+
+// float8_e4m3fnuz, saturating at 224; there is no negative zero, whose code is NaN's. FINITE as above.
+template <bool FINITE, class I, class F>
+HOST_DEVICE I encode_e4m3fnuz(F x) {
+  constexpr int kMax = 0x43600000;  // 224
+  I magnitude = bits<I>(x) & kMagnitudeBits;
+  if constexpr (!FINITE) magnitude = magnitude > kMax ? I{} + kMax : magnitude;
+  const I code = magnitude_code<3, 120, I>(bits<F>(magnitude));
+  const I sign = code > 0 ? bits<I>(x) >> 24 & 0x80 : I{};
+  if constexpr (FINITE) return code | sign;
+  const I nan = nan_mask<I>(x);
+  return ((code | sign) & ~nan) | (nan & 0x80);
 }
 
 // The value of a code that isn't NaN, by way of subnormal float32s.

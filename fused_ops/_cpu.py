@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from quant import QuantKey
-from quant.key import FP8_FNUZ
 
 from ._op import NO_KEY, OPS, Backend, Op, use_backend
 
@@ -37,8 +36,7 @@ def serves(code: int) -> bool:
     key = QuantKey.from_code(code)
     group = key.scale.group_shape.cols
     return (
-        key.dtype != FP8_FNUZ
-        and (group == -1 or group == 16 or group % 32 == 0)
+        (group == -1 or group == 16 or group % 32 == 0)
         and (key.scale.dtype == torch.float32 or group > 0)
         and (key.symmetric or key.scale.static or not key.per_tensor)
     )

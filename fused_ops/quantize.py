@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from quant import NAMED_KEYS, QuantizedActivation, QuantKey, ScaleLayout, formats
+from quant.key import FP8, FP8_FNUZ
 
 from ._check import FLOATS, check, check_key
 from ._op import Op, op, refuse_backward, refused
@@ -62,8 +63,9 @@ def empty_quantized(y: Tensor, code: int) -> tuple:
 
 
 def case_keys() -> list[QuantKey]:
-    """Keys for tests: the named ones, and every layout and rounding that one of them has."""
-    keys = list(NAMED_KEYS.values())
+    """Keys for tests: the named ones, those of AMD's FP8, and every layout and rounding that a named one has."""
+    fp8 = [key for key in NAMED_KEYS.values() if key.dtype == FP8 and key.scale.dtype == torch.float32]
+    keys = [*NAMED_KEYS.values(), *(replace(key, dtype=FP8_FNUZ) for key in fp8)]
     for key in NAMED_KEYS.values():
         for layout in list(ScaleLayout)[1:]:
             for power_of_two in False, True:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 import fused_ops
 from fused_ops import OPS
-from quant import FP8_DYNAMIC_TOKEN
+from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN
 
 COMPILED = "cpu" in OPS["rms_norm"].backends
 needs_kernels = pytest.mark.skipif(not COMPILED, reason="no compiled kernels on this machine")
@@ -61,8 +60,8 @@ def test_an_unknown_backend_is_refused():
 
 @needs_kernels
 def test_what_a_backend_does_not_serve_raises_and_says_what_does():
-    key = replace(FP8_DYNAMIC_TOKEN, dtype=torch.float8_e4m3fnuz)
-    message = r"quantize: the cpu backend does not serve .*float8_e4m3fnuz.*use_backend\('reference'\)"
+    key = FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 48))
+    message = r"quantize: the cpu backend does not serve .*48.*use_backend\('reference'\)"
     with pytest.raises(ValueError, match=message):
         fused_ops.quantize(X, key)
     with fused_ops.use_backend("reference"):
@@ -89,7 +88,7 @@ def test_without_compiled_kernels_everything_runs_and_says_so_once(tmp_path):
             target.write_text(file.read_text())
     code = """
 import torch, fused_ops
-from quant import FP8_DYNAMIC_TOKEN
+from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN
 for _ in range(2):
     q = fused_ops.rms_norm_quant(torch.ones(2, 64), torch.ones(64), 1e-6, FP8_DYNAMIC_TOKEN)
 print(fused_ops.__file__, list(fused_ops.OPS["rms_norm"].backends), q.dequantize().sum().item())

@@ -66,6 +66,7 @@ inline const DtypeCode kDtypes[] = {
     {ScalarType::Float, aoti_torch_dtype_float32()},
     {ScalarType::Char, aoti_torch_dtype_int8()},
     {ScalarType::Float8_e4m3fn, aoti_torch_dtype_float8_e4m3fn()},
+    {ScalarType::Float8_e4m3fnuz, aoti_torch_dtype_float8_e4m3fnuz()},
     {ScalarType::Byte, aoti_torch_dtype_uint8()},
     {ScalarType::Float8_e8m0fnu, static_cast<int32_t>(ScalarType::Float8_e8m0fnu)},
     {ScalarType::Int, aoti_torch_dtype_int32()},

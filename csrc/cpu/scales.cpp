@@ -7,8 +7,16 @@ namespace fused_ops {
 namespace {
 
 ScalarType storage(const Key& key) {
-  if (key.format() == Key::kInt8) return ScalarType::Char;
-  return key.format() == Key::kE2m1 ? ScalarType::Byte : ScalarType::Float8_e4m3fn;
+  switch (key.format()) {
+    case Key::kInt8:
+      return ScalarType::Char;
+    case Key::kE2m1:
+      return ScalarType::Byte;
+    case Key::kE4m3Fnuz:
+      return ScalarType::Float8_e4m3fnuz;
+    default:
+      return ScalarType::Float8_e4m3fn;
+  }
 }
 
 ScalarType scale_dtype(const Key& key) {
@@ -90,9 +98,11 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const Optio
   STD_TORCH_CHECK(code >= 0 && code >> 16 < int64_t{1} << 31, "key: no key has this code");
   const Key key{code};
   const int format = key.format(), scale = key.scale_format();
-  const bool fp8 = format == Key::kE4m3, int8 = format == Key::kInt8, fp4 = format == Key::kE2m1;
+  const bool fp8 = format == Key::kE4m3 || format == Key::kE4m3Fnuz, int8 = format == Key::kInt8,
+             fp4 = format == Key::kE2m1;
   STD_TORCH_CHECK(fp8 || int8 || fp4, "key: this backend doesn't serve its format");
-  STD_TORCH_CHECK((fp8 && scale <= Key::kE8m0) || (int8 && scale == Key::kFloat) ||
+  const bool mx = scale == Key::kE8m0 && format != Key::kE4m3Fnuz;
+  STD_TORCH_CHECK((fp8 && (scale == Key::kFloat || mx)) || (int8 && scale == Key::kFloat) ||
                       (fp4 && (scale == Key::kE8m0 || scale == Key::kScaleE4m3)),
                   "key: this backend doesn't serve its scales");
   STD_TORCH_CHECK(!key.asymmetric() || int8, "key: zero points are defined for int8");

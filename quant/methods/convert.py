@@ -44,7 +44,9 @@ def quantize_model(
         needs = "takes batches to calibrate with" if chosen.calibrated else "computes its scales and takes none"
         got = "missing" if calibration is None else "given"
         raise ValueError(f"quantize_model: calibration is {got}, {scheme} {needs}")
-    if isinstance(calibration, (Tensor, Mapping, str)) or not (calibration is None or isinstance(calibration, Iterable)):
+    if isinstance(calibration, (Tensor, Mapping, str)) or not (
+        calibration is None or isinstance(calibration, Iterable)
+    ):
         kind = type(calibration).__name__
         raise TypeError(f"quantize_model: calibration is {kind}, expected a list (or another iterable) of batches")
     layers = _linear_layers(model, ignore)
