@@ -163,33 +163,38 @@ def op(outputs: str, returns: int | None = None) -> Callable[[Callable], Op]:
     return lambda reference: Op(reference, outputs, returns)
 
 
-def invoke(op: Op, args: tuple, optional: tuple = (), **outs: Tensor | None) -> Any:
+def invoke(op: Op, args: tuple, outs: tuple | None = None, optional: tuple = ()) -> Any:
     """Call `op` as its public function does: what the functional overload returns.
 
-    args: the inputs without default. optional: the others, where one isn't its default. outs: given outputs.
+    args: the inputs without default. outs: given outputs, each or None; None: there are none. optional: the inputs
+    that have a default, where one differs from it.
     """
-    written: dict[str, Tensor | None] = {}
+    if outs is not None or optional:
+        return _invoke_out(op, (*args, *optional), outs or (None,) * op.returns)
     try:
-        if not optional and all(out is None for out in outs.values()):
-            result = op.call(*args)
-            first = result[0] if type(result) is tuple else result
-            if first.requires_grad:
-                refuse_backward(op.name, *(result if type(result) is tuple else (result,)))
-            return result
-        op.check(*args, *optional)
-        names = op.outputs[: op.returns]
-        if any(outs.get(f"{name}_out") is None for name in names):
-            fresh = op.empty(*args, *optional)
-            fresh = fresh if isinstance(fresh, tuple) else (fresh,)
-        written = {f"{name}_out": outs.get(f"{name}_out") for name in names}
-        for name, out in zip(names, written.values(), strict=True):
-            written[f"{name}_out"] = fresh[names.index(name)] if out is None else out
-        op.out(*args, *optional, **written)
+        result = op.call(*args)
     except RuntimeError as error:
-        refused(op, (*args, *optional), error, {name: out for name, out in outs.items() if out is not None})
+        refused(op, args, error)
         raise
-    results = tuple(written.values())
-    return results[0] if op.returns == 1 else results
+    first = result if op.returns == 1 else result[0]
+    if first.requires_grad:
+        refuse_backward(op.name, *(result if type(result) is tuple else (result,)))
+    return result
+
+
+def _invoke_out(op: Op, args: tuple, outs: tuple) -> Any:
+    given = {f"{name}_out": out for name, out in zip(op.outputs, outs, strict=False) if out is not None}
+    try:
+        op.check(*args)
+        fresh: Any = None if len(given) == len(outs) else op.empty(*args)
+        if fresh is not None:
+            fresh = fresh if isinstance(fresh, tuple) else (fresh,)
+            outs = tuple(fresh[i] if out is None else out for i, out in enumerate(outs))
+        op.out(*args, **{f"{name}_out": out for name, out in zip(op.outputs, outs, strict=False)})
+    except RuntimeError as error:
+        refused(op, args, error, given)
+        raise
+    return outs[0] if op.returns == 1 else outs
 
 
 def refuse_backward(op_name: str, *outputs: Tensor) -> None:

@@ -190,8 +190,12 @@ _swiglu_oai_mul_quant = quantizing(_swiglu_oai_mul)
 _relu2_quant = quantizing(_relu2)
 
 
-def _given(tokens_per_expert: Tensor | None) -> tuple:
+def _optional(tokens_per_expert: Tensor | None) -> tuple:
     return () if tokens_per_expert is None else (tokens_per_expert,)
+
+
+def _one(out: Tensor | None) -> tuple | None:
+    return None if out is None else (out,)
 
 
 def silu_mul(
@@ -219,7 +223,7 @@ def silu_mul(
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    return invoke(_silu_mul, (gate, up, round_activation), _given(tokens_per_expert), y_out=out)
+    return invoke(_silu_mul, (gate, up, round_activation), _one(out), _optional(tokens_per_expert))
 
 
 def silu_mul_quant(
@@ -265,7 +269,7 @@ def gelu_tanh_mul(
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks & Gimpel, "Gaussian Error Linear Units", 2016.
     """
-    return invoke(_gelu_tanh_mul, (gate, up, round_activation), _given(tokens_per_expert), y_out=out)
+    return invoke(_gelu_tanh_mul, (gate, up, round_activation), _one(out), _optional(tokens_per_expert))
 
 
 def gelu_tanh_mul_quant(
@@ -309,7 +313,7 @@ def swiglu_oai_mul(
     Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025.
     """
     args = (gate, up, alpha, limit, round_activation)
-    return invoke(_swiglu_oai_mul, args, _given(tokens_per_expert), y_out=out)
+    return invoke(_swiglu_oai_mul, args, _one(out), _optional(tokens_per_expert))
 
 
 def swiglu_oai_mul_quant(
@@ -335,7 +339,7 @@ def relu2(x: Tensor, *, tokens_per_expert: Tensor | None = None, out: Tensor | N
 
     Source: So et al., "Primer: Searching for Efficient Transformers for Language Modeling", 2021.
     """
-    return invoke(_relu2, (x,), _given(tokens_per_expert), y_out=out)
+    return invoke(_relu2, (x,), _one(out), _optional(tokens_per_expert))
 
 
 def relu2_quant(
@@ -350,7 +354,7 @@ def relu2_quant(
 
 
 def _run(plain: Op, fused: Op, args: tuple, quant_key, tokens_per_expert: Tensor | None, quant: QuantOptions) -> Any:
-    optional = _given(tokens_per_expert)
+    optional = _optional(tokens_per_expert)
     if quant_key is None:
-        return invoke(plain, args, optional, y_out=plain_out(fused.name, quant))
-    return run_quant(fused, args, quant_key, optional, **quant)
+        return invoke(plain, args, _one(plain_out(fused.name, quant)), optional)
+    return run_quant(fused, args, quant_key, quant, None, optional)

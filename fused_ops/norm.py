@@ -13,7 +13,6 @@ Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019; Ba et al
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,6 +187,11 @@ def norm_flags(op_name: str, weight_bias: float, round_before_weight: bool) -> i
         ) from None
 
 
+def both(out: Tensor | None, residual_out: Tensor | None) -> tuple | None:
+    """Given outputs as `invoke` takes them."""
+    return None if out is residual_out is None else (out, residual_out)
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -213,7 +217,8 @@ def rms_norm(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
-    return invoke(_rms_norm, (x, weight, eps, norm_flags("rms_norm", weight_bias, round_before_weight)), y_out=out)
+    args = (x, weight, eps, norm_flags("rms_norm", weight_bias, round_before_weight))
+    return invoke(_rms_norm, args, None if out is None else (out,))
 
 
 def layer_norm(
@@ -233,7 +238,7 @@ def layer_norm(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
-    return invoke(_layer_norm, (x, weight, bias, eps), y_out=out)
+    return invoke(_layer_norm, (x, weight, bias, eps), None if out is None else (out,))
 
 
 def fused_add_rms_norm(
@@ -264,7 +269,7 @@ def fused_add_rms_norm(
     """
     args = (x, residual, weight, eps, norm_flags("fused_add_rms_norm", weight_bias, round_before_weight))
     optional = () if x_multiplier == 1.0 else (x_multiplier,)
-    return invoke(_fused_add_rms_norm, args, optional, y_out=out, residual_out=residual_out)
+    return invoke(_fused_add_rms_norm, args, both(out, residual_out), optional)
 
 
 def fused_add_rms_norm_pad(
@@ -293,7 +298,7 @@ def fused_add_rms_norm_pad(
     """
     flags = norm_flags("fused_add_rms_norm_pad", weight_bias, round_before_weight)
     args = (x, residual, weight, eps, flags, multiple)
-    return invoke(_fused_add_rms_norm_pad, args, y_out=out, residual_out=residual_out)
+    return invoke(_fused_add_rms_norm_pad, args, both(out, residual_out))
 
 
 def rms_norm_quant(
@@ -320,8 +325,9 @@ def rms_norm_quant(
     """
     args = (x, weight, eps, norm_flags("rms_norm_quant", weight_bias, round_before_weight))
     if quant_key is None:
-        return invoke(_rms_norm, args, y_out=plain_out("rms_norm_quant", quant))
-    return run_quant(_rms_norm_quant, args, quant_key, **quant)
+        out = plain_out("rms_norm_quant", quant)
+        return invoke(_rms_norm, args, None if out is None else (out,))
+    return run_quant(_rms_norm_quant, args, quant_key, quant)
 
 
 def layer_norm_quant(
@@ -335,8 +341,9 @@ def layer_norm_quant(
     """`layer_norm`, then `quantize`: arguments as in these two, result and errors as in `rms_norm_quant`."""
     args = (x, weight, bias, eps)
     if quant_key is None:
-        return invoke(_layer_norm, args, y_out=plain_out("layer_norm_quant", quant))
-    return run_quant(_layer_norm_quant, args, quant_key, **quant)
+        out = plain_out("layer_norm_quant", quant)
+        return invoke(_layer_norm, args, None if out is None else (out,))
+    return run_quant(_layer_norm_quant, args, quant_key, quant)
 
 
 def fused_add_rms_norm_quant(
@@ -368,6 +375,7 @@ def fused_add_rms_norm_quant(
     args = (x, residual, weight, eps, norm_flags("fused_add_rms_norm_quant", weight_bias, round_before_weight))
     optional = () if x_multiplier == 1.0 else (x_multiplier,)
     if quant_key is None:
-        out: Any = plain_out("fused_add_rms_norm_quant", quant)
-        return invoke(_fused_add_rms_norm, args, optional, y_out=out, residual_out=residual_out)
-    return run_quant(_fused_add_rms_norm_quant, args, quant_key, optional, residual_out=residual_out, **quant)
+        out = plain_out("fused_add_rms_norm_quant", quant)
+        return invoke(_fused_add_rms_norm, args, both(out, residual_out), optional)
+    outs = None if residual_out is None else {"residual": residual_out}
+    return run_quant(_fused_add_rms_norm_quant, args, quant_key, quant, outs, optional)

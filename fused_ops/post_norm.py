@@ -6,7 +6,6 @@ r = round_S(residual + rms_norm(x))
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from quant import QuantizedActivation, QuantKey
 
 from ._check import FLOATS, check, number
 from ._op import OPS, invoke, op
-from .norm import norm_flags
+from .norm import both, norm_flags
 from .quantize import QuantOptions, plain_out, quantizing, run_quant
 
 _rms_norm, _fused_add_rms_norm = OPS["rms_norm"], OPS["fused_add_rms_norm"]
@@ -113,7 +112,7 @@ def rms_norm_add(
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
     args = (x, residual, weight, eps, norm_flags("rms_norm_add", weight_bias, round_before_weight))
-    return invoke(_rms_norm_add, args, residual_out=residual_out)
+    return invoke(_rms_norm_add, args, None if residual_out is None else (residual_out,))
 
 
 def rms_norm_add_rms_norm_quant(
@@ -150,6 +149,7 @@ def rms_norm_add_rms_norm_quant(
     flags = norm_flags("rms_norm_add_rms_norm_quant", weight_bias, round_before_weight)
     args = (x, residual, post_weight, weight, post_eps, eps, flags)
     if quant_key is None:
-        out: Any = plain_out("rms_norm_add_rms_norm_quant", quant)
-        return invoke(_rms_norm_add_rms_norm, args, y_out=out, residual_out=residual_out)
-    return run_quant(_rms_norm_add_rms_norm_quant, args, quant_key, residual_out=residual_out, **quant)
+        out = plain_out("rms_norm_add_rms_norm_quant", quant)
+        return invoke(_rms_norm_add_rms_norm, args, both(out, residual_out))
+    outs = None if residual_out is None else {"residual": residual_out}
+    return run_quant(_rms_norm_add_rms_norm_quant, args, quant_key, quant, outs)

@@ -45,6 +45,9 @@ class QuantOptions(TypedDict, total=False):
     out: Any
 
 
+_GIVEN = ("scale", "scale2", "scale_ub")
+
+
 def quantized(y: Tensor, code: int, given: Tensor | None, zero_point: Tensor | None) -> tuple:
     """The reference of every `..._quant`: (data, scale, zero_point, unquantized) of `y`."""
     key = QuantKey.from_code(code)
@@ -186,50 +189,54 @@ def run_quant(
     op: Op,
     args: tuple,
     key: QuantKey,
+    quant: QuantOptions,
+    outs: dict[str, Tensor] | None = None,
     optional: tuple = (),
-    *,
-    scale: Tensor | None = None,
-    scale2: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    scale_ub: Tensor | None = None,
-    keep_unquantized: bool = False,
-    pad_rows: int = 1,
-    out: Any = None,
-    **outs: Tensor | None,
 ) -> Any:
-    """Call an operation that `quantizing` made: its activation, or (activation, other results).
+    """Call an operation that `quantizing` made: its activation, or (activation, the new residual).
 
-    args: the inputs before the key. optional: those behind it, where one isn't its default. outs: given outputs.
+    args: the inputs before the key. outs: given outputs besides the activation, by name. optional: the inputs behind
+    the key, where one isn't its default. Options come as a dict, since unpacking one costs as much as a result.
     """
     if type(key) is not QuantKey:
         raise TypeError(f"{op.name}: quant_key is {type(key).__name__}, expected a QuantKey")
-    given = None
-    if not scale is scale2 is scale_ub is None:
-        given = given_tensor(op.name, key, {"scale": scale, "scale2": scale2, "scale_ub": scale_ub})
-    plain = out is zero_point is None and key.symmetric and not optional and not keep_unquantized and pad_rows == 1
-    if not plain or any(o is not None for o in outs.values()):
-        options = (scale, scale2, zero_point, keep_unquantized, pad_rows)
-        return _write(op, (*args, key.code, given), key, optional, options, out, outs)
+    given = scale = scale2 = None
+    plain = outs is None and key.symmetric and not optional
+    if quant:
+        given = given_tensor(op.name, key, quant)
+        scale, scale2 = quant.get("scale"), quant.get("scale2")
+        plain = plain and all(name in _GIVEN for name in asked(op.name, quant))
+    if not plain:
+        return _write(op, (*args, key.code, given), key, quant, outs or {}, optional)
     try:
         result = op.call(*args, key.code, given)
     except RuntimeError as error:
         refused(op, (*args, key.code, given), error)
         raise
-    made = result[1]
+    data, made = result[0], result[1]
     if made.requires_grad:
         refuse_backward(op.name, *result)
-    q = QuantizedActivation(result[0], made if scale is None else scale, key, args[0].dtype, scale2)
-    return q if op.returns == 2 else (q, *result[2:])
+    q = QuantizedActivation(data, made if scale is None else scale, key, args[0].dtype, scale2)
+    return q if op.returns == 2 else (q, result[2])
 
 
-def plain_out(op_name: str, options: QuantOptions) -> Any:
-    """`out` of a call with quant_key=None; any other option has nothing to act on and raises."""
-    for name, value in options.items():
+def asked(op_name: str, quant: QuantOptions) -> list[str]:
+    """The options that differ from their defaults; TypeError for what is none."""
+    names = []
+    for name, value in quant.items():
         if name not in QuantOptions.__annotations__:
             raise TypeError(f"{op_name}: got an unexpected keyword argument {name!r}")
-        if name != "out" and value is not None and value is not False and not (name == "pad_rows" and value == 1):
+        if value is not None and value is not False and not (name == "pad_rows" and value == 1):
+            names.append(name)
+    return names
+
+
+def plain_out(op_name: str, quant: QuantOptions) -> Any:
+    """`out` of a call with quant_key=None; any other option has nothing to act on and raises."""
+    for name in asked(op_name, quant):
+        if name != "out":
             raise ValueError(f"{op_name}: {name} is given, but quant_key is None")
-    return options.get("out")
+    return quant.get("out")
 
 
 def quantize(x: Tensor, quant_key: QuantKey, **quant: Unpack[QuantOptions]) -> QuantizedActivation:
@@ -251,33 +258,32 @@ def quantize(x: Tensor, quant_key: QuantKey, **quant: Unpack[QuantOptions]) -> Q
     Raises:
         TypeError, ValueError: an argument is not as above; nothing is written.
     """
-    return run_quant(_quantize, (x,), quant_key, **quant)
+    return run_quant(_quantize, (x,), quant_key, quant)
 
 
 def given_tensor(op_name: str, key: QuantKey, options: QuantOptions) -> Tensor | None:
     """The one of scale, scale2 and scale_ub that the kernel takes for `key`; a surplus one raises."""
     wanted = "scale" if key.scale.static else "scale2" if key.scale2 is not None else "scale_ub"
-    for name in ("scale", "scale2", "scale_ub"):
+    for name in _GIVEN:
         if name != wanted and options.get(name) is not None:
             raise ValueError(f"{op_name}: {name} is given, but {key} takes none")
     return options.get(wanted)  # type: ignore[return-value]
 
 
-def _write(op: Op, args: tuple, key: QuantKey, optional: tuple, options: tuple, out: Any, outs: dict) -> Any:
+def _write(op: Op, args: tuple, key: QuantKey, quant: QuantOptions, outs: dict, optional: tuple) -> Any:
     """Run the `out` overload into `out`, or into fresh tensors.
 
     Everything that isn't the plain functional call goes this way: given outputs, `keep_unquantized`, `pad_rows`,
     zero points.
     """
-    scale, scale2, zero_point, keep_unquantized, pad_rows = options
-    if unknown := outs.keys() - {f"{name}_out" for name in op.outputs[2:-2]}:
-        raise TypeError(f"{op.name}: got an unexpected keyword argument {min(unknown)!r}")
+    out, scale, scale2, zero_point = (quant.get(name) for name in ("out", "scale", "scale2", "zero_point"))
+    keep_unquantized, pad_rows = quant.get("keep_unquantized", False), quant.get("pad_rows", 1)
     args = (*args, zero_point, *optional)
     dtype = args[0].dtype if isinstance(args[0], Tensor) else None
     written: dict[str, Tensor | None] = {}
     try:
         op.check(*args)
-        given_all = out is not None and all(o is not None for o in outs.values()) and len(outs) == len(op.outputs) - 4
+        given_all = out is not None and len(outs) == len(op.outputs) - 4
         fresh = {} if given_all else dict(zip(op.outputs, op.empty(*args), strict=True))
         if out is None:
             out = QuantizedActivation(
@@ -296,10 +302,10 @@ def _write(op: Op, args: tuple, key: QuantKey, optional: tuple, options: tuple, 
             written |= {"scale_out": out.scale, "zero_point_out": out.zero_point}
         if keep_unquantized:
             written["unquantized_out"] = out.unquantized
-        others = {n: outs.get(f"{n}_out") if outs.get(f"{n}_out") is not None else fresh[n] for n in op.outputs[2:-2]}
+        others = {name: outs[name] if name in outs else fresh[name] for name in op.outputs[2:-2]}
         op.out(*args, **written, **{f"{name}_out": tensor for name, tensor in others.items()})
     except RuntimeError as error:
-        refused(op, args, error, written | {name: o for name, o in outs.items() if o is not None})
+        refused(op, args, error, written | {f"{name}_out": given for name, given in outs.items()})
         raise
     return (out, *others.values()) if others else out
 

@@ -211,11 +211,15 @@ inline Tensor empty_rows(const Tensor& like, int64_t cols, ScalarType dtype, Row
 class KeepSubnormals {
 #if HAVE_V3
  public:
-  KeepSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~(_MM_FLUSH_ZERO_MASK | kDenormalsAreZero)); }
-  ~KeepSubnormals() { _mm_setcsr(saved_); }
+  KeepSubnormals() : saved_(_mm_getcsr()) {
+    if (saved_ & kFlush) _mm_setcsr(saved_ & ~kFlush);
+  }
+  ~KeepSubnormals() {
+    if (saved_ & kFlush) _mm_setcsr(saved_);
+  }
 
  private:
-  static constexpr unsigned kDenormalsAreZero = 0x40;
+  static constexpr unsigned kDenormalsAreZero = 0x40, kFlush = _MM_FLUSH_ZERO_MASK | kDenormalsAreZero;
   const unsigned saved_;
 #endif
 };
