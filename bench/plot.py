@@ -36,13 +36,14 @@ def main(arguments: list[str] | None = None) -> Path:
 
 def draw(record: dict) -> plt.Figure:
     """One panel for each number of tokens, one group of bars for each operation and key."""
-    figure, panels = plt.subplots(1, len(TOKENS), figsize=(11, 9), sharey=True, layout="constrained")
-    for panel, tokens in zip(panels, TOKENS, strict=True):
-        results = [r for r in record["rows"] if (r["tokens"], r["cols"]) == (tokens, COLS)]
+    shown = [[r for r in record["rows"] if (r["tokens"], r["cols"]) == (tokens, COLS)] for tokens in TOKENS]
+    size = (11, 1.5 + 0.42 * len(shown[0]))
+    figure, panels = plt.subplots(1, len(TOKENS), figsize=size, sharey=True, layout="constrained")
+    for panel, tokens, results in zip(panels, TOKENS, shown, strict=True):
         _bars(panel, results)
         panel.set_title(f"{tokens} x {COLS} bfloat16")
         panel.set_xlabel("times faster")
-    panels[0].set_yticks(range(len(results)), [_label(r) for r in results], fontsize=8)
+    panels[0].set_yticks(range(len(shown[0])), [_label(r) for r in shown[0]], fontsize=8)
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(COLOURS), frameon=False)
     machine = record["machine"]
