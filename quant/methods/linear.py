@@ -63,7 +63,7 @@ class ScaledLinearMethod(QuantMethod):
                 raise ValueError(f"{layer.name}: x is quantized as {x.quant_key}, expected {self.input_quant_key}")
         else:
             x = fused_ops.quantize(x, **layer.input_quant())
-        buffers = layer._buffers  # nn.Module's attribute lookup would cost as much as a small product
+        buffers: Any = layer._buffers  # nn.Module's attribute lookup would cost as much as a small product
         weight, weight_scale = buffers["weight"], buffers["weight_scale"]
         return fused_ops.scaled_linear(x, weight, weight_scale, bias, out_dtype=x.orig_dtype)
 
