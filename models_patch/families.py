@@ -1,66 +1,132 @@
-"""Which models can be patched: a table of classes, and the forwards that the fused ones may take the place of.
+"""Which models can be patched: a table of classes, and how the layers of each family are made.
 
-The functions here are never run. They say what a stock forward must compute; `source.formula` compares the two, so a
-model that does something else, or that another version of transformers changed, is noticed and left alone.
+A family says what a stock forward must compute; `source.formula` compares the two, so a model that does something else,
+or that another version of transformers changed, is noticed and left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
+from types import FunctionType
+from typing import Any
 
-import torch
 from torch import nn
 
-from .source import formula, reads
+from fused_ops import gelu_tanh_mul_quant, silu_mul_quant
+
+from . import stock
+from .forwards import experts_gate, gated_mlp, packed_mlp
+from .roles import Norm, Sublayer
+from .source import first_argument, formula, reads
 
 
-def _layer(self, hidden_states, **kwargs):
-    x = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-    return x + self.mlp(self.post_attention_layernorm(x))
+@dataclass(frozen=True)
+class Gated:
+    """The gated activation of a family's MLPs.
 
+    stock, body: what is computed, and the fused function that takes its place.
+    path, method: the module in the layer that has it, and the method.
+    activation: the attribute that says which of `ACTIVATIONS` it is; None where it is always `operation`.
+    """
 
-def _norm(self, hidden_states):
-    x = hidden_states.to(torch.float32)
-    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    return self.weight * y.to(hidden_states.dtype)
-
-
-def _mlp(self, x):
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _silu(self, input):
-    return nn.functional.silu(input)
+    stock: type
+    body: Callable
+    path: str = "mlp"
+    method: str = "forward"
+    activation: str | None = None
+    operation: str = ""
 
 
 @dataclass(frozen=True)
 class Family:
-    """The stock forwards of a family of models, by role.
+    """How the models of a family are made.
 
-    loop: what the model's own forward does with `hidden_states`, as `source.reads` tells it.
-    layer, norm, mlp, activation: a decoder layer, its norms and the model's last one, its MLP, the MLP's activation.
+    attention, mlp: the two halves of a decoder layer. norm: the kind of its norms and the model's last one.
+    gated: the MLP's activation.
+    output: what the model's forward returns the last norm's result in.
+    left: (module of a layer, why) for the report.
     """
 
-    loop: tuple[str, ...]
-    layer: Callable
-    norm: Callable
-    mlp: Callable
-    activation: Callable
+    attention: Sublayer
+    mlp: Sublayer
+    norm: Norm
+    gated: Gated
+    output: str = "BaseModelOutputWithPast"
+    left: tuple[tuple[str, str], ...] = (("self_attn", "attention, rotary embedding and cache are the model's own"),)
+
+    @property
+    def loop(self) -> tuple[str, ...]:
+        """What the model's forward does with `hidden_states`, as `source.reads` tells it."""
+        calls = ("self.rotary_emb", "decoder_layer", "self.norm", self.output)
+        return tuple(f"{call}(hidden_states)" for call in calls)
+
+    @property
+    def layer(self) -> str:
+        """What a decoder layer's forward computes, as `source.formula` tells it."""
+        return self.mlp.formula(self.attention.formula("hidden_states"))
 
 
-PRE_NORM = Family(
-    loop=(
-        "self.rotary_emb(hidden_states)",
-        "decoder_layer(hidden_states)",
-        "self.norm(hidden_states)",
-        "BaseModelOutputWithPast(hidden_states)",
-    ),
-    layer=_layer,
-    norm=_norm,
-    mlp=_mlp,
-    activation=_silu,
+_ATTENTION = Sublayer(
+    "self_attn",
+    call="self.self_attn(hidden_states={}, **kwargs)[0]",
+    linears=("q_proj", "k_proj", "v_proj"),
+    before="input_layernorm",
+)
+_MLP = Sublayer("mlp", call="self.mlp({})", linears=("gate_proj", "up_proj"), before="post_attention_layernorm")
+_PACKED_MLP = replace(_MLP, linears=("gate_up_proj",))
+
+_LLAMA_NORM = Norm(stock.LlamaNorm, round_before_weight=True)
+_OLMO2_NORM = Norm(stock.Olmo2Norm)
+_GEMMA_NORM = Norm(stock.GemmaNorm, eps="eps", weight_bias=1.0)
+
+_GATED = Gated(stock.GatedMLP, gated_mlp, activation="act_fn")
+_PACKED = Gated(stock.PackedMLP, packed_mlp, activation="activation_fn")
+_EXPERTS = Gated(stock.Experts, experts_gate, path="mlp.experts", method="_apply_gate", operation="swiglu_oai_mul")
+
+_QK_NORM = (("self_attn", "attention, q/k norms, rotary embedding and cache are the model's own"),)
+
+PRE_NORM = Family(_ATTENTION, _MLP, _LLAMA_NORM, _GATED)
+GRANITE = replace(
+    PRE_NORM,
+    attention=replace(_ATTENTION, multiplier="residual_multiplier"),
+    mlp=replace(_MLP, multiplier="residual_multiplier"),
+)
+PHI3 = Family(
+    replace(_ATTENTION, linears=("qkv_proj",), dropout="resid_attn_dropout"),
+    replace(_PACKED_MLP, dropout="resid_mlp_dropout"),
+    _LLAMA_NORM,
+    _PACKED,
+)
+GLM4 = Family(
+    replace(_ATTENTION, after="post_self_attn_layernorm"),
+    replace(_PACKED_MLP, after="post_mlp_layernorm"),
+    _LLAMA_NORM,
+    _PACKED,
+)
+GEMMA2 = Family(
+    replace(_ATTENTION, after="post_attention_layernorm"),
+    replace(_MLP, before="pre_feedforward_layernorm", after="post_feedforward_layernorm"),
+    _GEMMA_NORM,
+    _GATED,
+)
+GEMMA3 = replace(GEMMA2, left=_QK_NORM)
+OLMO2 = Family(
+    replace(_ATTENTION, before=None, after="post_attention_layernorm"),
+    replace(_MLP, before=None, after="post_feedforward_layernorm"),
+    _OLMO2_NORM,
+    _GATED,
+    left=_QK_NORM,
+)
+GPT_OSS = Family(
+    _ATTENTION,
+    replace(_MLP, call="self.mlp({})[0]", linears=()),
+    _OLMO2_NORM,
+    _EXPERTS,
+    output="MoeModelOutputWithPast",
+    left=(*PRE_NORM.left, ("mlp", "the router and the products of the experts are the model's own")),
 )
 
 # A model whose forwards compute the same is one line. SmolLM and SmolLM2 are Llamas.
@@ -68,7 +134,22 @@ MODELS = {
     "LlamaModel": PRE_NORM,
     "MistralModel": PRE_NORM,
     "Qwen2Model": PRE_NORM,
+    "SmolLM3Model": PRE_NORM,
+    "GraniteModel": GRANITE,
+    "Phi3Model": PHI3,
+    "Glm4Model": GLM4,
+    "Gemma2Model": GEMMA2,
+    "Gemma3TextModel": GEMMA3,
+    "Olmo2Model": OLMO2,
+    "GptOssModel": GPT_OSS,
 }
+
+ACTIVATIONS = (
+    (stock.SiLUActivation, silu_mul_quant),
+    (stock.SiLU, silu_mul_quant),
+    (stock.GELUTanh, gelu_tanh_mul_quant),
+    (stock.GELU, gelu_tanh_mul_quant),
+)
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -76,12 +157,25 @@ def family_of(module: nn.Module) -> Family | None:
     return next((MODELS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in MODELS), None)
 
 
-def mismatch(module: nn.Module, stock: Callable) -> str | None:
-    """Why a fused forward can't take the place of the forward of `module`; None where it computes what `stock` does."""
-    found = formula(type(module).forward)
-    if found is not None and found == formula(stock):
+def mismatch(module: nn.Module, expected: type, role: str) -> str | None:
+    """Why a fused body can't take the place of `module`; None where it computes what `expected`, of `stock`, does."""
+    for name, value in vars(expected).items():
+        if name.startswith("__"):
+            continue
+        if isinstance(value, FunctionType):
+            known = _computes(getattr(type(module), name, None), formula(value))
+        else:
+            known = _same(getattr(module, name, None), value)
+        if not known:
+            return f"{type(module).__name__}.{name} of {_version()} is not a known {role}"
+    return None
+
+
+def mismatch_layer(layer: nn.Module, family: Family) -> str | None:
+    """Why the fused body can't take the place of a decoder layer's forward; None where it can."""
+    if _computes(type(layer).forward, family.layer):
         return None
-    return f"{type(module).__name__}.forward of {_version()} is not a known {stock.__name__.strip('_')}"
+    return f"{type(layer).__name__}.forward of {_version()} is not a known layer"
 
 
 def mismatch_loop(model: nn.Module, family: Family) -> str | None:
@@ -91,10 +185,31 @@ def mismatch_loop(model: nn.Module, family: Family) -> str | None:
     return f"{type(model).__name__}.forward of {_version()} is not a known loop over layers"
 
 
-def passes_on(module: nn.Module, argument: str, linears: tuple[str, ...]) -> bool:
-    """Whether all that `module` does with `argument` is to ask for its leading shape and give it to these layers."""
+def activation_of(module: nn.Module) -> tuple[Callable | None, str | None]:
+    """(the fused operation of this activation and the product after it, why there is none)"""
+    problems = [mismatch(module, expected, "activation") for expected, _ in ACTIVATIONS]
+    return (ACTIVATIONS[problems.index(None)][1], None) if None in problems else (None, problems[0])
+
+
+def passes_on(module: nn.Module, linears: tuple[str, ...]) -> bool:
+    """Whether all that `module` does with its input is to ask for its leading shape and give it to these layers."""
+    argument = first_argument(type(module).forward)
+    if argument is None:
+        return False
     allowed = {f"self.{linear}({argument})" for linear in linears} | {f"{argument}.shape[:-1]"}
     return allowed.issuperset(reads(type(module).forward, argument) or ("unknown",))
+
+
+def _computes(function: Any, expected: str | None) -> bool:
+    found = None if function is None else formula(function)
+    return found is not None and found == expected
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, partial):
+        parts = (expected.func, expected.args, expected.keywords)
+        return isinstance(found, partial) and (found.func, found.args, found.keywords) == parts
+    return bool(found == expected)
 
 
 def _version() -> str:

@@ -1,55 +1,97 @@
-"""The fused forwards, one a role. Each gives the bits of the stock forward that `families` describes.
+"""The fused forwards, one a role. Each gives the bits of the stock forward that `roles` and `stock` describe.
 
 Modules are `Any` here, since torch types whatever hangs on a module as `Tensor | Module`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from fused_ops import fused_add_rms_norm_quant, rms_norm_quant, silu_mul_quant
+from fused_ops import quantize, rms_norm_quant, swiglu_oai_mul
 from quant import QuantizedActivation
 
 from .pending import Pending
+from .roles import Norm, Sublayer
 
 UNQUANTIZED: dict[str, Any] = {"quant_key": None}
 
 
 def decoder_layer(
-    self: Any, hidden_states: Tensor | Pending, *, quantize_attention: bool, quantize_mlp: bool, **kwargs: Any
+    self: Any,
+    hidden_states: Tensor | Pending,
+    *,
+    sublayers: tuple[Sublayer, Sublayer],
+    norm: Norm,
+    quantized: tuple[bool, bool],
+    **kwargs: Any,
 ) -> Tensor | Pending:
-    """A pre-norm layer whose additions happen in the norm that follows: in this layer, or in the next one.
+    """A layer whose additions happen in the norm that follows: in this layer, or in the next one.
 
-    quantize_attention, quantize_mlp: the norm hands the projections one activation, quantized as the first wants it.
+    sublayers: attention and MLP. norm: the kind of all their norms.
+    quantized: whether each gets one activation for its linear layers, quantized as the first of them wants it.
     """
-    quant = self.self_attn.q_proj.input_quant() if quantize_attention else UNQUANTIZED
-    x, residual = _add_norm(self.input_layernorm, hidden_states, quant)
-    x, _ = self.self_attn(hidden_states=x, **kwargs)
-    quant = self.mlp.gate_proj.input_quant() if quantize_mlp else UNQUANTIZED
-    x, residual = _add_norm(self.post_attention_layernorm, Pending(x, residual), quant)
-    pending = Pending(self.mlp(x), residual)
+    attention, mlp = sublayers
+    x, residual = _enter(self, attention, hidden_states, norm, quantized[0])
+    pending = _leave(self, attention, self.self_attn(hidden_states=x, **kwargs), residual, norm)
+    x, residual = _enter(self, mlp, pending, norm, quantized[1])
+    pending = _leave(self, mlp, self.mlp(x), residual, norm)
     return pending.sum() if self._forward_hooks else pending  # a hook expects the tensor
 
 
-def last_norm(self: Any, hidden_states: Tensor | Pending) -> Tensor:
+def _enter(layer: Any, sublayer: Sublayer, x: Tensor | Pending, norm: Norm, quantized: bool) -> tuple[Any, Tensor]:
+    """(the input of the sublayer's module, residual)"""
+    quant = UNQUANTIZED
+    if quantized:
+        quant = getattr(getattr(layer, sublayer.module), sublayer.linears[0]).input_quant()
+    if sublayer.before is not None:
+        return _normed(norm.of(getattr(layer, sublayer.before)), x, quant)
+    x = x.sum() if isinstance(x, Pending) else x
+    return (quantize(x, **quant) if quantized else x), x
+
+
+def _leave(layer: Any, sublayer: Sublayer, output: Any, residual: Tensor, norm: Norm) -> Pending:
+    delta = output[0] if isinstance(output, tuple) else output  # attention weights, a router's scores
+    if sublayer.dropout is not None:
+        delta = getattr(layer, sublayer.dropout)(delta)
+    multiplier = 1.0 if sublayer.multiplier is None else getattr(layer, sublayer.multiplier)
+    post = None if sublayer.after is None else norm.of(getattr(layer, sublayer.after))
+    return Pending(delta, residual, multiplier, post)
+
+
+def last_norm(self: Any, hidden_states: Tensor | Pending, *, norm: Norm) -> Tensor:
     """The norm after the last layer, with that layer's addition."""
-    return _add_norm(self, hidden_states, UNQUANTIZED)[0]
+    return _normed(norm.of(self), hidden_states, UNQUANTIZED)[0]
 
 
-def gated_mlp(self: Any, x: Tensor | QuantizedActivation, *, quantize: bool) -> Tensor:
-    """SwiGLU; the down projection gets its input quantized as it wants it."""
-    quant = self.down_proj.input_quant() if quantize else UNQUANTIZED
-    return self.down_proj(silu_mul_quant(self.gate_proj(x), self.up_proj(x), round_activation=True, **quant))
-
-
-def _add_norm(norm: Any, x: Tensor | Pending, quant: dict[str, Any]) -> tuple[Any, Tensor]:
+def _normed(norm: dict[str, Any], x: Tensor | Pending, quant: dict[str, Any]) -> tuple[Any, Tensor]:
     """(normed and quantized, residual)"""
-    options = {"round_before_weight": True, **quant}
-    if isinstance(x, Pending):
-        return fused_add_rms_norm_quant(x.delta, x.residual, norm.weight, norm.variance_epsilon, **options)
-    return rms_norm_quant(x, norm.weight, norm.variance_epsilon, **options), x
+    return x.norm(norm, quant) if isinstance(x, Pending) else (rms_norm_quant(x, **norm, **quant), x)
 
 
-BODIES = (decoder_layer, last_norm, gated_mlp)
+def gated_mlp(self: Any, x: Tensor | QuantizedActivation, *, activate: Callable, quantized: bool) -> Tensor:
+    """SwiGLU or GeGLU; the down projection gets its input quantized as it wants it."""
+    return _down(self, self.gate_proj(x), self.up_proj(x), activate, quantized)
+
+
+def packed_mlp(
+    self: Any, hidden_states: Tensor | QuantizedActivation, *, activate: Callable, quantized: bool
+) -> Tensor:
+    """The same where one projection gives both halves."""
+    gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+    return _down(self, gate, up, activate, quantized)
+
+
+def _down(mlp: Any, gate: Tensor, up: Tensor, activate: Callable, quantized: bool) -> Tensor:
+    quant = mlp.down_proj.input_quant() if quantized else UNQUANTIZED
+    return mlp.down_proj(activate(gate, up, round_activation=True, **quant))
+
+
+def experts_gate(self: Any, gate_up: Tensor) -> Tensor:
+    """gpt-oss's activation, of gates and ups that alternate."""
+    return swiglu_oai_mul(gate_up, None, alpha=self.alpha, limit=self.limit, round_activation=True)
+
+
+BODIES = (decoder_layer, last_norm, gated_mlp, packed_mlp, experts_gate)

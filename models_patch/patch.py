@@ -12,20 +12,33 @@ from torch import Tensor, nn
 
 from quant import QuantKey
 
-from .families import MODELS, Family, family_of, mismatch, mismatch_loop, passes_on
-from .forwards import BODIES, UNQUANTIZED, decoder_layer, gated_mlp, last_norm
+from .families import (
+    MODELS,
+    Family,
+    Gated,
+    activation_of,
+    family_of,
+    mismatch,
+    mismatch_layer,
+    mismatch_loop,
+    passes_on,
+)
+from .forwards import BODIES, UNQUANTIZED, decoder_layer, last_norm
 from .report import Entry, Report
 
-ATTENTION, MLP, DOWN = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",)  # who shares an input
+METHODS = ("forward", "_apply_gate")  # what is bound in the place of a class's own
+DOWN = ("down_proj",)
 
 
 def patch(model: nn.Module) -> Report:
     """Let a Hugging Face model call fused operations; same weights, same bits as before on the `reference` backend.
 
-    Llama, Mistral, Qwen2 and SmolLM models of transformers 5, with a head or without. Additions of the residual are
-    done by the norm that follows, across layers too; norms and activations quantize for the linear layers that take
-    their result, once for those that take the same. Attention and caches stay as they are. What can't be fused, because
-    a stock forward isn't one of those known, is left as it was, and the report says why.
+    The models of transformers 5 in `models_patch.families.MODELS`, with a head or without: Llama, Mistral, Qwen2,
+    SmolLM, Granite, Phi3, GLM4, Gemma2, Gemma3, OLMo2, gpt-oss. Additions of the residual are done by the norm that
+    follows, across layers too, and so are norms before the addition; norms and activations quantize for the linear
+    layers that take their result, once for those that take the same. Attention, experts' products and caches stay as
+    they are. What can't be fused, because a stock forward isn't one of those known, is left as it was, and the report
+    says why.
 
     Forwards are bound to the modules of this model; weights and `state_dict` are untouched, nothing is global. A copy
     (`copy.deepcopy`, `torch.save`) of a patched model is patched. It is for inference: a backward pass raises. Nor is
@@ -61,8 +74,8 @@ def patch(model: nn.Module) -> Report:
         reasons = "; ".join(dict.fromkeys(entry.note for entry in report.left))
         raise ValueError(f"patch: nothing in {type(model).__name__} can be patched: {reasons}")
     unpatch(model)
-    for module, forward in plan.forwards.items():
-        module.forward = forward
+    for (module, method), forward in plan.forwards.items():
+        setattr(module, method, forward)
     return report
 
 
@@ -75,21 +88,23 @@ def unpatch(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch: model is {type(model).__name__}, expected a torch.nn.Module")
-    for path, module in model.named_modules():
-        forward = vars(module).get("forward")
-        if not _is_patched(module) and forward is not None and _is_ours(inspect.unwrap(forward)):
-            raise ValueError(f"unpatch: something else has wrapped the patched forward of {path}; undo that first")
-    for module in model.modules():
-        if _is_patched(module):
-            del module.forward
+    own = [(path, module, name) for path, module in model.named_modules() for name in METHODS if name in vars(module)]
+    for path, module, name in own:
+        method = getattr(module, name)
+        if not _is_ours(method) and _is_ours(inspect.unwrap(method)):
+            raise ValueError(f"unpatch: something else has wrapped the patched {name} of {path}; undo that first")
+    for _, module, name in own:
+        if _is_ours(getattr(module, name)):
+            delattr(module, name)
 
 
 class _Plan:
     """What to bind where, and the report on it; nothing is touched while it is made."""
 
     def __init__(self) -> None:
-        self.forwards: dict[nn.Module, partial] = {}
+        self.forwards: dict[tuple[nn.Module, str], partial] = {}
         self.entries: list[Entry] = []
+        self.after: tuple[str, nn.Module] | None = None  # the norm that the next addition comes after
 
     def add(self, path: str, base: Any, family: Family) -> None:
         # Layers and last norm hand each other Pendings, so it's all of them or none.
@@ -99,38 +114,84 @@ class _Plan:
         for index, layer in enumerate(base.layers):
             name = _join(path, f"layers.{index}")
             if problem is None:
-                self.add_layer(name, layer, first=index == 0)
-            if hasattr(layer, "mlp"):
-                self.add_mlp(f"{name}.mlp", layer.mlp, family)
+                self.add_layer(name, layer, family, first=index == 0)
+            self.add_gated(name, layer, family.gated)
         if problem is None:
-            self.bind(last_norm, base.norm)
-            self.call(_join(path, "norm"), base.norm, "fused_add_rms_norm" if len(base.layers) else "rms_norm")
+            self.bind(last_norm, base.norm, norm=family.norm)
+            self.add_norm(_join(path, "norm"), base.norm, first=not len(base.layers))
 
-    def add_layer(self, path: str, layer: Any, first: bool) -> None:
-        attention_key, attention_note = _shared_key(layer.self_attn, "hidden_states", ATTENTION)
-        mlp_key, mlp_note = _shared_key(layer.mlp, "x", MLP)
-        quantize = {"quantize_attention": attention_key is not None, "quantize_mlp": mlp_key is not None}
-        self.bind(decoder_layer, layer, **quantize)
-        norm = "rms_norm" if first else "fused_add_rms_norm"
-        self.call(f"{path}.input_layernorm", layer.input_layernorm, norm, attention_key, ATTENTION, attention_note)
-        self.leave(f"{path}.self_attn", layer.self_attn, "attention, rotary embedding and cache are the model's own")
-        norm, module = "fused_add_rms_norm", layer.post_attention_layernorm
-        self.call(f"{path}.post_attention_layernorm", module, norm, mlp_key, MLP, mlp_note)
+    def add_layer(self, path: str, layer: Any, family: Family, first: bool) -> None:
+        sublayers, quantized = (family.attention, family.mlp), []
+        for sublayer in sublayers:
+            module = getattr(layer, sublayer.module)
+            key, note = _shared_key(module, sublayer.linears)
+            quantized.append(key is not None)
+            feeds = sublayer.linears if key else ()
+            if sublayer.before is not None:
+                norm = getattr(layer, sublayer.before)
+                self.add_norm(f"{path}.{sublayer.before}", norm, first, key, feeds, note)
+            else:
+                self.add_sum(f"{path}.{sublayer.module}", module, key, feeds, note)
+            for left, reason in family.left:
+                if left == sublayer.module:
+                    self.leave(f"{path}.{left}", module, reason)
+            if sublayer.after is not None:
+                self.after = f"{path}.{sublayer.after}", getattr(layer, sublayer.after)
+            first = False
+        self.bind(decoder_layer, layer, sublayers=sublayers, norm=family.norm, quantized=tuple(quantized))
 
-    def add_mlp(self, path: str, mlp: Any, family: Family) -> None:
-        problem = _problem(mlp, family.mlp)
-        if problem is None and not isinstance(mlp.act_fn, nn.SiLU):
-            problem = mismatch(mlp.act_fn, family.activation)
+    def add_norm(
+        self,
+        path: str,
+        module: nn.Module,
+        first: bool,
+        key: QuantKey | None = None,
+        feeds: tuple[str, ...] = (),
+        note: str = "",
+    ) -> None:
+        """A norm, with the addition before it, and the norm before that; the model's first adds nothing."""
+        operation = "rms_norm" if first else "fused_add_rms_norm"
+        if self.after is not None:
+            operation = "rms_norm_add_rms_norm"
+            note = "; ".join(filter(None, (f"{self.after[0].rpartition('.')[2]} included", note)))
+        self.after = None
+        self.call(path, module, operation + ("_quant" if key else ""), key, feeds, note)
+
+    def add_sum(self, path: str, module: nn.Module, key: QuantKey | None, feeds: tuple[str, ...], note: str) -> None:
+        """The input of a module with no norm before it: an addition, and a quantization of its own."""
+        if self.after is not None:  # the model's first adds nothing
+            self.call(*self.after, "rms_norm_add")
+        if key is not None:
+            self.call(path, module, "quantize", key, feeds)
+        elif note:
+            self.leave(path, module, note)
+
+    def add_gated(self, path: str, layer: Any, gated: Gated) -> None:
+        try:
+            module: Any = layer.get_submodule(gated.path)
+        except AttributeError:
+            return  # the layer isn't a known one either
+        path = f"{path}.{gated.path}"
+        problem, activate = _problem(module, gated.stock, "MLP"), None
+        if problem is None and gated.activation is not None:
+            activation = getattr(module, gated.activation)
+            problem = _replaced(activation, "forward")
+            if problem is None:
+                activate, problem = activation_of(activation)
         if problem is not None:
-            self.leave(path, mlp, problem)
-            return
-        key, note = _agreed_key(mlp, DOWN)
-        self.bind(gated_mlp, mlp, quantize=key is not None)
-        self.call(path, mlp, "silu_mul", key, DOWN, note)
+            self.leave(path, module, problem)
+        elif activate is None:
+            self.bind(gated.body, module, gated.method)
+            self.call(path, module, gated.operation)
+        else:
+            key, note = _agreed_key(module, DOWN)
+            self.bind(gated.body, module, activate=activate, quantized=key is not None)
+            name = activate.__name__ if key else activate.__name__.removesuffix("_quant")
+            self.call(path, module, name, key, DOWN if key else (), note)
 
-    def bind(self, body: Callable, module: nn.Module, **decisions: bool) -> None:
+    def bind(self, body: Callable, module: nn.Module, method: str = "forward", **decisions: Any) -> None:
         # A partial, since a bound method can't be pickled under another name.
-        self.forwards[module] = partial(body, module, **decisions)
+        self.forwards[module, method] = partial(body, module, **decisions)
 
     def call(
         self,
@@ -138,10 +199,9 @@ class _Plan:
         module: nn.Module,
         operation: str,
         key: QuantKey | None = None,
-        linears: tuple[str, ...] = (),
+        feeds: tuple[str, ...] = (),
         note: str = "",
     ) -> None:
-        operation, feeds = (f"{operation}_quant", linears) if key else (operation, ())
         self.entries.append(Entry(path, type(module).__name__, operation, key, feeds, note))
 
     def leave(self, path: str, module: nn.Module, note: str) -> None:
@@ -150,37 +210,35 @@ class _Plan:
 
 def _stream_problem(base: Any, family: Family) -> str | None:
     """Why the additions between the layers of `base` can't be fused; None where they can."""
-    problems = [_replaced(base) or mismatch_loop(base, family)]
+    norms = [*family.attention.norms, *family.mlp.norms]
+    problems = [_replaced(base, "forward") or mismatch_loop(base, family)]
     for layer in base.layers:
-        problems.append(_problem(layer, family.layer))
+        problems.append(_replaced(layer, "forward") or mismatch_layer(layer, family))
         if problems[-1] is None:
-            problems += [_problem(n, family.norm) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-    problems.append(_problem(base.norm, family.norm))
+            problems += [_problem(getattr(layer, name), family.norm.stock, "norm") for name in norms]
+    problems.append(_problem(base.norm, family.norm.stock, "norm"))
     return next(filter(None, problems), None)
 
 
-def _problem(module: nn.Module, stock: Callable) -> str | None:
-    return _replaced(module) or mismatch(module, stock)
+def _problem(module: nn.Module, expected: type, role: str) -> str | None:
+    return _replaced(module, *vars(expected)) or mismatch(module, expected, role)
 
 
-def _replaced(module: nn.Module) -> str | None:
-    if "forward" not in vars(module) or _is_patched(module):
-        return None
-    return f"the forward of this {type(module).__name__} has been replaced by something else already"
+def _replaced(module: nn.Module, *methods: str) -> str | None:
+    for name in methods:
+        if callable(own := vars(module).get(name)) and not _is_ours(own):
+            return f"the {name} of this {type(module).__name__} has been replaced by something else already"
+    return None
 
 
-def _is_patched(module: nn.Module) -> bool:
-    return _is_ours(vars(module).get("forward"))
+def _is_ours(method: Any) -> bool:
+    return isinstance(method, partial) and method.func in BODIES
 
 
-def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, partial) and forward.func in BODIES
-
-
-def _shared_key(module: nn.Module, argument: str, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
+def _shared_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
     """`_agreed_key` of linear layers that get their input through the stock forward of `module`."""
-    key, note = _agreed_key(module, linears)
-    if key is not None and (_replaced(module) or not passes_on(module, argument, linears)):
+    key, note = _agreed_key(module, linears) if linears else (None, "")
+    if key is not None and (_replaced(module, "forward") or not passes_on(module, linears)):
         return None, f"{type(module).__name__}.forward reads its input elsewhere too, so each quantizes its input"
     return key, note
 

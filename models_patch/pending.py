@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fused_ops import fused_add_rms_norm_quant, rms_norm_add, rms_norm_add_rms_norm_quant
+
 
 class Pending:
-    """A residual addition that is still to be done: a decoder layer's output, `residual + delta`.
+    """A residual addition that is still to be done: a decoder layer's output, `residual + delta * multiplier`.
+
+    With `post`, the arguments of a norm, it is `residual + rms_norm(delta, **post)`.
 
     The next norm does it in the same pass. Whoever else gets hold of one (a forward pre-hook on a decoder layer, say)
     has the tensor by `.sum()`.
     """
 
-    __slots__ = ("delta", "residual")
+    __slots__ = ("delta", "multiplier", "post", "residual")
 
-    def __init__(self, delta: Tensor, residual: Tensor):
-        self.delta, self.residual = delta, residual
+    def __init__(self, delta: Tensor, residual: Tensor, multiplier: float = 1.0, post: dict[str, Any] | None = None):
+        self.delta, self.residual, self.multiplier, self.post = delta, residual, multiplier, post
 
     def sum(self) -> Tensor:
         """The layer's output as the unpatched model has it."""
-        return self.residual + self.delta
+        if self.post is not None:
+            return rms_norm_add(self.delta, self.residual, **self.post)
+        return self.residual + (self.delta if self.multiplier == 1.0 else self.delta * self.multiplier)
+
+    def norm(self, norm: dict[str, Any], quant: dict[str, Any]) -> tuple[Any, Tensor]:
+        """(`rms_norm(sum, **norm)`, quantized as `quant` says; sum) in one pass."""
+        if self.post is not None:
+            post = {"post_weight": self.post["weight"], "post_eps": self.post["eps"]}
+            return rms_norm_add_rms_norm_quant(self.delta, self.residual, **post, **norm, **quant)
+        return fused_add_rms_norm_quant(self.delta, self.residual, x_multiplier=self.multiplier, **norm, **quant)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Pending:
         """The same on another device, for models that are spread over several."""
-        return Pending(*(t.to(device, non_blocking=non_blocking) for t in (self.delta, self.residual)))
+        delta, residual = (t.to(device, non_blocking=non_blocking) for t in (self.delta, self.residual))
+        post = self.post
+        if post is not None:
+            post = {**post, "weight": post["weight"].to(device, non_blocking=non_blocking)}
+        return Pending(delta, residual, self.multiplier, post)

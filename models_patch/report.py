@@ -20,7 +20,7 @@ class Entry:
     operation: the fused operation that it calls now; None where it was left as it was.
     quant_key: how the operation quantizes its result; None where it doesn't.
     feeds: the linear layers that take this result.
-    note: why it was left, or why the result is not quantized.
+    note: why it was left, why the result is not quantized, or which other module's work is included.
     """
 
     path: str

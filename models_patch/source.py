@@ -28,11 +28,10 @@ def formula(function: Callable) -> str | None:
             case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
                 inline.values[name] = inline.visit(value)
             case ast.Assign([ast.Tuple(targets)], value):
-                parts = inline.visit(value)
-                for index, target in enumerate(targets):
+                for target, part in zip(targets, _parts(inline.visit(value), len(targets)), strict=True):
                     if not isinstance(target, ast.Name):
                         return None
-                    inline.values[target.id] = ast.Subscript(parts, ast.Constant(index), ast.Load())
+                    inline.values[target.id] = part
             case ast.Return(ast.expr() as value):
                 return ast.unparse(inline.visit(value))
             case _:
@@ -56,6 +55,13 @@ def reads(function: Callable, name: str) -> tuple[str, ...] | None:
     return tuple(_read(node, parents) for node in names)
 
 
+@functools.cache
+def first_argument(function: Callable) -> str | None:
+    """The name of a method's first parameter after `self`; None where there is none, or no source."""
+    definition = _definition(function)
+    return definition.args.args[1].arg if definition is not None and len(definition.args.args) > 1 else None
+
+
 def _definition(function: Callable) -> ast.FunctionDef | None:
     # Decorators of transformers are known to leave the result alone; what else wraps a forward may change it.
     while (wrapped := getattr(function, "__wrapped__", None)) is not None:
@@ -67,6 +73,16 @@ def _definition(function: Callable) -> ast.FunctionDef | None:
     except (OSError, TypeError, SyntaxError):  # built in, compiled, or typed at a prompt
         return None
     return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
+
+
+def _parts(value: ast.expr, count: int) -> list[ast.expr]:
+    if (
+        isinstance(value, ast.Tuple)
+        and len(value.elts) == count
+        and not any(isinstance(part, ast.Starred) for part in value.elts)
+    ):
+        return value.elts
+    return [ast.Subscript(value, ast.Constant(index), ast.Load()) for index in range(count)]
 
 
 class _Inline(ast.NodeTransformer):

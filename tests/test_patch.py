@@ -1,24 +1,20 @@
 """Patched models give stock's bits on the reference backend, however a model is used; `unpatch` leaves no trace."""
 
 import copy
-import functools
 import io
 from collections import Counter
 
 import pytest
 import torch
-import transformers
+from patching import LAYERS, assert_equal, count, generate, quantize, tiny, tokens
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama import modeling_llama as llama
 
 import fused_ops
 import models_patch
-from models_patch.families import PRE_NORM
 from models_patch.pending import Pending
-from models_patch.source import formula, reads
 from quant import FP8_STATIC_TENSOR
-from quant.methods import SCHEMES, quantize_model
+from quant.methods import SCHEMES
 
 MODELS = {
     "Llama": {},
@@ -27,31 +23,14 @@ MODELS = {
     "Mistral": {"sliding_window": 4},
     "Qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
 }
-LAYERS, VOCABULARY = 3, 97
 
 
-def tiny(name: str = "Llama", dtype: torch.dtype = torch.bfloat16, **changes):
-    torch.manual_seed(1)
-    config = getattr(transformers, name.split(",")[0] + "Config")(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, pad_token_id=0,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, **MODELS[name], **changes,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    for parameter in model.parameters():  # norms and biases too, which start as ones and zeros
-        parameter.data.normal_(std=0.3).add_(parameter.dim() == 1)
-    return model.requires_grad_(False)
-
-
-def quantize(model: nn.Module, scheme: str) -> nn.Module:
-    return quantize_model(model, scheme, [tokens(9)] if SCHEMES[scheme].calibrated else None)
+def tiny_llama(name: str, dtype: torch.dtype = torch.bfloat16):
+    return tiny(name.split(",")[0], dtype, **MODELS[name])
 
 
 def quantized(scheme: str, **changes):
     return quantize(tiny(**changes), scheme)
-
-
-def tokens(length: int = 7, batch: int = 2) -> torch.Tensor:
-    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture
@@ -65,38 +44,13 @@ def model():
     return tiny()
 
 
-class CountOps(TorchDispatchMode):
-    """Counts calls of fused operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fused_ops":
-            self.calls[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def count(function) -> Counter:
-    with CountOps() as counter:
-        function()
-    return counter.calls
-
-
-def assert_equal(actual, expected):
-    assert len(actual) == len(expected)
-    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a, e), f"{index}: {int((a != e).sum())} of {e.numel()} elements differ"
-
-
 # The numbers are stock's.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_stocks_bit_for_bit(reference, name, dtype):
-    model = tiny(name, dtype)
+    model = tiny_llama(name, dtype)
     expected = model(tokens()).logits
     models_patch.patch(model)
     assert count(lambda: model(tokens())) == {"rms_norm": 1, "fused_add_rms_norm": 2 * LAYERS, "silu_mul": LAYERS}
@@ -113,19 +67,10 @@ def test_a_model_without_head(reference, model):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
 def test_generation_with_left_padding(reference, name, cache):
-    model = tiny(name)
-    prompts, mask = tokens(), torch.ones(2, 7, dtype=torch.long)
-    mask[0, :3] = 0
-
-    def generate():
-        return model.generate(
-            prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation=cache,
-            return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
-
-    expected = generate()
+    model = tiny_llama(name)
+    expected = generate(model, cache)
     models_patch.patch(model)
-    actual = generate()
+    actual = generate(model, cache)
     assert torch.equal(actual.sequences, expected.sequences)
     assert_equal(actual.logits, expected.logits)
 
@@ -207,7 +152,7 @@ def test_backward_raises():
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["Llama", "Qwen2"])
 def test_a_quantized_model_keeps_its_bits(reference, name, scheme):
-    model = quantized(scheme, name=name)
+    model = quantize(tiny_llama(name), scheme)
     expected = model(tokens()).logits
     assert count(lambda: model(tokens()))["quantize"] == 7 * LAYERS
     report = models_patch.patch(model)
@@ -341,151 +286,6 @@ def test_the_report_is_a_table():
     assert mlp.split()[1:] == ["LlamaMLP", "silu_mul_quant", "INT8_DYNAMIC_TOKEN", "down_proj"]
     starts = {line.index(cell) for line in lines[1:] for cell in ("class", "Llama") if cell in line}
     assert len(starts) == 1
-
-
-# What isn't known is left alone.
-
-
-def test_another_activation_is_left(reference):
-    model = tiny(hidden_act="gelu_pytorch_tanh")
-    expected = model(tokens()).logits
-    report = models_patch.patch(model)
-    assert torch.equal(model(tokens()).logits, expected)
-    assert [entry.path for entry in report.left if entry.module == "LlamaMLP"] == [
-        f"model.layers.{index}.mlp" for index in range(LAYERS)
-    ]
-    assert "GELUTanh.forward of transformers" in str(report)
-
-
-class _Scaled(llama.LlamaDecoderLayer):
-    def forward(self, hidden_states, **kwargs):
-        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attention * 0.5
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class _Doubled(llama.LlamaRMSNorm):
-    def forward(self, hidden_states):
-        return super().forward(hidden_states) * 2
-
-
-class _Peeking(llama.LlamaModel):
-    def forward(self, input_ids=None, **kwargs):
-        hidden_states = self.embed_tokens(input_ids)
-        for decoder_layer in self.layers:
-            hidden_states = decoder_layer(hidden_states, **kwargs)
-            hidden_states = hidden_states.clamp(-1, 1)
-        return self.norm(hidden_states)
-
-
-@pytest.mark.parametrize(
-    ("module", "cls", "reason"),
-    [
-        ("model.layers.2", _Scaled, "_Scaled.forward of transformers {} is not a known layer"),
-        (
-            "model.layers.0.post_attention_layernorm",
-            _Doubled,
-            "_Doubled.forward of transformers {} is not a known norm",
-        ),
-        ("model.norm", _Doubled, "_Doubled.forward of transformers {} is not a known norm"),
-        ("model", _Peeking, "_Peeking.forward of transformers {} is not a known loop over layers"),
-    ],
-)
-def test_an_unknown_forward_is_left_by_name(model, module, cls, reason):
-    model.get_submodule(module).__class__ = cls
-    report = models_patch.patch(model)
-    assert report.left[0].path == "model.layers"
-    assert report.left[0].note == reason.format(transformers.__version__)
-    assert {entry.operation for entry in report.replaced} == {"silu_mul"}
-    assert "forward" not in vars(model.model.layers[0])
-
-
-def test_a_forward_that_something_else_replaced_is_left(model):
-    mlp = model.model.layers[1].mlp
-    mlp.forward = lambda x: x
-    report = models_patch.patch(model)
-    left = next(entry for entry in report.left if entry.path == "model.layers.1.mlp")
-    assert left.note == "the forward of this LlamaMLP has been replaced by something else already"
-    assert "\nmodel.layers.0,2.mlp " in str(report)
-    models_patch.unpatch(model)
-    assert "forward" in vars(mlp)
-
-
-@pytest.mark.parametrize("path", ["model", "model.layers.1", "model.layers.2.input_layernorm", "model.norm"])
-def test_layers_are_left_where_one_forward_was_replaced(model, path):
-    module = model.get_submodule(path)
-    module.forward = functools.partial(type(module).forward, module)
-    report = models_patch.patch(model)
-    assert report.left[0].path == "model.layers"
-    assert report.left[0].note.startswith(f"the forward of this {type(module).__name__} has been replaced")
-    assert {entry.operation for entry in report.replaced} == {"silu_mul"}
-
-
-def test_a_forward_that_something_else_wrapped_is_left(model, monkeypatch):
-    forward = llama.LlamaRMSNorm.forward
-    monkeypatch.setattr(llama.LlamaRMSNorm, "forward", functools.wraps(forward)(lambda self, x: forward(self, x) * 2))
-    report = models_patch.patch(model)
-    assert report.left[0].note.startswith("LlamaRMSNorm.forward of transformers")
-
-
-def test_a_wrapped_patch_is_not_undone_by_halves(model):
-    models_patch.patch(model)
-    layer = model.model.layers[1]
-    wrapped = layer.forward
-    layer.forward = functools.wraps(wrapped)(lambda *args, **kwargs: wrapped(*args, **kwargs))
-    with pytest.raises(
-        ValueError, match=r"unpatch: something else has wrapped the patched forward of model\.layers\.1;"
-    ):
-        models_patch.unpatch(model)
-    assert "forward" in vars(model.model.layers[0])
-
-
-def test_nothing_known_raises(model):
-    for layer in model.model.layers:
-        layer.__class__, layer.mlp.act_fn = _Scaled, nn.GELU()
-    with pytest.raises(
-        ValueError, match=r"nothing in LlamaForCausalLM can be patched: _Scaled\.forward .*; GELU\.forward"
-    ):
-        models_patch.patch(model)
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-@pytest.mark.parametrize("function", [models_patch.patch, models_patch.unpatch])
-def test_what_is_no_model_raises(function):
-    with pytest.raises(TypeError, match=r"model is dict, expected a torch\.nn\.Module"):
-        function({})
-
-
-def test_a_model_that_is_not_in_the_table_raises():
-    with pytest.raises(ValueError, match="model is Linear, expected one of LlamaModel, MistralModel, Qwen2Model,"):
-        models_patch.patch(nn.Linear(2, 2))
-
-
-def test_source_comparison():
-    class Norm(nn.Module):
-        def forward(self, hidden_states):
-            """Other names, other statements, the same formula."""
-            x = hidden_states.to(torch.float32)
-            mean, _unused = x.pow(2).mean(-1, keepdim=True), 0
-            x = x * torch.rsqrt(mean + self.variance_epsilon)
-            return self.weight * x.to(hidden_states.dtype)
-
-        def fp32_weight(self, hidden_states):
-            x = hidden_states.to(torch.float32)
-            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-            return (self.weight * x).to(hidden_states.dtype)
-
-        def branching(self, x):
-            if x.dim() == 2:
-                x = x[None]
-            return self.weight * x
-
-    assert formula(llama.LlamaRMSNorm.forward) == formula(PRE_NORM.norm)
-    assert formula(Norm.fp32_weight) != formula(PRE_NORM.norm)
-    assert formula(Norm.branching) is None
-    assert formula(torch.relu) is None
-    assert reads(Norm.branching, "x") == ("x.dim", "x[None]", "self.weight * x")
-    assert reads(llama.LlamaMLP.forward, "x") == ("self.gate_proj(x)", "self.up_proj(x)")
 
 
 def test_pending_moves_and_adds():

@@ -1,0 +1,70 @@
+"""Tiny random models for the tests of `models_patch`, and how often they call what."""
+
+from collections import Counter
+
+import torch
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quant.methods import SCHEMES, quantize_model
+
+LAYERS, VOCABULARY = 3, 97
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def tiny(name: str = "Llama", dtype: torch.dtype = torch.bfloat16, **changes):
+    """A causal language model of the class that `<name>Config` belongs to."""
+    torch.manual_seed(1)
+    config = getattr(transformers, name + "Config")(**{**SIZES, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for parameter in model.parameters():  # norms and biases too, which start as ones and zeros
+        parameter.data.normal_(std=0.3).add_(parameter.dim() == 1)
+    return model.requires_grad_(False)
+
+
+def tokens(length: int = 7, batch: int = 2) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+def quantize(model: nn.Module, scheme: str) -> nn.Module:
+    return quantize_model(model, scheme, [tokens(9)] if SCHEMES[scheme].calibrated else None)
+
+
+def generate(model: nn.Module, cache: str):
+    """Greedy, with logits, of two prompts of which the first is padded on its left."""
+    prompts, mask = tokens(), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    return model.generate(
+        prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation=cache,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+
+
+class CountOps(TorchDispatchMode):
+    """Counts calls of fused operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fused_ops":
+            self.calls[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count(function) -> Counter:
+    with CountOps() as counter:
+        function()
+    return counter.calls
+
+
+def assert_equal(actual, expected):
+    assert len(actual) == len(expected)
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, e), f"{index}: {int((a != e).sum())} of {e.numel()} elements differ"
