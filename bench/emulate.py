@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import models_patch
-from fused_ops.linear import decode_weight
+from fused_ops.linear import exact_values
 from quant import formats
 from quant.methods import SCHEMES, QuantLinear, quantize_model
 
@@ -36,17 +36,15 @@ class EmulatedLinear(nn.Module):
 
     def __init__(self, layer: QuantLinear):
         super().__init__()
-        self.weight = decode_weight(layer.weight, layer.weight_scale.double())
+        weight_key, scale2 = layer.method.scheme.weight_key, layer._buffers.get("weight_scale2")
+        self.weight = exact_values(layer.weight, layer.weight_scale, weight_key, scale2)
         self.bias = None if layer.bias is None else layer.bias.double()
         self.input_quant = layer.input_quant()
 
     def forward(self, x: Tensor) -> Tensor:
-        key, scale = self.input_quant["quant_key"], self.input_quant["scale"]
-        data, made, _ = formats.quantize(x.float(), key, scale=scale)
-        if scale is None:
-            cols = x.shape[-1]
-            scale = made.view(*x.shape[:-1], -1).repeat_interleave(key.group_size(cols), -1)[..., :cols]
-        return linear(data.double() * scale.double(), self.weight, self.bias)
+        key, given = self.input_quant["quant_key"], {n: self.input_quant[n] for n in ("scale", "scale2", "zero_point")}
+        data, scale, zero_point = formats.quantize(x.float(), key, **given)
+        return linear(exact_values(data, scale, key, given["scale2"], zero_point), self.weight, self.bias)
 
 
 def emulate(model: nn.Module) -> nn.Module:

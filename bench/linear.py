@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import fused_ops
-from fused_ops.linear import decode_weight, linear_inputs
-from quant import QuantizedActivation, QuantKey
+from fused_ops.linear import decode_weight, linear_inputs, usual_weight
+from quant import QuantKey
 
 from .timing import interleaved
 
@@ -21,12 +21,11 @@ COPIES = 4  # weights in turn, as in a model: none stays in the last-level cache
 def measure(key: QuantKey, rows: list[int], size: int, *, budget: float) -> Iterator[dict]:
     """One result for each number of rows, with square weights of `size`."""
     for count in rows:
-        data, scale, _, weight, weight_scale = linear_inputs(count, size, size, key, "cpu")
-        activation = QuantizedActivation(data, scale, key, torch.bfloat16)
-        decoded = decode_weight(weight, weight_scale)
+        activation, weight, weight_scale, scale2 = linear_inputs(count, size, size, key, "cpu")
+        decoded = decode_weight(weight, weight_scale, usual_weight(key), scale2)
 
-        def quantized(w: Tensor, activation=activation, weight_scale=weight_scale) -> Tensor:
-            return fused_ops.scaled_linear(activation, w, weight_scale, out_dtype=torch.bfloat16)
+        def quantized(w: Tensor, activation=activation, weight_scale=weight_scale, scale2=scale2) -> Tensor:
+            return fused_ops.scaled_linear(activation, w, weight_scale, out_dtype=torch.bfloat16, weight_scale2=scale2)
 
         contestants = {"fused_ops": _in_turn(quantized, weight)}
         for name, dtype in ("bfloat16 linear", torch.bfloat16), ("float32 linear", torch.float32):

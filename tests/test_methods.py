@@ -7,17 +7,18 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fused_ops
-from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, QuantizedActivation
+from fused_ops.linear import decode_weight
+from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, MXFP8, QuantizedActivation
 from quant.methods import SCHEMES, QuantLinear, quantize_model
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # The largest relative error (norm) that a scheme may make on normally distributed weights and inputs.
-FORMAT_ERROR = {"int8_token": 0.02, "fp8_static": 0.06, "fp8_token": 0.06, "fp8_block": 0.06}
+FORMAT_ERROR = {"int8": 0.02, "fp8": 0.06, "mxfp8": 0.06, "mxfp4": 0.25, "nvfp4": 0.2}
 
 
 def model(dtype=torch.bfloat16, bias=True) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(576, 130, bias=bias), nn.SiLU(), nn.Linear(130, 192, bias=False)).to(dtype)
+    return nn.Sequential(nn.Linear(576, 160, bias=bias), nn.SiLU(), nn.Linear(160, 192, bias=False)).to(dtype)
 
 
 def quantized(scheme: str, stock: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -32,7 +33,7 @@ def test_the_error_is_what_the_format_costs(scheme, dtype):
         exact = copy.deepcopy(stock).double()(x.double())
         y = quantized(scheme, stock, x)(x)
     assert (y.dtype, y.shape) == (dtype, (2, 9, 192))
-    assert (y.double() - exact).norm() / exact.norm() < FORMAT_ERROR[scheme] * 1.5
+    assert (y.double() - exact).norm() / exact.norm() < FORMAT_ERROR[scheme.split("_")[0]] * 1.5
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -41,7 +42,8 @@ def test_the_product_is_that_of_the_decoded_values(scheme):
     x = torch.randn(5, 576)
     layer = quantized(scheme, model(torch.float32), x)[0]
     activation = fused_ops.quantize(x, **layer.input_quant())
-    weight = fused_ops.linear.decode_weight(layer.weight, layer.weight_scale).double()
+    scale2 = layer._buffers.get("weight_scale2")
+    weight = decode_weight(layer.weight, layer.weight_scale, SCHEMES[scheme].weight_key, scale2).double()
     exact = activation.dequantize(torch.float32).double() @ weight.t() + layer.bias.double()
     bound = activation.dequantize(torch.float32).double().abs() @ weight.abs().t() * 2.0**-21 + 1e-6
     assert ((layer(x).double() - exact).abs() <= bound).all()
@@ -84,18 +86,96 @@ def test_layers_that_share_an_input_share_its_scale_and_it_covers_the_largest():
     assert pair.a.input_scale.item() == (max(b.abs().max() for b in batches) / 448).item()
 
 
+def calibrated(scheme: str, *inputs: list[float], weight: float = 1.0) -> QuantLinear:
+    """A layer whose weights are all the same, calibrated with these inputs, one a batch."""
+    stock = nn.Linear(len(inputs[0]), 3)
+    nn.init.constant_(stock.weight, weight)
+    return quantize_model(nn.Sequential(stock), scheme, [torch.tensor([x]) for x in inputs])[0]
+
+
+def test_calibration_by_hand():
+    """Of inputs between -3 and 5, over two batches."""
+    inputs = [0.0, -3.0, 1.0, 0.5] * 4, [5.0, 2.0, 0.0, -1.0] * 4
+    assert_same(calibrated("int8_static", *inputs).input_scale, torch.tensor([5.0]) / 127)
+    layer = calibrated("int8_static_asym", *inputs)
+    assert_same(layer.input_scale, torch.tensor([8.0]) / 255)
+    assert_same(layer.input_zero_point, torch.tensor([-128 + 96], dtype=torch.int32))  # 3 * 255 / 8 is 95.6
+    layer = calibrated("nvfp4", *inputs, weight=-0.25)
+    assert_same(layer.input_scale2, torch.tensor([5.0]) / 2688)
+    assert_same(layer.weight_scale2, torch.tensor([0.25]) / 2688)
+
+
+def test_calibration_with_inputs_of_one_sign_and_of_zeros():
+    """The range always includes zero, and scales don't get smaller than the formats' smallest."""
+    layer = calibrated("int8_static_asym", [2.0, 51.0] * 8)
+    assert_same(layer.input_scale, torch.tensor([51.0]) / 255)
+    assert layer.input_zero_point.tolist() == [-128]
+    assert calibrated("int8_static_asym", [0.0] * 16).input_scale.tolist() == [2.0**-23]
+    layer = calibrated("nvfp4", [0.0] * 16, weight=0.0)
+    assert layer.input_scale2.tolist() == layer.weight_scale2.tolist() == [2.0**-126]
+
+
+def test_a_layer_has_the_buffers_its_keys_ask_for():
+    x = torch.randn(5, 576)
+    extra = {
+        "int8_static": {"input_scale"},
+        "int8_static_asym": {"input_scale", "input_zero_point"},
+        "fp8_static": {"input_scale"},
+        "nvfp4": {"input_scale2", "weight_scale2"},
+    }
+    for scheme in SCHEMES:
+        layer = quantized(scheme, model(), x.bfloat16())[0]
+        assert layer.state_dict().keys() == {"bias", "weight", "weight_scale"} | extra.get(scheme, set())
+        given = layer.input_quant()
+        assert given["scale"] is layer._buffers.get("input_scale")
+        assert given["scale2"] is layer._buffers.get("input_scale2")
+        assert given["zero_point"] is layer._buffers.get("input_zero_point")
+    layer = quantized("mxfp8", model(), None)[0]
+    assert (layer.weight_scale.shape, layer.weight_scale.dtype) == ((160, 18), MXFP8.scale.dtype)
+    assert quantized("mxfp4", model(), None)[0].weight.shape == (160, 288)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "value"),
+    [
+        ("fp8_static", "input_scale", 0.0),
+        ("int8_static_asym", "input_zero_point", 128),
+        ("mxfp8", "weight_scale", float("nan")),
+        ("nvfp4", "weight_scale", float("nan")),
+        ("nvfp4", "weight_scale2", -1.0),
+        ("nvfp4", "input_scale2", float("inf")),
+    ],
+)
+def test_scales_that_mean_nothing_are_refused(scheme, name, value):
+    layer = quantized(scheme, model(), torch.randn(5, 576).bfloat16())[0]
+    layer.get_buffer(name).flatten()[:1].fill_(value)
+    with pytest.raises(ValueError, match=f"0: {name} "):
+        layer.method.process_weights_after_loading(layer)
+
+
+def test_a_block_of_zero_weights_is_no_error():
+    stock = model()
+    stock[0].weight.data[3, :64] = 0
+    x = torch.randn(5, 576).bfloat16()
+    for scheme in SCHEMES:
+        y = quantized(scheme, stock, x)(x)
+        assert y.isfinite().all()
+
+
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
 def test_casting_the_model_leaves_codes_and_scales(cast):
-    layer = quantized("fp8_token", model(), None)[0]
-    before = layer.weight.clone(), layer.weight_scale.clone()
-    getattr(layer, cast)()
-    assert_same(layer.weight, before[0])
-    assert_same(layer.weight_scale, before[1])
-    assert layer.bias.dtype == getattr(torch.zeros(1), cast)().dtype
+    for scheme in SCHEMES:
+        layer = quantized(scheme, model(), torch.randn(5, 576).bfloat16())[0]
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers() if name != "bias"}
+        getattr(layer, cast)()
+        for name, buffer in before.items():
+            assert_same(layer.get_buffer(name), buffer, name)
+        assert layer.bias.dtype == getattr(torch.zeros(1), cast)().dtype
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_state_dict_deepcopy_compile(scheme):
+    torch._dynamo.reset()
     x = torch.randn(5, 576).bfloat16()
     one = quantized(scheme, model(), x)
     other = quantized(scheme, nn.Sequential(*[copy.deepcopy(m) for m in model().apply(_scramble)]), x)
@@ -138,6 +218,13 @@ def _with_nan() -> nn.Module:
     return broken
 
 
+INFINITE = torch.full((1, 576), float("-inf")).bfloat16()
+
+
+def _uneven() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 40), nn.Linear(40, 8))
+
+
 @pytest.mark.parametrize(
     ("make", "scheme", "calibration", "error", "message"),
     [
@@ -149,6 +236,12 @@ def _with_nan() -> nn.Module:
         (model, "fp8_static", 3, TypeError, "calibration is int, expected a list"),
         (model, "fp8_static", [], ValueError, "calibration gives 0 an input of magnitude never run"),
         (_with_nan, "int8_token", None, ValueError, "2: weight has values that aren't finite"),
+        (_with_nan, "mxfp4", None, ValueError, "2: weight has values that aren't finite"),
+        (_uneven, "mxfp8", None, ValueError, "1: input has 40 columns, MXFP8 expects a multiple of 32"),
+        (_uneven, "mxfp4", None, ValueError, "1: input has 40 columns, MXFP4 expects a multiple of 32"),
+        (_uneven, "nvfp4", [torch.zeros(1, 64)], ValueError, "1: input has 40 columns, NVFP4 expects a multiple of 16"),
+        (model, "nvfp4", None, ValueError, "calibration is missing, nvfp4 takes batches"),
+        (model, "int8_static", [INFINITE], ValueError, "calibration gives 0 an input of magnitude inf"),
         (lambda: nn.Sequential(nn.ReLU()), "int8_token", None, ValueError, ".*contains no nn.Linear"),
         (lambda: nn.Sequential(Odd(4, 4)), "int8_token", None, ValueError, "0 is Odd, expected nn.Linear"),
         (lambda: {}, "int8_token", None, TypeError, "model is dict, expected a torch.nn.Module"),

@@ -1,42 +1,12 @@
-// y = x * w^T of two tensors of 8-bit codes, decoded on the way. Another format is one more decoder in linear.inc.
+// y = x * w^T of two tensors of codes, decoded on the way. Another format is one more struct in linear_formats.inc.
+//
+// Scales of 16 or 32 columns are multiplied into the values when those are decoded; the factors of larger groups are
+// applied to the sums of a block of columns, and those of whole rows or tensors to a result.
+#include "linear.h"
+
+#include <array>
+#include <limits>
 #include <memory>
-
-#include "common.h"
-#include "isa.h"
-
-namespace fused_ops {
-
-constexpr int64_t kGroup = 128;    // columns of a scale group, and side of a weight block with one scale
-constexpr int64_t kBlock = 512;    // columns summed before they are folded, where no scales are grouped
-constexpr int64_t kTile = kLanes;  // weight rows that are worked on together
-constexpr int64_t kMaxRows = 256;  // rows of x in one pass over the weight
-
-constexpr float kOne = 1;
-
-// Scales of rows and of blocks of columns; without any, they are 1.
-struct Scales {
-  const float* data = &kOne;
-  int64_t row_stride = 0, block_stride = 0;
-
-  double operator()(int64_t row, int64_t block = 0) const { return data[row * row_stride + block * block_stride]; }
-};
-
-struct Linear {
-  Rows x, w, y;             // codes [T, K] and [N, K], results [T, N]
-  int64_t cols, outs;       // K, N
-  int format;               // of the codes
-  Scales x_row, w_row;      // of whole rows
-  Scales x_block, w_block;  // of kGroup columns; w_block's rows are kGroup rows of the weight
-  int64_t block, blocks;    // columns that are folded together, and how many of those make a row
-
-  const void* bias = nullptr;  // [N], may be absent
-  ScalarType bias_dtype = ScalarType::Float, dtype;
-
-  int64_t first = 0, rows = 0;  // rows of x in this pass
-  void* decoded = nullptr;      // [blocks, rows, block]
-};
-
-}  // namespace fused_ops
 
 #define KERNELS "linear.inc"
 #include "each_isa.inc"
@@ -44,107 +14,262 @@ struct Linear {
 namespace fused_ops {
 namespace {
 
-const float* scales_of(const Tensor& scale, const char* name) {
-  STD_TORCH_CHECK(
-      scale.defined() && scale.is_cpu() && scale.scalar_type() == ScalarType::Float && scale.is_contiguous(), name,
-      ": expected contiguous float32 on the CPU");
-  return static_cast<const float*>(scale.data_ptr());
+constexpr int64_t kInferred = -1;  // instead of the key of a weight
+
+// What each code of a one-byte scale means.
+template <class Value>
+std::array<float, 256> values_of(const Value& value) {
+  std::array<float, 256> values;
+  for (int code = 0; code < 256; ++code) values[code] = value(code);
+  return values;
+}
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+const std::array<float, 256> kE8m0Values = values_of([](int code) {
+  return code == 255 ? kNan : bits<float>(code ? code << 23 : 0x400000);  // 2^(code - 127)
+});
+const std::array<float, 256> kE4m3Values =
+    values_of([](int code) { return (code & 0x7f) == 0x7f ? kNan : decode_e4m3<float>(code); });
+
+const float* floats(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && dtype_of(tensor) == ScalarType::Float && tensor.is_contiguous(), name,
+                  ": expected contiguous float32 on the CPU");
+  return static_cast<const float*>(tensor.data_ptr());
+}
+
+const float* one_float(const OptionalTensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor && tensor->defined() && tensor->numel() == 1, name, ": expected one element");
+  return floats(*tensor, name);
 }
 
 bool is_shape(const Tensor& tensor, int64_t rows, int64_t cols) {
   return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols;
 }
 
-Linear linear_of(const Tensor& data, const Tensor& scale, int64_t code, const Tensor& weight,
-                 const Tensor& weight_scale, const OptionalTensor& bias, ScalarType dtype) {
-  Linear p;
-  const Key key{code};
-  p.x = rows_of(data, "data");
-  p.cols = p.x.cols;
-  p.format = key.format();
-  p.dtype = dtype;
-  const int64_t columns = code >> 16;  // of a group, 0: all
-  STD_TORCH_CHECK(code >= 0 && (p.format == Key::kInt8 || p.format == Key::kE4m3) && !key.asymmetric() &&
-                      key.scale_format() == Key::kFloat && key.layout() == Key::kRowMajor &&
-                      (columns == 0 || columns == kGroup) && key.is_static() == key.per_tensor() &&
-                      !(key.per_tensor() && columns),
-                  "key: this backend has no product for it");
-  STD_TORCH_CHECK(is_float(dtype), "out_dtype: expected bfloat16, float16 or float32");
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-  const ScalarType codes = p.format == Key::kInt8 ? ScalarType::Char : ScalarType::Float8_e4m3fn;
-  STD_TORCH_CHECK(data.scalar_type() == codes, "data: expected the key's codes");
-  p.w = rows_of(weight, "weight");
-  STD_TORCH_CHECK(weight.scalar_type() == codes && weight.dim() == 2 && p.w.cols == p.cols,
-                  "weight: expected [N, K] of data's dtype");
-  p.outs = p.w.count;
+int64_t columns_of(int64_t code) { return code >> 16; }  // of a group, 0: all
 
-  const int64_t groups = (p.cols + kGroup - 1) / kGroup;
-  const bool grouped = columns == kGroup;
-  p.block = grouped ? kGroup : kBlock;
-  p.blocks = (p.cols + p.block - 1) / p.block;
-  STD_TORCH_CHECK(key.per_tensor() ? scale.numel() == 1 : is_shape(scale, p.x.count, grouped ? groups : 1),
-                  "scale: unexpected shape");
-  const float *x_scale = scales_of(scale, "scale"), *w_scale = scales_of(weight_scale, "weight_scale");
-  if (grouped) {
-    p.x_block = {x_scale, groups, 1};
-  } else {
-    p.x_row = {x_scale, !key.per_tensor(), 0};
+// Codes of a key, after a check that there are products of it.
+Operand operand_of(const Tensor& codes, const char* name, int64_t code) {
+  Operand operand;
+  operand.key = Key{code};
+  const Key& key = operand.key;
+  const int format = key.format(), scale = key.scale_format();
+  const int64_t columns = columns_of(code);
+  const bool fp8 = format == Key::kE4m3, int8 = format == Key::kInt8, fp4 = format == Key::kE2m1;
+  const bool power = columns >= 32 && columns <= kBlock && (columns & (columns - 1)) == 0;
+  const bool known = scale == Key::kFloat  ? (fp8 || int8) && (columns == 0 || power)
+                     : scale == Key::kE8m0 ? (fp8 || fp4) && columns == 32
+                                           : scale == Key::kScaleE4m3 && fp4 && columns == 16;
+  const bool packed = key.layout() == Key::kPackedUe8m0, swizzled = key.layout() == Key::kSwizzled128x4;
+  const bool whole = columns == 0 && key.layout() == Key::kRowMajor;  // as the one scale of a tensor
+  STD_TORCH_CHECK(code >= 0 && known && key.layout() <= Key::kSwizzled128x4 && (!key.asymmetric() || int8) &&
+                      (!key.power_of_two() || (fp8 && scale == Key::kFloat)) && (!packed || key.power_of_two()) &&
+                      (!swizzled || scale != Key::kFloat) && (!key.per_tensor() || whole),
+                  name, ": no product takes its key");
+  const ScalarType dtype = int8 ? ScalarType::Char : fp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
+  STD_TORCH_CHECK(dtype_of(codes) == dtype, name, ": expected the key's codes");
+  operand.codes = rows_of(codes, name);
+  operand.rows = operand.codes.count;
+  operand.cols = operand.codes.cols * key.codes_per_byte();
+  STD_TORCH_CHECK(operand.cols > 0 && (scale == Key::kFloat || operand.cols % columns == 0), name,
+                  ": expected rows of whole groups");
+  operand.decoder = scale == Key::kScaleE4m3 ? Decoder::kNvE2m1
+                    : scale == Key::kE8m0    ? (fp8 ? Decoder::kMxE4m3 : Decoder::kMxE2m1)
+                    : int8                   ? Decoder::kInt8
+                                             : Decoder::kE4m3;
+  operand.group_values = (scale == Key::kScaleE4m3 ? kE4m3Values : kE8m0Values).data();
+  return operand;
+}
+
+// Scales, or zero points, as the operand's key says.
+ScaleOut given_scale(const Tensor& tensor, const Operand& operand, bool zero_point, const char* name) {
+  if (!operand.key.per_tensor()) return scales_of(tensor, operand.key, operand.rows, operand.cols, zero_point, name);
+  STD_TORCH_CHECK(
+      tensor.numel() == 1 && tensor.is_cpu() && dtype_of(tensor) == (zero_point ? ScalarType::Int : ScalarType::Float),
+      name, ": expected one element");
+  ScaleOut one;
+  one.data = static_cast<char*>(tensor.data_ptr());
+  return one;
+}
+
+void set_activation(Linear& p, const Tensor& data, const Tensor& scale, int64_t code, const OptionalTensor& scale2,
+                    const OptionalTensor& zero_point) {
+  p.x = operand_of(data, "data", code);
+  const Key& key = p.x.key;
+  STD_TORCH_CHECK(!key.is_static() || key.per_tensor(), "key: static scales are per tensor");
+  p.x_group = key.scale_format() == Key::kFloat ? columns_of(code) : 0;
+  (key.scale_format() == Key::kFloat ? p.x_scale : p.x.groups) = given_scale(scale, p.x, false, "scale");
+  STD_TORCH_CHECK(scale2.has_value() == (key.scale_format() == Key::kScaleE4m3),
+                  "scale2: NVFP4 takes one, no other key");
+  if (scale2) p.x_row.data = one_float(scale2, "scale2");
+  STD_TORCH_CHECK(zero_point.has_value() == key.asymmetric(), "zero_point: asymmetric keys take one, no other key");
+  if (!zero_point) return;
+  p.zero_point = given_scale(*zero_point, p.x, true, "zero_point");
+  const int64_t rows = key.per_tensor() ? 1 : p.x.rows, groups = p.x_group ? ceil_div(p.x.cols, p.x_group) : 1;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int32_t zero = scale_at<int32_t>(p.zero_point, m, g);
+      STD_TORCH_CHECK(zero >= -128 && zero <= 127, "zero_point has ", zero, ", expected -128 to 127");
+    }
+}
+
+// Where no key of the weight is given: the one that the dtypes and the shape of its scale mean. Sets p.w_row_shift.
+int64_t infer_key(Linear& p, const Tensor& weight, const Tensor& scale) {
+  const ScalarType dtype = dtype_of(weight), scale_dtype = dtype_of(scale);
+  const int64_t swizzled = scale.dim() == 1 ? Key::kSwizzled128x4 << 12 : 0;
+  if (scale_dtype == ScalarType::Float8_e8m0fnu)
+    return (dtype == ScalarType::Byte ? Key::kE2m1 : Key::kE4m3) | Key::kE8m0 << 8 | swizzled | 32 << 16;
+  if (scale_dtype == ScalarType::Float8_e4m3fn) return Key::kE2m1 | Key::kScaleE4m3 << 8 | swizzled | 16 << 16;
+  const int64_t format = dtype == ScalarType::Char ? Key::kInt8 : Key::kE4m3;
+  const auto sizes = weight.sizes(), scales = scale.sizes();
+  if (scales.size() == 2 && sizes.size() == 2) {
+    if (scales[1] == 1 && scales[0] == sizes[0]) return format;
+    for (const int shift : {7, 6}) {
+      const int64_t side = int64_t{1} << shift;
+      if (scales[0] != ceil_div(sizes[0], side) || scales[1] != ceil_div(sizes[1], side)) continue;
+      p.w_row_shift = shift;
+      return format | side << 16;
+    }
   }
-  if (grouped && is_shape(weight_scale, (p.outs + kGroup - 1) / kGroup, groups)) {
-    p.w_block = {w_scale, groups, 1};
+  return format | 1 << 7;
+}
+
+void set_weight(Linear& p, const Tensor& weight, const Tensor& scale, int64_t code, const OptionalTensor& scale2) {
+  if (code == kInferred) code = infer_key(p, weight, scale);
+  p.w = operand_of(weight, "weight", code);
+  const Key& key = p.w.key;
+  STD_TORCH_CHECK(weight.dim() == 2 && p.w.cols == p.x.cols && !key.asymmetric(), "weight: expected [N, K], symmetric");
+  STD_TORCH_CHECK(scale2.has_value() == (key.scale_format() == Key::kScaleE4m3),
+                  "weight_scale2: NVFP4 takes one, no other key");
+  STD_TORCH_CHECK(key.layout() == Key::kRowMajor || key.layout() == Key::kSwizzled128x4,
+                  "weight_key: expected row-major or swizzled scales");
+  if (key.scale_format() != Key::kFloat) {
+    p.w.groups = given_scale(scale, p.w, false, "weight_scale");
+    if (scale2) p.w_row.data = one_float(scale2, "weight_scale2");
+    return;
+  }
+  const float* values = floats(scale, "weight_scale");
+  const int64_t columns = columns_of(code), groups = columns ? ceil_div(p.w.cols, columns) : 1;
+  STD_TORCH_CHECK(
+      key.per_tensor() ? scale.numel() == 1 : is_shape(scale, ceil_div(p.w.rows, int64_t{1} << p.w_row_shift), groups),
+      "weight_scale: unexpected shape");
+  if (columns) {
+    p.w_block = values;
+    p.w_stride = groups;
   } else {
-    p.w_row = {w_scale, is_shape(weight_scale, p.outs, 1), 0};
-    STD_TORCH_CHECK(p.w_row.row_stride || weight_scale.numel() == 1, "weight_scale: unexpected shape");
+    p.w_row = {values, !key.per_tensor(), 0};
+  }
+}
+
+Linear linear_of(const Tensor& data, const Tensor& scale, int64_t key, const Tensor& weight, const Tensor& weight_scale,
+                 const OptionalTensor& bias, ScalarType dtype, const OptionalTensor& scale2 = {},
+                 const OptionalTensor& zero_point = {}, int64_t weight_key = kInferred,
+                 const OptionalTensor& weight_scale2 = {}) {
+  STD_TORCH_CHECK(is_float(dtype), "out_dtype: expected bfloat16, float16 or float32");
+  Linear p;
+  p.dtype = dtype;
+  set_activation(p, data, scale, key, scale2, zero_point);
+  set_weight(p, weight, weight_scale, weight_key, weight_scale2);
+
+  const int64_t w_group = p.w_stride ? columns_of(p.w.key.code) : 0;
+  for (const int64_t group : {p.x_group, w_group})
+    if (group) p.block = std::min(p.block, group);
+  p.blocks = ceil_div(p.x.cols, p.block);
+  if (w_group)
+    for (p.w_shift = 0; p.block << p.w_shift < w_group;) ++p.w_shift;
+
+  // Integers are multiplied with integers only. A value with a scale of its own can be too small for kE4m3's unit.
+  if (p.x.decoder == Decoder::kInt8 && p.w.decoder != Decoder::kInt8) p.x.decoder = Decoder::kFloatInt8;
+  if (p.w.decoder == Decoder::kInt8 && p.x.decoder != Decoder::kInt8) p.w.decoder = Decoder::kFloatInt8;
+  if (p.w.decoder == Decoder::kE4m3 && p.x.key.scale_format() == Key::kE8m0) {
+    static char one = 127;
+    p.w.decoder = Decoder::kMxE4m3;
+    p.w.groups.data = &one;
   }
 
   if (!bias) return p;
   const Rows added = rows_of(*bias, "bias");
-  p.bias_dtype = bias->scalar_type();
-  STD_TORCH_CHECK(is_float(p.bias_dtype) && bias->dim() == 1 && added.cols == p.outs,
+  p.bias_dtype = dtype_of(*bias);
+  STD_TORCH_CHECK(is_float(p.bias_dtype) && bias->dim() == 1 && added.cols == p.w.rows,
                   "bias: expected [N] of bfloat16, float16 or float32");
   p.bias = added.data;
   return p;
 }
 
+// The activation's scales of rows [begin, end) of this pass, as factors: one a row, or one a block of columns.
+void fold_scales(const Linear& p, float* factors, int64_t begin, int64_t end) {
+  const int64_t count = p.x_group ? p.blocks : 1;
+  const bool packed = p.x.key.layout() == Key::kPackedUe8m0;
+  for (int64_t m = begin; m < end; ++m)
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t row = p.first + m, group = p.x_group ? b * p.block / p.x_group : 0;
+      factors[m * count + b] =
+          packed ? kE8m0Values[scale_at<uint8_t>(p.x_scale, row, group)] : scale_at<float>(p.x_scale, row, group);
+    }
+}
+
 void run(Linear& p) {
-  if (p.x.count == 0 || p.outs == 0) return;
+  if (p.x.rows == 0 || p.w.rows == 0) return;
   struct alignas(64) Line {
     char bytes[64];
   };
-  const int64_t value_bytes = p.format == Key::kInt8 ? 2 : 4;
-  const int64_t row_bytes = p.blocks * p.block * value_bytes;
-  const std::unique_ptr<Line[]> decoded(new Line[std::min(p.x.count, kMaxRows) * row_bytes / sizeof(Line)]);
-  p.decoded = decoded.get();
-  const int64_t tiles = (p.outs + kTile - 1) / kTile;
+  const int64_t value_bytes = p.x.decoder == Decoder::kInt8 ? 2 : 4, row_bytes = p.blocks * p.block * value_bytes;
+  const int64_t most = std::min(p.x.rows, kMaxRows), factors = p.x_group ? p.blocks : 1;
+  const int64_t bytes = most * (row_bytes + factors * static_cast<int64_t>(sizeof(float)));
+  const std::unique_ptr<Line[]> memory(new Line[ceil_div(bytes, sizeof(Line))]);
+  p.decoded = memory.get();
+  float* x_factors = reinterpret_cast<float*>(memory[0].bytes + most * row_bytes);
+  if (p.x_scale) (p.x_group ? p.x_block : p.x_row) = {x_factors, factors, p.x_group != 0};
+  const int64_t tiles = ceil_div(p.w.rows, kTile);
   constexpr int64_t kCodes = 8;  // that cost what other operations spend on an element
-  for (; p.first < p.x.count; p.first += p.rows) {
-    p.rows = std::min(p.x.count - p.first, kMaxRows);
-    parallel_rows(p.rows, p.cols / kCodes, [&](int64_t begin, int64_t end) { PICK_ISA(linear_decode)(p, begin, end); });
-    parallel_rows(tiles, kTile * p.cols * p.rows / kCodes,
+  for (; p.first < p.x.rows; p.first += p.rows) {
+    p.rows = std::min(p.x.rows - p.first, kMaxRows);
+    parallel_rows(p.rows, p.x.cols / kCodes, [&](int64_t begin, int64_t end) {
+      if (p.x_scale) fold_scales(p, x_factors, begin, end);
+      PICK_ISA(linear_decode)(p, begin, end);
+    });
+    parallel_rows(tiles, kTile * p.x.cols * p.rows / kCodes,
                   [&](int64_t begin, int64_t end) { PICK_ISA(linear_multiply)(p, begin, end); });
   }
+}
+
+// The bytes of a tensor of any strides, as one row.
+Rows memory_of(const Tensor& tensor) {
+  Rows rows;
+  rows.data = static_cast<char*>(tensor.data_ptr());
+  rows.count = tensor.numel() > 0;
+  rows.stride[0] = 0;
+  rows.cols = 1;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) rows.cols += (sizes[d] - 1) * strides[d];
+  rows.cols *= static_cast<int64_t>(tensor.element_size());
+  return rows;
 }
 
 Tensor scaled_linear(const Tensor& data, const Tensor& scale, int64_t key, const Tensor& weight,
                      const Tensor& weight_scale, const OptionalTensor& bias, ScalarType dtype) {
   Linear p = linear_of(data, scale, key, weight, weight_scale, bias, dtype);
-  Tensor y = empty_rows(data, p.outs, dtype, p.y);
+  Tensor y = empty_rows(data, p.w.rows, dtype, p.y);
   run(p);
   return y;
 }
 
 void scaled_linear_out(const Tensor& data, const Tensor& scale, int64_t key, const Tensor& weight,
                        const Tensor& weight_scale, const OptionalTensor& bias, ScalarType dtype,
-                       const OptionalTensor& y) {
-  Linear p = linear_of(data, scale, key, weight, weight_scale, bias, dtype);
+                       const OptionalTensor& scale2, const OptionalTensor& zero_point, int64_t weight_key,
+                       const OptionalTensor& weight_scale2, const OptionalTensor& y) {
+  Linear p =
+      linear_of(data, scale, key, weight, weight_scale, bias, dtype, scale2, zero_point, weight_key, weight_scale2);
   if (!y) return;
-  p.y = rows_like(*y, "y_out", data, p.outs, dtype);
-  const int64_t bytes = static_cast<int64_t>(y->element_size());
+  p.y = rows_like(*y, "y_out", data, p.w.rows, dtype);
+  const int64_t bytes = byte_size(dtype);
   check_output(p.y, bytes, "y_out");
-  check_overlap(p.y, bytes, p.x, 1, false, "y_out");
-  check_overlap(p.y, bytes, p.w, 1, false, "y_out");
-  for (const Tensor* input : {&scale, &weight_scale, bias ? &*bias : &scale})
-    check_overlap(p.y, bytes, whole(*input), static_cast<int64_t>(input->element_size()), false, "y_out");
+  check_overlap(p.y, bytes, p.x.codes, 1, false, "y_out");
+  check_overlap(p.y, bytes, p.w.codes, 1, false, "y_out");
+  for (const Tensor* input : {&scale, &weight_scale}) check_overlap(p.y, bytes, memory_of(*input), 1, false, "y_out");
+  for (const OptionalTensor* input : {&scale2, &zero_point, &weight_scale2, &bias})
+    if (*input) check_overlap(p.y, bytes, memory_of(**input), 1, false, "y_out");
   run(p);
 }
 

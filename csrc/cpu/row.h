@@ -20,7 +20,7 @@ struct Norm {
   explicit operator bool() const { return kind != kNone; }
 };
 
-// Where scales, or zero points, are written: the one of row r and group 4 * i + j lies `row(r) + i * four + j * one`
+// Where scales, or zero points, lie: the one of row r and group 4 * i + j lies `row(r) + i * four + j * one`
 // bytes from data.
 struct ScaleOut {
   char* data = nullptr;
@@ -82,6 +82,9 @@ Norm norm_of(const Pipeline& p, Norm::Kind kind, const OptionalTensor& weight, c
              int64_t flags);
 void set_experts(Pipeline& p, const Tensor& x, const OptionalTensor& tokens_per_expert);
 void set_key(Pipeline& p, int64_t key, const OptionalTensor& given, const OptionalTensor& zero_point);
+
+// The scales, or zero points, that an earlier quantization of `rows` x `cols` elements made.
+ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t cols, bool zero_point, const char* name);
 
 // Fresh (data, scale) for `like`, and both as the pipeline's outputs.
 std::tuple<Tensor, Tensor> new_quantized(Pipeline& p, const Tensor& like);

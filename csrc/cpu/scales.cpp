@@ -31,24 +31,24 @@ struct ScaleShape {
   int64_t dims, size[2], stride[2];
 };
 
-ScaleShape scale_shape(const Pipeline& p) {
-  const int64_t group = p.key.group(p.cols), groups = (p.cols + group - 1) / group;
-  if (p.key.per_tensor()) return {1, {1}, {1}};
-  switch (p.key.layout()) {
+ScaleShape scale_shape(const Key& key, int64_t rows, int64_t cols) {
+  const int64_t group = key.group(cols), groups = (cols + group - 1) / group;
+  if (key.per_tensor()) return {1, {1}, {1}};
+  switch (key.layout()) {
     case Key::kRowMajor:
-      return {2, {p.rows, groups}, {groups, 1}};
+      return {2, {rows, groups}, {groups, 1}};
     case Key::kColumnMajor:
-      return {2, {p.rows, groups}, {1, p.rows}};
+      return {2, {rows, groups}, {1, rows}};
     case Key::kTmaAligned:
-      return {2, {p.rows, groups}, {1, round_up(p.rows, 4)}};
+      return {2, {rows, groups}, {1, round_up(rows, 4)}};
     case Key::kPackedUe8m0:
-      return {2, {p.rows, (groups + 3) / 4}, {1, round_up(p.rows, 4)}};
+      return {2, {rows, (groups + 3) / 4}, {1, round_up(rows, 4)}};
     default:  // kSwizzled128x4
-      return {1, {round_up(p.rows, 128) * round_up(groups, 4)}, {1}};
+      return {1, {round_up(rows, 128) * round_up(groups, 4)}, {1}};
   }
 }
 
-ScaleOut scale_out(const Pipeline& p, const ScaleShape& shape, const Tensor& tensor, ScalarType dtype) {
+ScaleOut scale_out(const Key& key, int64_t rows, const ScaleShape& shape, const Tensor& tensor, ScalarType dtype) {
   ScaleOut out;
   out.data = static_cast<char*>(tensor.data_ptr());
   const int64_t bytes = byte_size(dtype);
@@ -57,11 +57,11 @@ ScaleOut scale_out(const Pipeline& p, const ScaleShape& shape, const Tensor& ten
   for (int d = 0; d < shape.dims; ++d) out.extent += (shape.size[d] - 1) * shape.stride[d] * bytes;
   for (int d = 0; d < shape.dims; ++d)
     if (!shape.size[d]) out.extent = 0;
-  if (p.key.per_tensor()) return out;
-  switch (p.key.layout()) {
+  if (key.per_tensor()) return out;
+  switch (key.layout()) {
     case Key::kSwizzled128x4:
       out.swizzled = true;
-      out.row_bytes = p.rows ? shape.size[0] / round_up(p.rows, 128) : 0;
+      out.row_bytes = rows ? shape.size[0] / round_up(rows, 128) : 0;
       out.four = 512;
       out.one = 1;
       break;
@@ -93,6 +93,14 @@ void check_given(const ScaleShape& shape, const Tensor& tensor, ScalarType dtype
 }
 
 }  // namespace
+
+ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t cols, bool zero_point,
+                   const char* name) {
+  const ScaleShape shape = scale_shape(key, rows, cols);
+  const ScalarType dtype = zero_point ? ScalarType::Int : scale_dtype(key);
+  check_given(shape, tensor, dtype, name);
+  return scale_out(key, rows, shape, tensor, dtype);
+}
 
 void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const OptionalTensor& zero_point) {
   STD_TORCH_CHECK(code >= 0 && code >> 16 < int64_t{1} << 31, "key: no key has this code");
@@ -140,13 +148,13 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const Optio
 
 std::tuple<Tensor, Tensor> new_quantized(Pipeline& p, const Tensor& like) {
   Tensor data = empty_rows(like, p.cols / p.key.codes_per_byte(), storage(p.key), p.data);
-  const ScaleShape shape = scale_shape(p);
+  const ScaleShape shape = scale_shape(p.key, p.rows, p.cols);
   const ScalarType dtype = scale_dtype(p.key);
   Tensor scale = empty_strided(shape.dims, shape.size, shape.stride, dtype);
   if (p.key.is_static()) {
     *static_cast<float*>(scale.data_ptr()) = p.given;
   } else {
-    p.scale = scale_out(p, shape, scale, dtype);
+    p.scale = scale_out(p.key, p.rows, shape, scale, dtype);
   }
   return {std::move(data), std::move(scale)};
 }
@@ -162,12 +170,12 @@ void set_quantized(Pipeline& p, const Tensor& like, const OptionalTensor& data, 
   STD_TORCH_CHECK(data.has_value() == scale.has_value(), "data_out, scale_out: expected both or neither");
   STD_TORCH_CHECK(!zero_point || (p.key.asymmetric() && scale), "zero_point_out: this key has none");
   if (!scale) return;
-  const ScaleShape shape = scale_shape(p);
+  const ScaleShape shape = scale_shape(p.key, p.rows, p.cols);
   check_given(shape, *scale, scale_dtype(p.key), "scale_out");
-  p.scale = scale_out(p, shape, *scale, scale_dtype(p.key));
+  p.scale = scale_out(p.key, p.rows, shape, *scale, scale_dtype(p.key));
   if (!zero_point) return;
   check_given(shape, *zero_point, ScalarType::Int, "zero_point_out");
-  p.zero_point = scale_out(p, shape, *zero_point, ScalarType::Int);
+  p.zero_point = scale_out(p.key, p.rows, shape, *zero_point, ScalarType::Int);
 }
 
 }  // namespace fused_ops

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import QuantLinear, ScaledLinearMethod
-from .scheme import SCHEMES, Scheme, static_scale
+from .scheme import SCHEMES, Scheme
 
 
 def quantize_model(
@@ -23,17 +23,19 @@ def quantize_model(
 
     Args:
         model: any module; its weights are bfloat16, float16 or float32.
-        scheme: a name in `quant.methods.SCHEMES`: "int8_token", "fp8_static", "fp8_token", "fp8_block".
-        calibration: batches for the static schemes: what `model(batch)` takes, or keyword arguments. Each layer's scale
-            comes from the largest magnitude that its input has over them.
+        scheme: a name in `quant.methods.SCHEMES`: "int8_token", "int8_static", "int8_static_asym", "fp8_static",
+            "fp8_token", "fp8_block", "fp8_group64", "mxfp8", "mxfp4", "nvfp4".
+        calibration: batches for the schemes that are calibrated (the static ones and nvfp4): what `model(batch)` takes,
+            or keyword arguments. Each layer's scale comes from the least and the largest value of its input over them.
         ignore: layers left alone, by path or last part of it.
 
     Returns:
         model.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, a weight isn't finite or is shared with another module;
-            the model is left as it was.
+        TypeError, ValueError: an argument is not as above, a weight isn't finite or is shared with another module, or
+            its columns are no multiple of the scheme's group (32 of mxfp8 and mxfp4, 16 of nvfp4); the model is left
+            as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -50,8 +52,8 @@ def quantize_model(
         kind = type(calibration).__name__
         raise TypeError(f"quantize_model: calibration is {kind}, expected a list (or another iterable) of batches")
     layers = _linear_layers(model, ignore)
-    amax = {} if calibration is None else _input_amax(model, layers, calibration)
-    made = {path: _quantized(path, layer, chosen, amax.get(path)) for path, layer in layers.items()}
+    spans = {} if calibration is None else _input_spans(model, layers, calibration)
+    made = {path: _quantized(path, layer, chosen, spans.get(path)) for path, layer in layers.items()}
     for path, layer in made.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
@@ -78,14 +80,16 @@ def _linear_layers(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, nn.Li
     return layers
 
 
-def _input_amax(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterable) -> dict[str, Tensor]:
-    """The largest magnitude of each layer's input over all batches."""
-    amax: dict[str, Tensor] = {}
+def _input_spans(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterable) -> dict[str, Tensor]:
+    """[least, largest] of each layer's input over all batches."""
+    spans: dict[str, Tensor] = {}
 
     def record(path: str):
         def hook(_, args):
-            largest = args[0].detach().abs().amax().float()
-            amax[path] = torch.maximum(amax[path], largest) if path in amax else largest
+            low, high = args[0].detach().aminmax()
+            if path in spans:
+                low, high = torch.minimum(spans[path][0], low), torch.maximum(spans[path][1], high)
+            spans[path] = torch.stack([low, high]).float()
 
         return hook
 
@@ -98,24 +102,24 @@ def _input_amax(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterabl
         for hook in hooks:
             hook.remove()
     for path in layers:
-        if path not in amax or not amax[path].isfinite():
-            state = amax.get(path, "never run")
+        if path not in spans or not spans[path].isfinite().all():
+            state = spans[path].abs().amax() if path in spans else "never run"
             raise ValueError(f"quantize_model: calibration gives {path} an input of magnitude {state}, expected finite")
-    return amax
+    return spans
 
 
-def _quantized(path: str, layer: nn.Linear, scheme: Scheme, amax: Tensor | None) -> QuantLinear:
+def _quantized(path: str, layer: nn.Linear, scheme: Scheme, span: Tensor | None) -> QuantLinear:
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
     method = ScaledLinearMethod(scheme)
-    quantized = QuantLinear(layer.in_features, layer.out_features, method, bias, name=path, device=weight.device)
     try:
-        codes, scale = scheme.quantize_weight(weight)
+        quantized = QuantLinear(layer.in_features, layer.out_features, method, bias, name=path, device=weight.device)
+        made = scheme.quantize_weight(weight)
     except ValueError as error:
         raise ValueError(f"quantize_model: {path}: {error}") from None
-    quantized.weight.copy_(codes)
-    quantized.weight_scale.copy_(scale)
-    if amax is not None:
-        quantized.input_scale.copy_(static_scale(amax, scheme.input_quant_key))
+    if span is not None:
+        made |= scheme.calibrate(*span)
+    for name, tensor in made.items():
+        quantized.get_buffer(name).copy_(tensor)
     method.process_weights_after_loading(quantized)
     return quantized.train(layer.training)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import fused_ops
+from fused_ops.linear import scale_shape
 
 from ..activation import QuantizedActivation
-from ..key import QuantKey
+from ..key import FP8, QuantKey
 from .scheme import Scheme
 
 
@@ -44,18 +45,34 @@ class ScaledLinearMethod(QuantMethod):
         self.scheme, self.input_quant_key = scheme, scheme.input_quant_key
 
     def create_weights(self, layer: QuantLinear, device: torch.device | str | None) -> None:
+        self.scheme.check(layer.in_features)
         shape = (layer.out_features, layer.in_features)
-        layer.register_buffer("weight", torch.empty(shape, dtype=self.input_quant_key.dtype, device=device))
-        scale_shape = self.scheme.weight_scale_shape(*shape)
-        layer.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
-        if self.scheme.calibrated:
-            layer.register_buffer("input_scale", torch.empty(1, dtype=torch.float32, device=device))
+        key, weight_key = self.input_quant_key, self.scheme.weight_key
+        buffers = {
+            "weight": ((shape[0], shape[1] // weight_key.packing), weight_key.storage_dtype),
+            "weight_scale": (scale_shape(shape, weight_key.scale.group_shape), weight_key.scale.dtype),
+        }
+        if weight_key.scale2 is not None:
+            buffers["weight_scale2"] = (1,), torch.float32
+        if key.scale.static:
+            buffers["input_scale"] = (1,), torch.float32
+            if not key.symmetric:
+                buffers["input_zero_point"] = (1,), torch.int32
+        if key.scale2 is not None:
+            buffers["input_scale2"] = (1,), torch.float32
+        for name, (size, dtype) in buffers.items():
+            layer.register_buffer(name, torch.empty(size, dtype=dtype, device=device))
 
     def process_weights_after_loading(self, layer: QuantLinear) -> None:
-        for name in ("weight_scale", *(["input_scale"] if self.scheme.calibrated else [])):
-            scale = getattr(layer, name)
-            if not (scale.isfinite() & (scale > 0)).all():
-                raise ValueError(f"{layer.name}: {name} has values that aren't positive and finite")
+        for name, buffer in layer.named_buffers(recurse=False):
+            if name == "input_zero_point":
+                if not -128 <= int(buffer) <= 127:
+                    raise ValueError(f"{layer.name}: {name} is {int(buffer)}, expected -128 to 127")
+            elif "scale" in name:
+                # A block of zeros has an e4m3 scale of zero.
+                scale, zero = buffer.float(), buffer.dtype == FP8
+                if not (scale.isfinite() & ((scale >= 0) if zero else (scale > 0))).all():
+                    raise ValueError(f"{layer.name}: {name} has values that aren't positive and finite")
 
     def apply(self, layer: QuantLinear, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
         if isinstance(x, QuantizedActivation):
@@ -63,9 +80,15 @@ class ScaledLinearMethod(QuantMethod):
                 raise ValueError(f"{layer.name}: x is quantized as {x.quant_key}, expected {self.input_quant_key}")
         else:
             x = fused_ops.quantize(x, **layer.input_quant())
-        buffers: Any = layer._buffers  # nn.Module's attribute lookup would cost as much as a small product
-        weight, weight_scale = buffers["weight"], buffers["weight_scale"]
-        return fused_ops.scaled_linear(x, weight, weight_scale, bias, out_dtype=x.orig_dtype)
+        buffers: dict[str, Any] = layer._buffers  # nn.Module's attribute lookup would cost as much as a small product
+        return fused_ops.scaled_linear(
+            x,
+            buffers["weight"],
+            buffers["weight_scale"],  # whose dtype and shape say what its key is
+            bias,
+            out_dtype=x.orig_dtype,
+            weight_scale2=buffers.get("weight_scale2"),
+        )
 
 
 class QuantLinear(nn.Module):
@@ -85,7 +108,10 @@ class QuantLinear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
+    weight_scale2: Tensor  # these four where the scheme's keys ask for them
     input_scale: Tensor
+    input_scale2: Tensor
+    input_zero_point: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -113,8 +139,8 @@ class QuantLinear(nn.Module):
         return {
             "quant_key": self.method.input_quant_key,
             "scale": self._buffers.get("input_scale"),
-            "scale2": None,
-            "zero_point": None,
+            "scale2": self._buffers.get("input_scale2"),
+            "zero_point": self._buffers.get("input_zero_point"),
             "scale_ub": None,
             "pad_rows": 1,
         }

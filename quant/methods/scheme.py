@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from fused_ops.linear import block_key, largest_scale2, quantize_weight
 
 from .. import (
+    FP8_DYNAMIC_GROUP_64,
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
+    INT8_STATIC_TENSOR,
+    INT8_STATIC_TENSOR_ASYM,
+    MXFP4,
+    MXFP8,
+    NVFP4,
     QuantKey,
     formats,
 )
+from ..key import FP8
 
 
 @dataclass(frozen=True)
@@ -22,48 +31,55 @@ class Scheme:
     """How a linear layer is quantized.
 
     input_quant_key: what the layer wants its input to be.
-    weight_block: rows and columns of the weight that share a scale; None: the whole row (one scale per channel).
+    weight_key: what its weight is, [N, K] in groups along K, or in blocks.
     """
 
     input_quant_key: QuantKey
-    weight_block: int | None = None
+    weight_key: QuantKey
 
     @property
     def calibrated(self) -> bool:
-        return self.input_quant_key.scale.static
+        return self.input_quant_key.scale.static or self.input_quant_key.scale2 is not None
 
-    def weight_scale_shape(self, rows: int, cols: int) -> tuple[int, int]:
-        block = self.weight_block
-        return (rows, 1) if block is None else (-(-rows // block), -(-cols // block))
+    def check(self, cols: int) -> None:
+        """Raise ValueError unless rows of K = `cols` can be quantized so."""
+        for name, key in ("input", self.input_quant_key), ("weight", self.weight_key):
+            if key.scale.dtype != torch.float32 and cols % key.scale.group_shape.cols:
+                raise ValueError(f"{name} has {cols} columns, {key} expects a multiple of {key.scale.group_shape.cols}")
 
-    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes [N, K], float32 scales): `scale = max(amax / 448, 1 / (448 * 512))`, INT8 `max(amax / 127, 2^-23)`.
+    def quantize_weight(self, weight: Tensor) -> dict[str, Tensor]:
+        """The layer's buffers of a weight [N, K]; see `fused_ops.linear.quantize_weight`.
 
         Raises ValueError where a weight isn't finite.
         """
         if not weight.isfinite().all():
             raise ValueError("weight has values that aren't finite")
-        dtype = self.input_quant_key.dtype
-        rows, cols = weight.shape
-        high, wide = (1, cols) if self.weight_block is None else (self.weight_block, self.weight_block)
-        blocks = pad(weight.float(), (0, -cols % wide, 0, -rows % high))
-        blocks = blocks.unflatten(1, (-1, wide)).unflatten(0, (-1, high))  # [rows / high, high, cols / wide, wide]
-        scale = blocks.abs().amax((1, 3), keepdim=True) / formats.MAX[dtype]
-        scale = scale.clamp_min(formats.SMALLEST_SCALE[dtype])
-        codes = formats.encode(blocks * (1 / scale), dtype).view(dtype)
-        codes = codes.flatten(2, 3).flatten(0, 1)[:rows, :cols].contiguous()
-        return codes, scale[:, 0, :, 0].contiguous()
+        names = ("weight", "weight_scale", "weight_scale2")
+        made = zip(names, quantize_weight(weight, self.weight_key), strict=True)
+        return {name: tensor for name, tensor in made if tensor is not None}
+
+    def calibrate(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+        """The layer's buffers for inputs that span [low, high]: those of a dynamic key for these two values.
+
+        NVFP4: `input_scale2 = max(amax / (6 * 448), 2^-126)`.
+        """
+        key, ends = self.input_quant_key, torch.stack([low, high]).float().reshape(1, 2)
+        if key.scale2 is not None:
+            return {"input_scale2": largest_scale2(ends.abs().amax())}
+        _, scale, zero_point = formats.quantize(ends, key.with_scale(static=False))
+        return {"input_scale": scale} | ({} if zero_point is None else {"input_zero_point": zero_point})
 
 
+_FP8_CHANNEL, _INT8_CHANNEL = block_key(FP8, 1, -1), block_key(torch.int8, 1, -1)
 SCHEMES = {
-    "int8_token": Scheme(INT8_DYNAMIC_TOKEN),
-    "fp8_static": Scheme(FP8_STATIC_TENSOR),
-    "fp8_token": Scheme(FP8_DYNAMIC_TOKEN),
-    "fp8_block": Scheme(FP8_DYNAMIC_GROUP_128, weight_block=128),
+    "int8_token": Scheme(INT8_DYNAMIC_TOKEN, _INT8_CHANNEL),
+    "int8_static": Scheme(INT8_STATIC_TENSOR, _INT8_CHANNEL),
+    "int8_static_asym": Scheme(INT8_STATIC_TENSOR_ASYM, _INT8_CHANNEL),
+    "fp8_static": Scheme(FP8_STATIC_TENSOR, _FP8_CHANNEL),
+    "fp8_token": Scheme(FP8_DYNAMIC_TOKEN, _FP8_CHANNEL),
+    "fp8_block": Scheme(FP8_DYNAMIC_GROUP_128, block_key(FP8, 128, 128)),
+    "fp8_group64": Scheme(FP8_DYNAMIC_GROUP_64, block_key(FP8, 64, 64)),
+    "mxfp8": Scheme(MXFP8, MXFP8),
+    "mxfp4": Scheme(MXFP4, MXFP4),
+    "nvfp4": Scheme(NVFP4, NVFP4),
 }
-
-
-def static_scale(amax: Tensor, key: QuantKey) -> Tensor:
-    """float32 [1]: the scale of a static key for inputs of this largest magnitude."""
-    scale = amax.float() / formats.MAX[key.dtype]
-    return scale.clamp_min(formats.SMALLEST_SCALE[key.dtype]).reshape(1)
