@@ -257,6 +257,13 @@ def test_errors_leave_the_model_as_it_was(make, scheme, calibration, error, mess
         assert not any(m._forward_pre_hooks for m in before)
 
 
+def test_what_is_ignored_is_a_tuple_of_names():
+    with pytest.raises(TypeError, match="ignore is 'lm_head', expected a tuple of names"):
+        quantize_model(model(), "int8_token", ignore="lm_head")
+    with pytest.raises(TypeError, match="the weight of 0 is torch.float64, expected bfloat16"):
+        quantize_model(model().double(), "int8_token")
+
+
 def test_the_weights_codes_by_hand():
     layer = nn.Linear(2, 2, bias=False)
     layer.weight.data = torch.tensor([[127.0, -1.0], [0.0, 0.0]])

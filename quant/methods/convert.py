@@ -41,6 +41,8 @@ def quantize_model(
         raise TypeError(f"quantize_model: model is {type(model).__name__}, expected a torch.nn.Module")
     if scheme not in SCHEMES:
         raise ValueError(f"quantize_model: scheme is {scheme!r}, expected one of {list(SCHEMES)}")
+    if isinstance(ignore, str) or not all(isinstance(name, str) for name in ignore):
+        raise TypeError(f"quantize_model: ignore is {ignore!r}, expected a tuple of names")
     chosen = SCHEMES[scheme]
     if chosen.calibrated != (calibration is not None):
         needs = "takes batches to calibrate with" if chosen.calibrated else "computes its scales and takes none"
@@ -67,6 +69,11 @@ def _linear_layers(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, nn.Li
             if type(module) is not nn.Linear:
                 raise ValueError(
                     f"quantize_model: {path} is {type(module).__name__}, expected nn.Linear (or ignore it)"
+                )
+            if module.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                raise TypeError(
+                    f"quantize_model: the weight of {path} is {module.weight.dtype}, "
+                    "expected bfloat16, float16 or float32"
                 )
             layers[path] = module
     if not layers or "" in layers:
