@@ -260,7 +260,7 @@ def test_errors_leave_the_model_as_it_was(make, scheme, calibration, error, mess
 def test_what_is_ignored_is_a_tuple_of_names():
     with pytest.raises(TypeError, match="ignore is 'lm_head', expected a tuple of names"):
         quantize_model(model(), "int8_token", ignore="lm_head")
-    with pytest.raises(TypeError, match="the weight of 0 is torch.float64, expected bfloat16"):
+    with pytest.raises(TypeError, match=r"the weight of 0 is torch.float64, expected bfloat16"):
         quantize_model(model().double(), "int8_token")
 
 
