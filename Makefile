@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
 
-.PHONY: demo test test-full bench lint format build clean
+.PHONY: demo test test-full fuzz sanitize bench lint format build clean
 
 demo: .venv/models
 	$(BIN)/python -m bench.demo
@@ -16,6 +16,20 @@ test: .venv/models .venv/tests
 # Every combination of arguments, where `make test` takes every pair of two.
 test-full: .venv/models .venv/tests
 	$(BIN)/python -m pytest -q tests --full
+
+# Hostile arguments to every operation; `make fuzz SECONDS=3600` for longer.
+SECONDS ?= 60
+fuzz: .venv/tests
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+
+# The suite and the fuzz once more, on kernels with AddressSanitizer and UBSan in a copy of the package.
+sanitize: .venv/models .venv/tests build/sanitized
+	$(SANITIZED) $(BIN)/pytest -q tests
+	$(SANITIZED) $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
+
+SANITIZED = PYTHONPATH=build/sanitized:. \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 
 bench: .venv/models .venv/bench
 	$(BIN)/python -m bench.run
@@ -56,6 +70,10 @@ clean:
 	$(BIN)/pip install -q --group test
 	$(BIN)/pip install -q --no-deps compressed-tensors
 	@touch $@
+
+build/sanitized: .venv/built
+	rm -rf $@
+	FUSED_OPS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitizing --build-lib $@
 
 .venv/bench: .venv/built
 	$(BIN)/pip install -q --group bench

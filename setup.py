@@ -4,6 +4,7 @@ Install with `pip install --no-build-isolation .`; without a compiler the packag
 operations run on the reference backend.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 TORCH = Path(torch.__file__).parent
+# `make sanitize`: kernels that stop at the first access out of bounds or undefined operation, with line numbers.
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -g1 -O1".split()
+SANITIZE = SANITIZE if os.environ.get("FUSED_OPS_SANITIZE") else []
 
 
 class ParallelBuild(build_ext):
@@ -46,8 +50,9 @@ setup(
                 "-fno-trapping-math",
                 "-fvisibility=hidden",
                 "-Wno-psabi",  # vectors are passed by value only where calls are inlined
+                *SANITIZE,
             ],
-            extra_link_args=["-Wl,-s"],
+            extra_link_args=SANITIZE or ["-Wl,-s"],
             py_limited_api=True,
             optional=True,
         )

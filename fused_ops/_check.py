@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant import QuantKey
-from quant.key import FP8
+from quant.formats import check_columns
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int64, torch.int32)
@@ -83,13 +83,11 @@ def check_key(op: str, code: int, cols: int, given: Tensor | None, device: torch
     if code < 0:
         raise ValueError(f"{op}: quant_key has groups that span rows, as only a weight's do")
     key = QuantKey.from_code(code)
-    group = key.scale.group_shape.cols
-    if cols % key.packing or (key.scale.dtype != torch.float32 and cols % group):
-        raise ValueError(f"{op}: x has {cols} columns, {key} expects a multiple of {group}")
+    check_columns(op, key, cols)
     if key.scale.static or key.scale2 is not None:
         _one(op, "scale2" if key.scale2 else "scale", given, torch.float32, device, key)
     elif given is not None:
-        if key.dtype != FP8 or key.scale.dtype != torch.float32 or key.scale.power_of_two:
+        if not key.bounded:
             raise ValueError(f"{op}: scale_ub is given, but {key} takes none")
         _one(op, "scale_ub", given, torch.float32, device, key)
     if key.scale.static and not key.symmetric:
@@ -103,8 +101,9 @@ def _one(op: str, name: str, tensor: Any, dtype: torch.dtype, device: torch.devi
     if not isinstance(tensor, Tensor):
         error = ValueError if tensor is None else TypeError
         raise error(f"{op}: {name} is {_type(tensor)}, {key} takes a {dtype} tensor of one element")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{op}: {name} is {tensor.dtype}, {key} takes {dtype}")
+    for got, taken in (tensor.dtype, dtype), (tensor.layout, torch.strided):
+        if got != taken:
+            raise TypeError(f"{op}: {name} is {got}, {key} takes {taken}")
     if tensor.numel() != 1 or tensor.device != device:
         raise ValueError(f"{op}: {name} is {list(tensor.shape)} on {tensor.device}, expected one element on {device}")
 

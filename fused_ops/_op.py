@@ -245,6 +245,8 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
         if not isinstance(got, Tensor) or got.dtype != want.dtype:
             kind = got.dtype if isinstance(got, Tensor) else type(got).__name__
             raise TypeError(f"{op.name}: output {name} is {kind}, expected {want.dtype}")
+        if got.layout != want.layout:
+            raise TypeError(f"{op.name}: output {name} is {got.layout}, expected {want.layout}")
         if got.shape != want.shape or got.device != want.device:
             raise ValueError(
                 f"{op.name}: output {name} is {list(got.shape)} on {got.device}, "

@@ -124,9 +124,7 @@ def _weight_key(weight: Tensor, weight_scale: Tensor, code: int) -> QuantKey:
         raise TypeError(f"scaled_linear: weight is {weight.dtype} with {weight_scale.dtype}, which no product takes")
     groups = [PER_TENSOR, PER_TOKEN, *(GroupShape(side, side) for side in BLOCKS)]
     shapes = [scale_shape(weight.shape, group) for group in groups]
-    shape = list(weight_scale.shape)
-    if shape in ([], [1]):
-        shape = shapes[0]
+    shape = list(weight_scale.shape) if weight_scale.numel() != 1 else shapes[0]
     if shape not in shapes:
         expected = " or ".join(map(str, [[1], *shapes[1:]]))
         raise ValueError(f"scaled_linear: weight_scale is {shape}, expected {expected}, or a weight_key")
@@ -178,10 +176,11 @@ def _check_scales(key: QuantKey, rows: int, cols: int, device: torch.device, **t
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"scaled_linear: {name} is {type(tensor).__name__}, {key} takes a Tensor")
-        if tensor.dtype != want.dtype:
-            raise TypeError(f"scaled_linear: {name} is {tensor.dtype}, expected {want.dtype}")
+        for got, expected in (tensor.dtype, want.dtype), (tensor.layout, want.layout):
+            if got != expected:
+                raise TypeError(f"scaled_linear: {name} is {got}, expected {expected}")
         if want is scale2 or key.per_tensor:
-            right = list(tensor.shape) in ([1], [], [1, 1])
+            right = tensor.numel() == 1
         else:
             right = tensor.shape == want.shape and all(
                 size <= 1 or got == stride

@@ -97,7 +97,7 @@ def check_add(x, residual, weight, eps, flags, x_multiplier=1.0, *, name) -> int
 def _(x, residual, weight, eps, flags, multiple, *, name) -> int:
     cols = check_add(x, residual, weight, eps, flags, name=name)
     if isinstance(multiple, bool) or not isinstance(multiple, (int, torch.SymInt)) or not 0 < multiple < 1 << 31:
-        raise ValueError(f"{name}: multiple is {multiple!r}, expected an int of at least 1")
+        raise ValueError(f"{name}: multiple is {multiple!r}, expected an int from 1 to 2147483647")
     return cols
 
 

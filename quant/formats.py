@@ -47,13 +47,12 @@ def quantize(
             element, or the key is a weight's, whose groups span rows. TypeError: a tensor's dtype is another.
     """
     static = key.scale.static
-    _check_key("quantize", key, x.shape[-1])
+    check_columns("quantize", key, x.shape[-1])
     _check_given("quantize", key, "scale", scale, static)
     _check_given("quantize", key, "scale2", scale2, key.scale2 is not None)
     _check_given("quantize", key, "zero_point", zero_point, static and not key.symmetric)
     if scale_ub is not None:
-        bounded = key.dtype in SMALLEST_SCALE and key.dtype != torch.int8 and key.scale.dtype == torch.float32
-        _check_given("quantize", key, "scale_ub", scale_ub, bounded and not static and not key.scale.power_of_two)
+        _check_given("quantize", key, "scale_ub", scale_ub, key.bounded)
     rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
     groups = _split(rows, key)
     if scale is not None:
@@ -98,7 +97,7 @@ def dequantize(
 def empty(shape, key: QuantKey, device) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Uninitialized (data, scale, zero_point) as `quantize` returns them for x of `shape`; None where static."""
     *lead, cols = shape
-    _check_key("empty", key, cols)
+    check_columns("empty", key, cols)
     data = torch.empty((*lead, cols // key.packing), dtype=key.storage_dtype, device=device)
     if key.scale.static:
         return data, None, None
@@ -305,7 +304,8 @@ def _split(rows: Tensor, key: QuantKey) -> Tensor:
 # --- checks ---
 
 
-def _check_key(caller: str, key: QuantKey, cols: int) -> None:
+def check_columns(caller: str, key: QuantKey, cols: int) -> None:
+    """Raise ValueError unless rows of `cols` elements are quantized by this key."""
     group = key.scale.group_shape
     if not key.per_tensor and (key.scale.static or group.rows != 1):
         kind = "static " * key.scale.static

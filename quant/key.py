@@ -126,6 +126,13 @@ class QuantKey:
     def per_tensor(self) -> bool:
         return self.scale.group_shape == PER_TENSOR
 
+    @property
+    def bounded(self) -> bool:
+        """Whether a `scale_ub` may bound the scales: FP8, dynamic, neither MX nor a power of two."""
+        scale = self.scale
+        plain = scale.dtype == torch.float32 and not scale.static and not scale.power_of_two
+        return plain and self.dtype in (FP8, FP8_FNUZ)
+
     @staticmethod
     def from_code(code: int) -> QuantKey:
         """The key whose `code` this is. Raises ValueError where there is none."""

@@ -52,8 +52,7 @@ int64_t columns_of(int64_t code) { return code >> 16; }  // of a group, 0: all
 // Codes of a key, after a check that there are products of it.
 Operand operand_of(const Tensor& codes, const char* name, int64_t code) {
   Operand operand;
-  operand.key = Key{code};
-  const Key& key = operand.key;
+  const Key key = operand.key = key_of(code, name);
   const int format = key.format(), scale = key.scale_format();
   const int64_t columns = columns_of(code);
   const bool fp8 = format == Key::kE4m3, int8 = format == Key::kInt8, fp4 = format == Key::kE2m1;
@@ -61,12 +60,7 @@ Operand operand_of(const Tensor& codes, const char* name, int64_t code) {
   const bool known = scale == Key::kFloat  ? (fp8 || int8) && (columns == 0 || power)
                      : scale == Key::kE8m0 ? (fp8 || fp4) && columns == 32
                                            : scale == Key::kScaleE4m3 && fp4 && columns == 16;
-  const bool packed = key.layout() == Key::kPackedUe8m0, swizzled = key.layout() == Key::kSwizzled128x4;
-  const bool whole = columns == 0 && key.layout() == Key::kRowMajor;  // as the one scale of a tensor
-  STD_TORCH_CHECK(code >= 0 && known && key.layout() <= Key::kSwizzled128x4 && (!key.asymmetric() || int8) &&
-                      (!key.power_of_two() || (fp8 && scale == Key::kFloat)) && (!packed || key.power_of_two()) &&
-                      (!swizzled || scale != Key::kFloat) && (!key.per_tensor() || whole),
-                  name, ": no product takes its key");
+  STD_TORCH_CHECK(known, name, ": no product takes its key");
   const ScalarType dtype = int8 ? ScalarType::Char : fp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
   STD_TORCH_CHECK(dtype_of(codes) == dtype, name, ": expected the key's codes");
   operand.codes = rows_of(codes, name);

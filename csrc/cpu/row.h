@@ -81,6 +81,8 @@ Pipeline pipeline_of(const Tensor& x);
 Norm norm_of(const Pipeline& p, Norm::Kind kind, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
              int64_t flags);
 void set_experts(Pipeline& p, const Tensor& x, const OptionalTensor& tokens_per_expert);
+// Raises where there is no QuantKey of this code.
+Key key_of(int64_t code, const char* name);
 void set_key(Pipeline& p, int64_t key, const OptionalTensor& given, const OptionalTensor& zero_point);
 
 // The scales, or zero points, that an earlier quantization of `rows` x `cols` elements made.

@@ -102,26 +102,28 @@ ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t c
   return scale_out(key, rows, shape, tensor, dtype);
 }
 
-void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const OptionalTensor& zero_point) {
-  STD_TORCH_CHECK(code >= 0 && code >> 16 < int64_t{1} << 31, "key: no key has this code");
+Key key_of(int64_t code, const char* name) {
+  constexpr int64_t unused = 1 << 10 | 1 << 11 | 1 << 15;
   const Key key{code};
-  const int format = key.format(), scale = key.scale_format();
-  const bool fp8 = format == Key::kE4m3 || format == Key::kE4m3Fnuz, int8 = format == Key::kInt8,
+  const int format = key.format(), scale = key.scale_format(), layout = key.layout();
+  const bool plain = scale == Key::kFloat, mx = scale == Key::kE8m0, nv = scale == Key::kScaleE4m3;
+  const bool e4m3 = format == Key::kE4m3, fnuz = format == Key::kE4m3Fnuz, int8 = format == Key::kInt8,
              fp4 = format == Key::kE2m1;
-  STD_TORCH_CHECK(fp8 || int8 || fp4, "key: this backend doesn't serve its format");
-  const bool mx = scale == Key::kE8m0 && format != Key::kE4m3Fnuz;
-  STD_TORCH_CHECK((fp8 && (scale == Key::kFloat || mx)) || (int8 && scale == Key::kFloat) ||
-                      (fp4 && (scale == Key::kE8m0 || scale == Key::kScaleE4m3)),
-                  "key: this backend doesn't serve its scales");
-  STD_TORCH_CHECK(!key.asymmetric() || int8, "key: zero points are defined for int8");
-  STD_TORCH_CHECK(!key.power_of_two() || (fp8 && scale == Key::kFloat), "key: power_of_two is defined for FP8");
-  STD_TORCH_CHECK(key.layout() <= Key::kSwizzled128x4, "key: no key has this layout");
-  STD_TORCH_CHECK(key.layout() != Key::kPackedUe8m0 || key.power_of_two(), "key: packed scales are powers of two");
-  STD_TORCH_CHECK(key.layout() != Key::kSwizzled128x4 || scale != Key::kFloat, "key: swizzled scales are bytes");
+  const bool known = code >= 0 && code >> 16 < int64_t{1} << 31 && !(code & unused) && layout <= Key::kSwizzled128x4 &&
+                     ((plain && (e4m3 || fnuz || int8)) || (mx && (e4m3 || fp4)) || (nv && fp4)) &&
+                     (!key.asymmetric() || int8) && (!key.power_of_two() || (plain && (e4m3 || fnuz))) &&
+                     (layout != Key::kPackedUe8m0 || key.power_of_two()) && (layout != Key::kSwizzled128x4 || !plain) &&
+                     (!key.per_tensor() || (code >> 16 == 0 && layout == Key::kRowMajor));
+  STD_TORCH_CHECK(known, name, ": no key has the code ", code);
+  return key;
+}
+
+void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const OptionalTensor& zero_point) {
+  const Key key = p.key = key_of(code, "key");
+  const int scale = key.scale_format();
   const int64_t columns = code >> 16;
   if (key.per_tensor()) {
-    STD_TORCH_CHECK(columns == 0 && key.layout() == Key::kRowMajor && scale == Key::kFloat,
-                    "key: no key has this code");
+    STD_TORCH_CHECK(scale == Key::kFloat, "key: one scale per tensor is a float32");
   } else {
     STD_TORCH_CHECK(!key.is_static(), "key: static scales are per tensor");
     STD_TORCH_CHECK(columns == 0 || columns % 32 == 0 || columns == 16,
@@ -130,8 +132,8 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const Optio
     STD_TORCH_CHECK(!divides || (columns && p.cols % columns == 0), "key: expected a row of whole groups");
     STD_TORCH_CHECK(columns != 16 || p.cols % 16 == 0, "key: expected a row of whole groups of 16");
   }
-  p.key = key;
 
+  const bool fp8 = key.format() == Key::kE4m3 || key.format() == Key::kE4m3Fnuz;
   const bool bounded = fp8 && scale == Key::kFloat && !key.power_of_two();
   p.given = std::numeric_limits<float>::infinity();
   if (given) {
