@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 TORCH = Path(torch.__file__).parent
 # `make sanitize`: kernels that stop at the first access out of bounds or undefined operation, with line numbers.
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -g1 -O1".split()
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
 SANITIZE = SANITIZE if os.environ.get("FUSED_OPS_SANITIZE") else []
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from quant.methods import SCHEMES
+
 from . import bars, calls, linear, machine, rows
 from .peers import vllm_cpu
 from .table import table
@@ -50,7 +52,8 @@ def main(arguments: list[str] | None = None) -> dict:
             print(_rows_table(results), flush=True)
         if not options.ops or "scaled_linear" in options.ops:
             size, counts = (256, [1]) if options.quick else (4096, [1, 32, 256])
-            found["linear"] = [r for key in rows.KEYS for r in linear.measure(key, counts, size, budget=4 * budget)]
+            keys = dict.fromkeys(scheme.input_quant_key for scheme in SCHEMES.values())
+            found["linear"] = [r for key in keys for r in linear.measure(key, counts, size, budget=4 * budget)]
             print(f"\nscaled_linear, {size} x {size}\n{_linear_table(found['linear'])}", flush=True)
         if not options.ops:
             found["calls"] = list(calls.measure(budget=10 * budget))

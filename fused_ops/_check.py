@@ -11,6 +11,7 @@ from quant import QuantKey
 from quant.formats import check_columns
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT32_MAX = torch.finfo(torch.float32).max
 INDICES = (torch.int64, torch.int32)
 
 
@@ -30,7 +31,8 @@ def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, Any]:
         if tensor is None and spec.endswith("?"):
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is {_type(tensor)}, expected a Tensor [{spec.rstrip('?')}]")
+            optional = " or None" * spec.endswith("?")
+            raise TypeError(f"{op}: {name} is {_type(tensor)}, expected a Tensor [{spec.rstrip(' ?')}]{optional}")
         _check_shape(op, name, tensor, spec.rstrip("?").split(), sizes)
         if isinstance(dtypes, str):
             if tensor.dtype != seen[dtypes].dtype:

@@ -7,7 +7,7 @@ import re
 import string
 import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -124,7 +124,11 @@ class Op:
     # The reference as a kernel.
     def _run(self, *args):
         self.check(*args)
-        return self._first(self.reference(*args))
+        first = self._first(self.reference(*args))
+        if self.returns == 1:
+            return first.contiguous()  # whatever the strides of the inputs are
+        exact = [name.endswith("scale") for name in self.outputs]
+        return tuple(t if keep else t.contiguous() for t, keep in zip(first, exact, strict=False))
 
     def _run_out(self, *args, **outs):
         self.check(*args)
@@ -194,6 +198,7 @@ def _invoke_out(op: Op, args: tuple, outs: tuple) -> Any:
     except RuntimeError as error:
         refused(op, args, error, given)
         raise
+    refuse_backward_of(op.name, args, outs)
     return outs[0] if op.returns == 1 else outs
 
 
@@ -207,6 +212,15 @@ def refuse_backward(op_name: str, *outputs: Tensor) -> None:
         for output in outputs:
             if output.requires_grad:
                 output.register_hook(refuse)
+
+
+def refuse_backward_of(op_name: str, args: tuple, outs: Iterable[Tensor | None]) -> None:
+    """The same for results that were written: by themselves they would seem to be constants."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        floats = [o for o in outs if o is not None and o.dtype.is_floating_point and not o.requires_grad]
+        refuse_backward(op_name, *(o.requires_grad_() for o in floats))
 
 
 def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | None] | None = None) -> None:
@@ -233,32 +247,72 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
     """Raise unless every given output has the shape and dtype of `op.empty(*args)`, with rows of its own."""
     expected = op.empty(*args)
     expected = expected if isinstance(expected, tuple) else (expected,)
-    given = [tensor for tensor in outs.values() if tensor is not None]
-    if len({id(tensor) for tensor in given}) < len(given):
-        raise ValueError(f"{op.name}: one tensor is given for two of the outputs {', '.join(op.outputs)}")
-    for name, want in zip(op.outputs, expected, strict=True):
-        got = outs.get(f"{name}_out")
+    checked: dict[str, Tensor] = {}
+    for output, want in zip(op.outputs, expected, strict=True):
+        got, name = outs.get(f"{output}_out"), _OUTPUTS.get(output, f"{output}_out")
         if got is None:
             continue
         if want is None:
-            raise ValueError(f"{op.name}: output {name} is given, but these arguments produce none")
+            raise ValueError(f"{op.name}: {name} is given, but these arguments produce none")
         if not isinstance(got, Tensor) or got.dtype != want.dtype:
             kind = got.dtype if isinstance(got, Tensor) else type(got).__name__
-            raise TypeError(f"{op.name}: output {name} is {kind}, expected {want.dtype}")
+            raise TypeError(f"{op.name}: {name} is {kind}, expected {want.dtype}")
         if got.layout != want.layout:
-            raise TypeError(f"{op.name}: output {name} is {got.layout}, expected {want.layout}")
+            raise TypeError(f"{op.name}: {name} is {got.layout}, expected {want.layout}")
         if got.shape != want.shape or got.device != want.device:
             raise ValueError(
-                f"{op.name}: output {name} is {list(got.shape)} on {got.device}, "
-                f"expected {list(want.shape)} on {want.device}"
+                f"{op.name}: {name} is {list(got.shape)} on {got.device}, expected {list(want.shape)} on {want.device}"
             )
-        exact = name.endswith(("scale", "zero_point"))  # their strides are part of the key
+        exact = output.endswith(("scale", "zero_point"))  # their strides are part of the key
         wrong = got.stride() != want.stride() if exact else got.shape[-1] > 1 and got.stride(-1) != 1
         if wrong and got.numel():
             expected_strides = want.stride() if exact else "a contiguous last dimension"
-            raise ValueError(f"{op.name}: output {name} has strides {got.stride()}, expected {expected_strides}")
-        if got.numel() and any(stride == 0 and size > 1 for size, stride in zip(got.shape, got.stride(), strict=True)):
-            raise ValueError(f"{op.name}: output {name} has strides {got.stride()}: its rows share memory")
+            raise ValueError(f"{op.name}: {name} has strides {got.stride()}, expected {expected_strides}")
+        if rows_overlap(got):
+            raise ValueError(f"{op.name}: {name} has strides {got.stride()}: its rows share memory")
+        for other, tensor in checked.items():
+            if overlap(got, tensor):
+                raise ValueError(f"{op.name}: {name} shares memory with {other}")
+        checked[name] = got
+
+
+# Outputs as callers know them; others are the argument `..._out`.
+_OUTPUTS = {"y": "out"} | {name: f"out.{name}" for name in ("data", "scale", "zero_point", "unquantized")}
+
+
+def _span(tensor: Tensor, dims: list[tuple[int, int]]) -> int:
+    """Bytes from the first to behind the last element of these (stride, size)."""
+    return (1 + sum((size - 1) * stride for stride, size in dims)) * tensor.element_size()
+
+
+def _dims(tensor: Tensor) -> list[tuple[int, int]]:
+    """(stride, size), outermost first."""
+    return sorted(((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1), reverse=True)
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() > 0 and tensor.device.type != "meta"
+
+
+def rows_overlap(tensor: Tensor) -> bool:
+    """Whether two elements are the same memory."""
+    dims = _dims(tensor)
+    return _in_memory(tensor) and any(
+        stride * tensor.element_size() < _span(tensor, dims[i + 1 :]) for i, (stride, _) in enumerate(dims)
+    )
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share memory; rows of one may lie between those of the other, in steps of one stride."""
+    if not (_in_memory(a) and _in_memory(b)) or a.device != b.device:
+        return False
+    dims, gap = (_dims(a), _dims(b)), b.data_ptr() - a.data_ptr()
+    if gap >= _span(a, dims[0]) or -gap >= _span(b, dims[1]):
+        return False
+    if all(dims) and (step := dims[0][0][0] * a.element_size()) == dims[1][0][0] * b.element_size():
+        gap %= step
+        return not (gap >= _span(a, dims[0][1:]) and gap + _span(b, dims[1][1:]) <= step)
+    return True
 
 
 def describe(args: tuple, op: Op | None = None) -> str:

@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 
 from quant import QuantizedActivation, QuantKey, formats
 
-from ._check import FLOATS, INDICES, boolean, check, number
+from ._check import FLOAT32_MAX, FLOATS, INDICES, boolean, check, number
 from ._op import Op, invoke, op
 from .quantize import QuantOptions, plain_out, quantizing, run_quant
 
@@ -56,6 +56,7 @@ def _swiglu_oai_mul(
 ):
     gate, up = (gate[..., ::2], gate[..., 1::2]) if up is None else (gate, up)
     dtype = gate.dtype if round_activation else torch.float32
+    limit = limit if limit <= torch.finfo(dtype).max else float("inf")
     g, u = gate.to(dtype).clamp(max=limit), up.to(dtype).clamp(-limit, limit)
     return _of_experts(((u + 1) * (g * torch.sigmoid(g * alpha))).to(gate.dtype), tokens_per_expert)
 
@@ -75,9 +76,9 @@ def _used(y: Tensor, tokens_per_expert: Tensor) -> Tensor:
     return (torch.arange(y.shape[1], device=y.device) < tokens_per_expert.unsqueeze(1)).unsqueeze(2)
 
 
-def _check_experts(name: str, x: Tensor, tokens_per_expert: Tensor | None) -> None:
+def _check_experts(name: str, first: str, x: Tensor, tokens_per_expert: Tensor | None) -> None:
     if tokens_per_expert is not None:
-        check(name, x=(x, "E M N", FLOATS), tokens_per_expert=(tokens_per_expert, "E", INDICES))
+        check(name, **{first: (x, "E M N", FLOATS)}, tokens_per_expert=(tokens_per_expert, "E", INDICES))
 
 
 @_gelu_tanh_mul.declares("check")
@@ -85,7 +86,7 @@ def _check_experts(name: str, x: Tensor, tokens_per_expert: Tensor | None) -> No
 def _check_gated(gate, up, round_activation, tokens_per_expert=None, *, name) -> int:
     sizes = check(name, gate=(gate, "... N", FLOATS), up=(up, "... N", "gate"))
     boolean(name, round_activation=round_activation)
-    _check_experts(name, gate, tokens_per_expert)
+    _check_experts(name, "gate", gate, tokens_per_expert)
     return sizes["N"]
 
 
@@ -94,6 +95,8 @@ def _(gate, up, alpha, limit, round_activation, tokens_per_expert=None, *, name)
     number(name, alpha=alpha, limit=limit)
     if not limit >= 0:
         raise ValueError(f"{name}: limit is {limit}, expected at least 0")
+    if not abs(alpha) <= FLOAT32_MAX:
+        raise ValueError(f"{name}: alpha is {alpha}, expected a finite float32")
     if up is not None:
         return _check_gated(gate, up, round_activation, tokens_per_expert, name=name)
     cols = _check_gated(gate, gate, round_activation, tokens_per_expert, name=name)
@@ -105,7 +108,7 @@ def _(gate, up, alpha, limit, round_activation, tokens_per_expert=None, *, name)
 @_relu2.declares("check")
 def _(x, tokens_per_expert=None, *, name) -> int:
     cols = check(name, x=(x, "... N", FLOATS))["N"]
-    _check_experts(name, x, tokens_per_expert)
+    _check_experts(name, "x", x, tokens_per_expert)
     return cols
 
 
@@ -212,7 +215,8 @@ def silu_mul(
         gate, up: [..., N] of one dtype S (bfloat16, float16, float32); rows may be strided, so that halves of one
             projection pass as `gate_up.chunk(2, dim=-1)`.
         round_activation: round silu(gate) to S before the product, as eager model code does.
-        tokens_per_expert: int32 or int64 [E] where gate is [E, M, N]: rows of each expert that are worked on.
+        tokens_per_expert: int32 or int64 [E] where gate is [E, M, N]: rows of each expert that are worked on, at least
+            none and at most all. The others aren't written: their codes and scales are whatever lay there.
         out: [..., N] in S, written instead of a fresh tensor; may be gate or up.
 
     Returns:

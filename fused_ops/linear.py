@@ -21,7 +21,7 @@ from quant import MXFP4, MXFP8, NVFP4, QuantizedActivation, QuantKey, ScaleDesc,
 from quant.key import FP4, FP8, FP8_FNUZ, PER_TENSOR, PER_TOKEN, GroupShape
 
 from ._check import FLOATS, check
-from ._op import op, refuse_backward, refused
+from ._op import op, refuse_backward, refuse_backward_of, refused
 from .quantize import case_keys, key_inputs
 
 GROUPS = (32, 64, 128, 256, 512)  # columns that may share a float32 scale
@@ -139,7 +139,8 @@ def scale_shape(shape: Sequence[int], group: GroupShape) -> list[int]:
 def _check_blocks(weight: Any, weight_scale: Any, key: QuantKey) -> None:
     """Kernels take no code of a key whose groups span rows: they infer it, and here is checked that this is right."""
     group = key.scale.group_shape
-    if group not in [(side, side) for side in BLOCKS] or key.dtype not in (torch.int8, FP8) or key.scale.layout:
+    square = group in [(side, side) for side in BLOCKS]
+    if not (square and key.dtype in (torch.int8, FP8) and key.symmetric and not key.scale.layout):
         raise ValueError(f"scaled_linear: weight_key is {key}, which no product takes")
     if not (isinstance(weight, Tensor) and isinstance(weight_scale, Tensor) and weight.ndim == 2):
         return  # the operation says what is wrong
@@ -222,7 +223,7 @@ def _(
     _check_scales(w_key, rows, cols, data.device, weight_scale=weight_scale, weight_scale2=weight_scale2)
     check("scaled_linear", data=(data, "... K", data.dtype), weight=(weight, "N J", codes), bias=(bias, "N ?", FLOATS))
     if out_dtype not in FLOATS:
-        raise TypeError(f"scaled_linear: out_dtype is {out_dtype}, expected one of {FLOATS}")
+        raise TypeError(f"scaled_linear: out_dtype is {out_dtype!r}, expected one of {FLOATS}")
 
 
 @_scaled_linear.declares("empty")
@@ -355,4 +356,5 @@ def _write(
     except RuntimeError as error:
         refused(_scaled_linear, args, error, {"y_out": out})
         raise
+    refuse_backward_of("scaled_linear", args, (y,))
     return y

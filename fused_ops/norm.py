@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 
 from quant import QuantizedActivation, QuantKey
 
-from ._check import FLOATS, check, number
+from ._check import FLOAT32_MAX, FLOATS, check, number
 from ._op import invoke, op
 from .quantize import QuantOptions, plain_out, quantizing, run_quant
 
@@ -90,6 +90,8 @@ def _(x, weight, bias, eps, *, name) -> int:
 @_fused_add_rms_norm.declares("check")
 def check_add(x, residual, weight, eps, flags, x_multiplier=1.0, *, name) -> int:
     number(name, x_multiplier=x_multiplier)
+    if not abs(x_multiplier) <= FLOAT32_MAX:
+        raise ValueError(f"{name}: x_multiplier is {x_multiplier}, expected a finite float32")
     return _check(x, weight, eps, flags, name=name, residual=(residual, "... N", "x"))
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from quant import NAMED_KEYS, QuantizedActivation, QuantKey, ScaleLayout, formats
+from quant import INT8_DYNAMIC_GROUP_128, NAMED_KEYS, QuantizedActivation, QuantKey, ScaleLayout, formats
 from quant.key import FP8, FP8_FNUZ
 
-from ._check import FLOATS, check, check_key
-from ._op import Op, op, refuse_backward, refused
+from ._check import FLOATS, boolean, check, check_key
+from ._op import Op, op, refuse_backward, refuse_backward_of, refused
 
 # Kernels take one tensor from outside, whichever the key asks for: `given` is the scale of a static key, scale2 of
 # NVFP4, and the upper bound of the amax (scale_ub) of a dynamic FP8 key.
@@ -66,9 +66,12 @@ def empty_quantized(y: Tensor, code: int) -> tuple:
 
 
 def case_keys() -> list[QuantKey]:
-    """Keys for tests: the named ones, those of AMD's FP8, and every layout and rounding that a named one has."""
+    """Keys for tests: the named ones, those of AMD's FP8, odd groups, every layout and rounding of a named one."""
     fp8 = [key for key in NAMED_KEYS.values() if key.dtype == FP8 and key.scale.dtype == torch.float32]
     keys = [*NAMED_KEYS.values(), *(replace(key, dtype=FP8_FNUZ) for key in fp8)]
+    for cols in 16, 96:
+        group = INT8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, cols))
+        keys += [group, replace(group, symmetric=False), replace(group, dtype=FP8)]
     for key in NAMED_KEYS.values():
         for layout in list(ScaleLayout)[1:]:
             for power_of_two in False, True:
@@ -226,7 +229,7 @@ def asked(op_name: str, quant: QuantOptions) -> list[str]:
     for name, value in quant.items():
         if name not in QuantOptions.__annotations__:
             raise TypeError(f"{op_name}: got an unexpected keyword argument {name!r}")
-        if value is not None and value is not False and not (name == "pad_rows" and value == 1):
+        if value is not None and value is not False and not (type(value) is int and value == 1):
             names.append(name)
     return names
 
@@ -276,38 +279,53 @@ def _write(op: Op, args: tuple, key: QuantKey, quant: QuantOptions, outs: dict, 
     Everything that isn't the plain functional call goes this way: given outputs, `keep_unquantized`, `pad_rows`,
     zero points.
     """
-    out, scale, scale2, zero_point = (quant.get(name) for name in ("out", "scale", "scale2", "zero_point"))
-    keep_unquantized, pad_rows = quant.get("keep_unquantized", False), quant.get("pad_rows", 1)
+    zero_point = quant.get("zero_point")
     args = (*args, zero_point, *optional)
-    dtype = args[0].dtype if isinstance(args[0], Tensor) else None
     written: dict[str, Tensor | None] = {}
     try:
         op.check(*args)
-        given_all = out is not None and len(outs) == len(op.outputs) - 4
+        given_all = quant.get("out") is not None and len(outs) == len(op.outputs) - 4
         fresh = {} if given_all else dict(zip(op.outputs, op.empty(*args), strict=True))
-        if out is None:
-            out = QuantizedActivation(
-                _padded(op.name, fresh["data"], pad_rows),
-                fresh["scale"] if scale is None else scale,
-                key,
-                dtype,
-                scale2,
-                fresh["zero_point"] if zero_point is None else zero_point,
-                fresh["unquantized"] if keep_unquantized else None,
-            )
-        else:
-            out = _given_out(op.name, out, key, scale, scale2, zero_point, keep_unquantized, dtype)
-        written = {"data_out": out.data}
-        if not key.scale.static:
-            written |= {"scale_out": out.scale, "zero_point_out": out.zero_point}
-        if keep_unquantized:
-            written["unquantized_out"] = out.unquantized
+        out, written = target(op.name, key, quant, fresh, args[0].dtype)
         others = {name: outs[name] if name in outs else fresh[name] for name in op.outputs[2:-2]}
         op.out(*args, **written, **{f"{name}_out": tensor for name, tensor in others.items()})
     except RuntimeError as error:
         refused(op, args, error, written | {f"{name}_out": given for name, given in outs.items()})
         raise
+    refuse_backward_of(op.name, args, (*written.values(), *others.values()))
     return (out, *others.values()) if others else out
+
+
+def target(
+    op_name: str, key: QuantKey, quant: QuantOptions, fresh: dict[str, Any], dtype: torch.dtype
+) -> tuple[QuantizedActivation, dict[str, Tensor | None]]:
+    """What an `out` overload is to write, and return: (the activation, its written tensors by output's name).
+
+    fresh: tensors by output's name, for what isn't given.
+    """
+    out, scale, scale2, zero_point = (quant.get(name) for name in ("out", "scale", "scale2", "zero_point"))
+    keep_unquantized, pad_rows = quant.get("keep_unquantized", False), quant.get("pad_rows", 1)
+    boolean(op_name, keep_unquantized=keep_unquantized)
+    if out is None:
+        out = QuantizedActivation(
+            _padded(op_name, fresh["data"], pad_rows),
+            fresh["scale"] if scale is None else scale,
+            key,
+            dtype,
+            scale2,
+            fresh["zero_point"] if zero_point is None else zero_point,
+            fresh["unquantized"] if keep_unquantized else None,
+        )
+    else:
+        if pad_rows != 1:
+            raise ValueError(f"{op_name}: pad_rows is {pad_rows!r} and out is given, whose rows are what they are")
+        out = _given_out(op_name, out, key, scale, scale2, zero_point, keep_unquantized, dtype)
+    written: dict[str, Tensor | None] = {"data_out": out.data}
+    if not key.scale.static:
+        written |= {"scale_out": out.scale, "zero_point_out": out.zero_point}
+    if keep_unquantized:
+        written["unquantized_out"] = out.unquantized
+    return out, written
 
 
 def _padded(op_name: str, data: Tensor, pad_rows: Any) -> Tensor:
@@ -328,6 +346,10 @@ def _given_out(op_name, out: Any, key, scale, scale2, zero_point, keep_unquantiz
         raise ValueError(f"{op_name}: out is {out.quant_key} of {out.orig_dtype}, expected {key} of {dtype}")
     if keep_unquantized and out.unquantized is None:
         raise ValueError(f"{op_name}: out has no `unquantized`, and keep_unquantized asks for it")
+    needed = ["data", *([] if key.scale.static else ["scale"] + ["zero_point"] * (not key.symmetric))]
+    for name in needed:
+        if getattr(out, name) is None:
+            raise ValueError(f"{op_name}: out has no {name}, which {key} makes")
     for name, given in ("scale", scale), ("scale2", scale2), ("zero_point", zero_point):
         if given is not None and getattr(out, name) is not given:
             out = replace(out, **{name: given})

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._check import FLOATS, INDICES, boolean, check
-from ._op import op, refuse_backward, refused
+from ._op import invoke, op
 
 
 @op("q k")
@@ -130,17 +130,6 @@ def rope(
             is written.
     """
     inputs = (q, k, positions, cos_sin_cache, is_neox, round_products)
-    outs: dict[str, Tensor | None] = (
-        {"q_out": None, "k_out": None} if out is None else {"q_out": out[0], "k_out": out[1]}
-    )
-    try:
-        if out is None:
-            rotated = _rope.call(*inputs)
-            if rotated[0].requires_grad or rotated[1].requires_grad:
-                refuse_backward("rope", *rotated)
-            return rotated
-        _rope.out(*inputs, **outs)
-    except RuntimeError as error:
-        refused(_rope, inputs, error, outs)
-        raise
-    return out
+    if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
+        raise TypeError(f"rope: out is {type(out).__name__}, expected (q, k)")
+    return invoke(_rope, inputs, None if out is None else tuple(out))

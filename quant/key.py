@@ -54,8 +54,16 @@ class ScaleDesc:
     layout: ScaleLayout = ScaleLayout.ROW_MAJOR
 
     def __post_init__(self):
-        object.__setattr__(self, "group_shape", GroupShape(*self.group_shape))
-        object.__setattr__(self, "layout", ScaleLayout(self.layout))
+        group, layout = self.group_shape, self.layout
+        if not isinstance(group, tuple) or len(group) != 2 or not all(type(n) is int for n in group):
+            raise TypeError(f"ScaleDesc: group_shape is {group!r}, expected (rows, columns)")
+        if layout not in list(ScaleLayout):
+            raise ValueError(f"ScaleDesc: layout is {layout!r}, expected one of {', '.join(map(str, ScaleLayout))}")
+        for name in "static", "power_of_two":
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"ScaleDesc: {name} is {getattr(self, name)!r}, expected a bool")
+        object.__setattr__(self, "group_shape", GroupShape(*group))
+        object.__setattr__(self, "layout", ScaleLayout(layout))
         if self.dtype not in _SCALE_DTYPES:
             raise ValueError(f"ScaleDesc: dtype is {self.dtype}, expected one of {_SCALE_DTYPES}")
         if any(n != -1 and not 0 < n < 1 << 31 for n in self.group_shape):
@@ -87,6 +95,8 @@ class QuantKey:
     code: int = field(init=False, repr=False, compare=False)  # the key as the int that kernels take; see _encode
 
     def __post_init__(self):
+        if not isinstance(self.scale, ScaleDesc):
+            raise TypeError(f"QuantKey: scale is {self.scale!r}, expected a ScaleDesc")
         if self.dtype not in _FORMATS:
             raise ValueError(f"QuantKey: dtype is {self.dtype}, expected one of {tuple(_FORMATS)}")
         if not self.symmetric and self.dtype != torch.int8:
@@ -153,7 +163,11 @@ class QuantKey:
         for name, key in NAMED_KEYS.items():
             if key == plain:
                 return name + (f"[{', '.join(options)}]" if options else "")
-        return repr(self)
+        scale, (rows, cols) = self.scale, self.scale.group_shape
+        kind = "static" if scale.static else "dynamic"
+        group = "tensor" if self.per_tensor else f"{rows}x{'row' if cols == -1 else cols}"
+        options = ["asymmetric"] * (not self.symmetric) + options
+        return f"{self.dtype}, {kind} {scale.dtype} per {group}" + (f" [{', '.join(options)}]" if options else "")
 
 
 _SCALE_DTYPES = (torch.float32, E8M0, FP8)

@@ -1,8 +1,9 @@
 """Hostile arguments: `make fuzz`, or `python tests/fuzz.py --seed 7 --call 1234` to repeat one call.
 
-A declared case is damaged in a few random places and given to the operation, raw or as its public function calls it.
-Whatever it is, the call either works and keeps to its tensors, or raises without having written anything; behind a
-public function it raises TypeError or ValueError. A kernel never takes what the declaration's check refuses.
+A declared case is damaged in a few random places and given to the operator or to the public function. Whatever it is,
+the call either works and keeps to its tensors, or raises without having written anything; a public function raises
+TypeError or ValueError, and what works returns what it does on the reference. A kernel never takes what the
+declaration's check refuses.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fused_ops  # noqa: F401  declares the operations
-from fused_ops._op import OPS, Op, describe, invoke
+import fused_ops
+from fused_ops._op import NO_KEY, OPS, Op, _dims, describe, rows_overlap
+from quant import INT8_DYNAMIC_TOKEN, QuantizedActivation, QuantKey
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool)
 DAMAGE: dict[str, Callable[[Tensor], Any]] = {
@@ -100,7 +102,11 @@ class Memory:
         after = [s.clone() for s in self.storages]
         for now, storage, was in zip(after, self.storages, self.before, strict=True):
             for t in allowed:
-                if t.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr():
+                if (
+                    t.device.type == "cpu"
+                    and not rows_overlap(t)
+                    and t.untyped_storage().data_ptr() == storage.untyped_storage().data_ptr()
+                ):
                     place = t.storage_offset(), t.shape, t.stride()
                     view, old = (t.new_empty(0).set_(s.untyped_storage(), *place) for s in (now, was))
                     view.copy_(old)
@@ -135,36 +141,121 @@ def hostile(op: Op) -> tuple[list, dict[str, Any]]:
     return [guarded(a) for a in args], {name: guarded(t) for name, t in outs.items()}
 
 
+def public(op: Op, args: list, outs: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    """The same call by the keywords of the public function."""
+    words: dict[str, Any] = {}
+    function = getattr(fused_ops, op.name, None)
+    if function is None:  # it has no other way to ask for a result that isn't quantized
+        function, words = getattr(fused_ops, f"{op.name}_quant"), {"quant_key": None}
+    options: dict[str, dict] = {"": words, "q_": {}, "kv_": {}}
+    activation = {}
+    for name, value in zip(op.arguments, args, strict=False):
+        side, part = next(((s, name[len(s) :]) for s in ("q_", "kv_") if name.startswith(s)), ("", name))
+        if part == "flags" and isinstance(value, int):
+            words |= {"weight_bias": float(value >> 1), "round_before_weight": bool(value & 1)}
+        elif op.name == "scaled_linear" and name in ("data", "scale", "key", "scale2", "zero_point"):
+            activation[name] = value
+        elif part == "key" or name == "weight_code":
+            words["weight_key" if name == "weight_code" else f"{side}quant_key"] = key_of(value)
+        elif part == "given" and value is not None:
+            key = words.get(f"{side}quant_key")
+            known = isinstance(key, QuantKey)
+            kind = "scale2" if known and key.scale2 else "scale" if known and key.scale.static else "scale_ub"
+            options[side][kind] = value
+        elif part == "zero_point":
+            options[side][part] = value
+        else:
+            words[name] = value
+    if activation:
+        key = key_of(activation.get("key"))
+        key = key if isinstance(key, QuantKey) else INT8_DYNAMIC_TOKEN
+        parts = (activation.get(name) for name in ("scale2", "zero_point"))
+        words["activation"] = QuantizedActivation(activation["data"], activation["scale"], key, torch.bfloat16, *parts)
+    words |= {f"{side}options": options[side] for side in ("q_", "kv_") if options[side]}
+    given = {name.removesuffix("_out"): t for name, t in outs.items()}
+    if "residual" in given:
+        words["residual_out"] = given["residual"]
+    if op.name == "rope" and len(given) == 2:
+        words["out"] = tuple(given.values())
+    if "y" in given:
+        words["out"] = given["y"]
+    if "data" in given and isinstance(words.get("quant_key"), QuantKey):
+        parts = (given.get(name) for name in ("scale", "data", "zero_point", "unquantized"))
+        scale, data, zero_point, unquantized = parts
+        words["out"] = QuantizedActivation(
+            data, scale, words["quant_key"], getattr(args[0], "dtype", None), None, zero_point, unquantized
+        )
+    if "quant_key" in words and random.random() < 0.2:
+        words |= random.choice([{"pad_rows": 4}, {"pad_rows": -1}, {"keep_unquantized": True}, {"scael": 1}])
+    return function, words
+
+
+def key_of(code: Any) -> Any:
+    """The key of this code; what has none stays as it is, damage that a public function may see too."""
+    try:
+        return None if code in (None, NO_KEY) else QuantKey.from_code(code)
+    except (ValueError, TypeError):
+        return code
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, QuantizedActivation):
+        return tensors([value.data, value.scale, value.scale2, value.zero_point, value.unquantized])
+    if isinstance(value, dict):
+        return tensors(list(value.values()))
+    return [t for item in value for t in tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def promise(kept: bool, broken: str) -> None:
+    if not kept:
+        raise AssertionError(broken)
+
+
 def call(seed: int, number: int) -> str:
     """Make one call and return how it ended; AssertionError where it broke a promise."""
     random.seed(f"{seed} {number}")
     torch.manual_seed(number)
     op = random.choice(list(OPS.values()))
     args, outs = hostile(op)
-    memory = Memory([*args, *outs.values()])
-    public = random.random() < 0.5
+    as_public = random.random() < 0.5
+    function, words = public(op, args, outs) if as_public else (op.default, {})
+    written = tensors([words.get(name) for name in ("out", "residual_out")]) if as_public else tensors(outs)
+    memory = Memory([*tensors(args), *tensors(outs)])
+    shown = {name: describe(tuple(tensors(v))) or v for name, v in words.items()}
+    given = shown or f"{describe(tuple(args))}; {describe(tuple(outs.values()))}"
+    text = f"{op.name}({given})"
     try:
-        if public:
-            given = [outs.get(f"{name}_out") for name in op.outputs[: op.returns]]
-            outs = {f"{name}_out": t for name, t in zip(op.outputs, given, strict=False) if t is not None}
-            invoke(op, tuple(args[: op.required]), tuple(given) if outs else None, tuple(args[op.required :]))
+        if as_public:
+            result = function(**words)
         elif outs:
             op.out(*args, **outs)
         else:
             args = args[: op.required]
-            op.default(*args)
+            function(*args)
     except (TypeError, ValueError, RuntimeError) as error:
-        text = f"{op.name}({describe(tuple(args))}, {describe(tuple(outs.values()))}): {str(error)[:500]!r}"
-        assert not memory.written([]), f"refused, but had written: {text}"
-        assert not public or type(error) in (TypeError, ValueError), f"not a TypeError or ValueError: {text}"
-        assert str(error), f"says nothing: {text}"
-        return type(error).__name__
-    text = f"{op.name}({describe(tuple(args))}, {describe(tuple(outs.values()))})"
-    assert not memory.written(list(outs.values())), f"wrote beyond its outputs: {text}"
-    try:
-        op.check(*args)
-    except (TypeError, ValueError) as error:
-        raise AssertionError(f"took what the check refuses: {text}: {error!r}") from error
+        text += f": {type(error).__name__} {str(error)[:500]!r}"
+        promise(not memory.written([]), f"refused, but had written: {text}")
+        promise(not as_public or type(error) in (TypeError, ValueError), f"not a TypeError or ValueError: {text}")
+        promise(bool(str(error)), f"says nothing: {text}")
+        return ("" if as_public else "operator: ") + type(error).__name__
+    promise(not memory.written(written), f"wrote beyond its outputs: {text}")
+    if not as_public:
+        try:
+            op.check(*args)
+        except (TypeError, ValueError) as error:
+            raise AssertionError(f"took what the check refuses: {text}: {error!r}") from error
+    elif not written:
+        with fused_ops.use_backend("reference"):
+            expected = function(**words)
+        for a, b in zip(tensors(result), tensors(expected), strict=True):
+            kinds = [(t.shape, t.dtype, _dims(t) if t.numel() else None) for t in (a, b)]
+            promise(kinds[0] == kinds[1], f"unlike the reference: {text}")
+            same = op.name != "quantize" or torch.equal(
+                *(t.clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b))
+            )
+            promise(same, f"not the reference's bits: {text}")
     return "worked"
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from compare import assert_same, steps
@@ -13,16 +15,33 @@ def test_value_by_hand():
     torch.testing.assert_close(y, torch.tensor([[0.0, 2 / (1 + 0.36787944), -2 / (1 + 2.7182818)]]))
 
 
+def gelu_tanh(g):
+    """g / (1 + e^(-2u)), since torch's 1 + tanh(u) cancels; exact where the power is no number of float64."""
+    return g / (1 + (-2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)).exp())
+
+
+EXACT = {
+    "silu_mul": lambda g: g / (1 + (-g).exp()),
+    "gelu_tanh_mul": gelu_tanh,
+    "swiglu_oai_mul": lambda g: g / (1 + (-(g.float() * 1.702).double()).exp()),  # float32's product, as torch
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_float64_over_the_whole_range(dtype):
-    """At most one step of S (float32: 4 ulp) from the exact result, out to where exp overflows and beyond."""
-    gate = torch.cat([torch.linspace(-120, 120, 200_003), torch.linspace(-1e-3, 1e-3, 10_001)]).to(dtype)[None]
-    up = torch.ones_like(gate)
-    exact = (gate.double() / (1 + (-gate.double()).exp())).to(dtype)
-    actual = fused_ops.silu_mul(gate, up)
-    overflow = gate.float() < -88.73  # exp(-g) is infinite in float32: silu is -0, as torch's own is
-    assert (actual[overflow] == 0).all()
-    apart = steps(actual, exact)[gate.float() > -88.72]
+@pytest.mark.parametrize("name", EXACT)
+def test_against_float64_over_the_whole_range(name, dtype):
+    """At most one step of S (float32: 4 ulp) from the exact result, out to where exp overflows and far beyond."""
+    parts = [torch.linspace(-120, 120, 200_003), torch.linspace(-1e-3, 1e-3, 10_001), torch.linspace(-3000, 3000, 9001)]
+    far = torch.logspace(2, 38.4, 20_001)
+    gate = torch.cat([*parts, far, -far]).to(dtype)[None]
+    gate = gate[gate.isfinite()][None]
+    options = {"alpha": 1.702, "limit": float("inf")} if name == "swiglu_oai_mul" else {}
+    up = torch.zeros_like(gate) if options else torch.ones_like(gate)  # 1 + up
+    exact = EXACT[name](gate.double())
+    actual = getattr(fused_ops, name)(gate, up, **options)
+    vanishing = exact.abs() < 3e-37  # e^-g is infinite, or nearly, in float32: the result is -0, as torch's own is
+    assert (actual[vanishing].abs().double() < 1e-36).all()
+    apart = steps(actual, exact.to(dtype))[~vanishing]
     assert apart.max() <= (4 if dtype == torch.float32 else 1)
 
 

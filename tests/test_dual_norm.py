@@ -17,9 +17,15 @@ from quant import (
     NVFP4,
     QuantizedActivation,
     QuantKey,
+    ScaleDesc,
 )
+from quant.key import FP8
 
 OP = OPS["dual_rms_norm"]
+
+
+def is_static(code: int) -> bool:
+    return code != NO_KEY and QuantKey.from_code(code).scale.static
 
 
 def same(a, b, context=""):
@@ -33,16 +39,24 @@ def same(a, b, context=""):
 @pytest.mark.parametrize("backend", OP.backends)
 def test_it_is_two_norms_bit_for_bit(backend):
     for args in pairwise.sample(OP.cases("cpu")):
-        sides = zip(args[:2], args[2:4], args[4:6], args[7:9], args[9:], strict=True)
+        zero_points = args[11:] or (None, None)
+        sides = zip(args[:2], args[2:4], args[4:6], args[7:9], args[9:11], zero_points, strict=True)
         with fused_ops.use_backend(backend):
-            made = OP.default(*args)
-            for i, (x, weight, eps, code, given) in enumerate(sides):
+            made = dict(zip(OP.outputs, OP.empty(*args), strict=True))
+            static = [f"{side}_scale" for side, code in zip(("q", "kv"), args[7:9], strict=True) if is_static(code)]
+            OP.out(*args, **{f"{name}_out": t for name, t in made.items() if t is not None and name not in static})
+            for side, (x, weight, eps, code, given, zero_point) in zip(("q", "kv"), sides, strict=True):
                 y = OPS["rms_norm"].default(x, weight, eps, args[6])
-                expected = (y, y.new_empty(0).float())
+                expected = {"": y}
                 if code != NO_KEY:
-                    expected = OPS["quantize"].default(y, code, given)
-                for name, a, e in zip(("data", "scale"), made[2 * i : 2 * i + 2], expected, strict=True):
-                    assert_same(a, e, f"{name} {i} {code}")
+                    key = QuantKey.from_code(code)
+                    kind = "scale" if key.scale.static else "scale2" if key.scale2 else "scale_ub"
+                    z = fused_ops.quantize(y, key, **{kind: given}, zero_point=zero_point, keep_unquantized=True)
+                    expected = {"": z.data, "_unquantized": y}
+                    if not key.scale.static:
+                        expected |= {"_scale": z.scale} | ({} if key.symmetric else {"_zero_point": z.zero_point})
+                for name, e in expected.items():
+                    assert_same(made[side + name], e, f"{side}{name} {code}")
 
 
 INPUTS = OP.workload(7, 1024, None, torch.bfloat16, "cpu")[:6]
@@ -93,10 +107,22 @@ def test_errors_name_argument_got_and_expected(position, value, error, message):
 
 
 def test_options_without_a_key_and_outputs_that_overlap_are_refused():
-    with pytest.raises(ValueError, match="dual_rms_norm: scale is given, but quant_key is None"):
+    with pytest.raises(ValueError, match="dual_rms_norm, q: scale is given, but quant_key is None"):
         fused_ops.dual_rms_norm(*INPUTS, q_options={"scale": ONE})
-    with pytest.raises(TypeError, match="dual_rms_norm: quant_key is str"):
+    with pytest.raises(TypeError, match="dual_rms_norm, q: quant_key is str"):
         fused_ops.dual_rms_norm(*INPUTS, q_quant_key="int8")
+    with pytest.raises(ValueError, match="dual_rms_norm, kv: quant_key has groups that span rows"):
+        fused_ops.dual_rms_norm(*INPUTS, kv_quant_key=QuantKey(FP8, ScaleDesc(torch.float32, False, (128, 128))))
+    with pytest.raises(TypeError, match="dual_rms_norm, kv: got an unexpected keyword argument 'scael'"):
+        fused_ops.dual_rms_norm(*INPUTS, kv_quant_key=INT8_DYNAMIC_TOKEN, kv_options={"scael": ONE})
+    out = torch.zeros(7, 768).bfloat16()
+    with pytest.raises(ValueError, match="kv_weight"):  # nothing is written for q either
+        fused_ops.dual_rms_norm(*INPUTS[:3], INPUTS[3][:5], *INPUTS[4:], q_options={"out": out})
+    assert not out.any()
+    both = torch.empty(7, 768).bfloat16()
+    for backend in OP.backends:
+        with fused_ops.use_backend(backend), pytest.raises(ValueError, match=r"shares memory with|overlaps another"):
+            fused_ops.dual_rms_norm(*INPUTS, q_options={"out": both}, kv_options={"out": both[:, :256]})
     if "cpu" in OP.backends:
         packed = torch.randn(4, 1024).bfloat16()
         q, kv = packed.split([768, 256], dim=1)

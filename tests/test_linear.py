@@ -415,3 +415,19 @@ def test_no_rows_or_no_columns(backend, key):
         with fused_ops.use_backend(backend):
             y = linear(x, w, dtype=torch.bfloat16)
         assert (y.shape, y.dtype) == ((tokens, outs), torch.bfloat16)
+
+
+def test_scales_mean_the_same_where_subnormals_were_flushed_at_import():
+    script = (
+        "import torch; torch.set_flush_denormal(True); import fused_ops; torch.set_flush_denormal(False)\n"
+        "from quant import NVFP4; from fused_ops.linear import quantize_weight\n"
+        "torch.manual_seed(0); x, w = torch.randn(2, 64), torch.randn(8, 64) * torch.logspace(-6, 0, 64)\n"
+        "q = fused_ops.quantize(x * torch.logspace(-6, 0, 64), NVFP4, scale2=torch.tensor([1e-3]))\n"
+        "data, scale, scale2 = quantize_weight(w, NVFP4)\n"
+        "print(fused_ops.scaled_linear(q, data, scale, out_dtype=torch.float32, weight_scale2=scale2).tolist())"
+    )
+    flushed, kept = (
+        subprocess.run([sys.executable, "-c", s], capture_output=True, text=True, check=True).stdout
+        for s in (script, script.replace("torch.set_flush_denormal(True)", ""))
+    )
+    assert flushed == kept

@@ -161,11 +161,11 @@ def given_weight(w: Weight, **changes) -> dict:
         ({"activation": X.data}, TypeError, "activation is Tensor, expected a QuantizedActivation"),
         (given(X, quant_key=FNUZ), ValueError, "activation is .*e4m3fnuz.*, which no product takes"),
         (given(X, quant_key=BLOCKS), ValueError, "activation has groups that span rows"),
-        (given(X, quant_key=W[2]), ValueError, "activation is QuantKey.*, which no product takes"),
+        (given(X, quant_key=W[2]), ValueError, "activation is torch.*, which no product takes"),
         (
             {"activation": activation(3, 320, FP8_DYNAMIC_TOKEN.with_scale(group_shape=(1, 48)))},
             ValueError,
-            r"activation is QuantKey.*cols=48.*, which no product takes",
+            r"activation is .*per 1x48, which no product takes",
         ),
         (
             {"activation": activation(3, 319, FP8_DYNAMIC_TOKEN)},
@@ -231,11 +231,11 @@ def given_weight(w: Weight, **changes) -> dict:
             TypeError,
             "weight is torch.float8_e4m3fn, expected torch.int8",
         ),
-        ({"weight_key": block_key(FP8, 32, 32)}, ValueError, "weight_key is QuantKey.*, which no product takes"),
-        ({"weight_key": block_key(FP8, 1, 48)}, ValueError, "weight is QuantKey.*, which no product takes"),
+        ({"weight_key": block_key(FP8, 32, 32)}, ValueError, "weight_key is torch.*, which no product takes"),
+        ({"weight_key": block_key(FP8, 1, 48)}, ValueError, "weight is torch.*, which no product takes"),
         ({"weight_key": FP8_DYNAMIC_GROUP_64}, ValueError, r"weight_scale is \[40, 1\].* expected \[40, 5\]"),
         ({"weight_key": MXFP8}, TypeError, "weight_scale is torch.float32, expected torch.float8_e8m0fnu"),
-        ({"weight_key": FNUZ}, ValueError, "weight is QuantKey.*, which no product takes"),
+        ({"weight_key": FNUZ}, ValueError, "weight is torch.*, which no product takes"),
         (
             {"weight_key": FP8_DYNAMIC_GROUP_64.with_scale(layout=ScaleLayout.COLUMN_MAJOR)},
             ValueError,
@@ -252,8 +252,8 @@ def given_weight(w: Weight, **changes) -> dict:
         ({"bias": torch.ones(40).double()}, TypeError, "bias is torch.float64"),
         ({"out_dtype": torch.float64}, TypeError, "out_dtype is torch.float64"),
         (given_weight(NV_WEIGHT, out_dtype=None, out=None), TypeError, "out_dtype is None"),
-        ({"out": torch.ones(3, 41)}, ValueError, r"y is \[3, 41\]"),
-        ({"out": torch.ones(3, 40).half()}, TypeError, "y is torch.float16"),
+        ({"out": torch.ones(3, 41)}, ValueError, r"out is \[3, 41\]"),
+        ({"out": torch.ones(3, 40).half()}, TypeError, "out is torch.float16"),
     ],
 )
 @each_backend

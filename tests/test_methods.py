@@ -234,14 +234,14 @@ def _uneven() -> nn.Module:
         (model, "fp8_static", torch.ones(2, 64), TypeError, "calibration is Tensor, expected a list"),
         (model, "fp8_static", {"x": 1}, TypeError, "calibration is dict, expected a list"),
         (model, "fp8_static", 3, TypeError, "calibration is int, expected a list"),
-        (model, "fp8_static", [], ValueError, "calibration gives 0 an input of magnitude never run"),
+        (model, "fp8_static", [], ValueError, "calibration never gives 0 an input"),
         (_with_nan, "int8_token", None, ValueError, "2: weight has values that aren't finite"),
         (_with_nan, "mxfp4", None, ValueError, "2: weight has values that aren't finite"),
         (_uneven, "mxfp8", None, ValueError, "1: input has 40 columns, MXFP8 expects a multiple of 32"),
         (_uneven, "mxfp4", None, ValueError, "1: input has 40 columns, MXFP4 expects a multiple of 32"),
         (_uneven, "nvfp4", [torch.zeros(1, 64)], ValueError, "1: input has 40 columns, NVFP4 expects a multiple of 16"),
         (model, "nvfp4", None, ValueError, "calibration is missing, nvfp4 takes batches"),
-        (model, "int8_static", [INFINITE], ValueError, "calibration gives 0 an input of magnitude inf"),
+        (model, "int8_static", [INFINITE], ValueError, "calibration gives 0 an input that isn't finite"),
         (lambda: nn.Sequential(nn.ReLU()), "int8_token", None, ValueError, ".*contains no nn.Linear"),
         (lambda: nn.Sequential(Odd(4, 4)), "int8_token", None, ValueError, "0 is Odd, expected nn.Linear"),
         (lambda: {}, "int8_token", None, TypeError, "model is dict, expected a torch.nn.Module"),
@@ -272,3 +272,51 @@ def test_the_weights_codes_by_hand():
     assert q.weight_scale.tolist() == [[1.0], [2.0**-23]]
     assert q.input_quant_key == INT8_DYNAMIC_TOKEN
     assert isinstance(fused_ops.quantize(torch.ones(1, 2), **q.input_quant()), QuantizedActivation)
+
+
+def test_what_the_calibration_may_meet():
+    """Batches that give a layer no rows, and inputs by keyword."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.seldom = nn.Linear(64, 64), nn.Linear(64, 8)
+
+        def forward(self, x, chosen):
+            return self.always(input=x), self.seldom(x[:chosen])
+
+    subject = Two()
+    x = torch.randn(4, 64)
+    quantize_model(subject, "fp8_static", calibration=[{"x": x, "chosen": 0}, {"x": x, "chosen": 2}])
+    assert subject.seldom.input_scale == x[:2].abs().max() / 448
+
+
+def test_names_to_ignore():
+    subject = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with pytest.raises(ValueError, match="ignore names 'lm_haed', and model has no module of that name"):
+        quantize_model(subject, "int8_token", ignore=("lm_haed",))
+    with pytest.raises(TypeError, match="expected a tuple of names"):
+        quantize_model(subject, "int8_token", ignore=iter(["0"]))
+    quantize_model(subject, "int8_token", ignore=["0"])
+    assert type(subject[0]) is nn.Linear
+    assert type(subject[1]) is QuantLinear
+
+
+def test_codes_of_another_scheme_are_not_loaded():
+    first, second = (nn.Sequential(nn.Linear(64, 64)) for _ in range(2))
+    quantize_model(first, "fp8_token")
+    quantize_model(second, "int8_token")
+    before = second[0].weight.clone()
+    with pytest.raises(RuntimeError, match=r"0.weight is torch.float8_e4m3fn, expected torch.int8"):
+        second.load_state_dict(first.state_dict())
+    assert_same(second[0].weight, before)
+    quantize_model(third := nn.Sequential(nn.Linear(64, 64)), "int8_token")
+    third.load_state_dict(second.state_dict())
+    assert_same(third[0].weight, before)
+
+
+def test_a_plain_input_of_another_width_is_refused_by_the_layers_name():
+    subject = nn.Sequential(nn.Linear(64, 8))
+    quantize_model(subject, "int8_token")
+    with pytest.raises(ValueError, match=r"0: x is \[2, 32\], expected \[..., 64\]"):
+        subject(torch.randn(2, 32))

@@ -165,6 +165,23 @@ def test_a_backward_pass_raises_by_name():
         assert not fused_ops.rms_norm(x, w, 1e-6).requires_grad
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: fused_ops.fused_add_rms_norm(x, R, W, 1e-6, x_multiplier=0.5)[0],
+        lambda x: fused_ops.rms_norm(x, W, 1e-6, out=torch.empty(2, 64)),
+        lambda x: fused_ops.rms_norm_quant(x, W, 1e-6, FP8_DYNAMIC_TOKEN, keep_unquantized=True).unquantized,
+        lambda x: fused_ops.relu2(x[None], tokens_per_expert=torch.tensor([2])),
+    ],
+)
+def test_a_backward_pass_raises_where_outputs_were_written(call):
+    x = torch.randn(2, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="is for inference only and has no gradient"):
+        (call(x).sum() + x.sum()).backward()
+    with torch.no_grad():
+        assert not call(x).requires_grad
+
+
 GROUP_48 = FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 48))
 WEIGHTS = QuantKey(torch.int8, ScaleDesc(torch.float32, True, (128, 128)))
 X, R, W = torch.ones(2, 64), torch.ones(2, 64), torch.ones(64)
@@ -200,7 +217,7 @@ GOOD = {"x": X, "residual": R, "weight": W, "eps": 1e-6, "quant_key": INT8_DYNAM
         pytest.param({"quant_key": GROUP_48}, ValueError, "the cpu backend does not serve .*48", marks=needs_kernels),
         ({"pad_rows": 0}, ValueError, "pad_rows is 0, expected an int of at least 1"),
         ({"out": torch.empty(2, 64)}, TypeError, "out is Tensor, expected a QuantizedActivation"),
-        ({"residual_out": torch.empty(2, 65)}, ValueError, r"output residual is \[2, 65\]"),
+        ({"residual_out": torch.empty(2, 65)}, ValueError, r"residual_out is \[2, 65\]"),
         ({"residual_out": torch.empty(64).expand(2, 64)}, ValueError, "its rows share memory"),
         ({"residual_out": W.expand(2, 64)}, ValueError, "its rows share memory"),
     ],
@@ -251,11 +268,23 @@ def test_outputs_that_overlap_inputs_are_refused():
     assert_same(fused_ops.rms_norm(packed[:, :64], W, 1e-6, out=packed[:, 64:]).contiguous(), expected)
 
 
-def test_one_tensor_for_two_outputs_is_refused_on_every_backend():
-    y = torch.empty(2, 64)
-    for backend in fused_ops.OPS["fused_add_rms_norm"].backends:
-        with fused_ops.use_backend(backend), pytest.raises(ValueError, match=r"one tensor is given for two|overlaps"):
-            fused_ops.fused_add_rms_norm(X, R, W, 1e-6, out=y, residual_out=y)
+@pytest.mark.parametrize("backend", fused_ops.OPS["fused_add_rms_norm"].backends)
+def test_outputs_that_share_memory_are_refused_on_every_backend(backend):
+    whole = torch.zeros(4 * 64)
+    y = whole[:128].view(2, 64)
+    sharing = {
+        "the same": (y, y),
+        "a row": (y, whole[64:192].view(2, 64)),
+        "a view": (y, y[:]),
+        "its own rows": (whole.as_strided((2, 64), (32, 1)), torch.empty(2, 64)),
+    }
+    with fused_ops.use_backend(backend):
+        for name, (out, residual_out) in sharing.items():
+            with pytest.raises(ValueError, match=r"shares? memory|overlaps?"):
+                fused_ops.fused_add_rms_norm(X, R, W, 1e-6, out=out, residual_out=residual_out)
+            assert not whole.any(), name
+        packed = whole.view(2, 128)
+        fused_ops.fused_add_rms_norm(X, R, W, 1e-6, out=packed[:, :64], residual_out=packed[:, 64:])
 
 
 def test_pad_rows_and_out():

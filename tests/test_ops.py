@@ -49,6 +49,7 @@ def outputs_for(op, args) -> list[str]:
             key = None if code == NO_KEY else QuantKey.from_code(code)
             absent |= {name} if key is not None and key.scale.static else set()
             absent |= {f"{prefix}zero_point"} if key is None or key.symmetric or key.scale.static else set()
+            absent |= {f"{prefix}unquantized"} if key is None else set()
     return [o for o in op.outputs if o not in absent]
 
 
@@ -75,8 +76,7 @@ def results(op, args) -> dict[str, Tensor]:
 def functional(op, args) -> bool:
     """Whether the functional overload takes these arguments: no optional input, no zero point."""
     key = op.argument("key")
-    symmetric = key is None or not QuantKey.from_code(args[key]).symmetric
-    return len(args) == op.required and (key is None or not symmetric)
+    return len(args) == op.required and (key is None or QuantKey.from_code(args[key]).symmetric)
 
 
 def tokens_of(op, args) -> Tensor | None:

@@ -27,7 +27,7 @@ struct SwigluOai {
       p.cols /= 2;
       p.other = Rows();
     }
-    STD_TORCH_CHECK(limit >= 0, "limit: expected at least 0");
+    STD_TORCH_CHECK(limit >= 0 && is_finite(alpha), "limit, alpha: expected at least 0, and a finite float32");
     p.alpha = static_cast<float>(alpha);
     p.limit = static_cast<float>(limit);
     return p;

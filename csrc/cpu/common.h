@@ -54,6 +54,11 @@ inline bool is_float(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half || dtype == ScalarType::Float;
 }
 
+inline bool is_finite(double value) {
+  constexpr double kMost = 3.4028234663852886e38;  // of float32
+  return value >= -kMost && value <= kMost;
+}
+
 // The dtypes that kernels see, as the stable ABI numbers them: asked once, since each is a call. e8m0 can be asked for
 // from torch 2.12 on only; until then its number is the enum's.
 struct DtypeCode {

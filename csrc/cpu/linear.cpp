@@ -5,6 +5,7 @@
 #include "linear.h"
 
 #include <array>
+#include <cmath>
 #include <limits>
 #include <memory>
 
@@ -27,8 +28,12 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 const std::array<float, 256> kE8m0Values = values_of([](int code) {
   return code == 255 ? kNan : bits<float>(code ? code << 23 : 0x400000);  // 2^(code - 127)
 });
-const std::array<float, 256> kE4m3Values =
-    values_of([](int code) { return (code & 0x7f) == 0x7f ? kNan : decode_e4m3<float>(code); });
+// Not by decode_e4m3, whose subnormal float32s a process may have switched off before this is made.
+const std::array<float, 256> kE4m3Values = values_of([](int code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  const float magnitude = std::ldexp(exponent ? 8.0f + mantissa : mantissa, (exponent ? exponent : 1) - 10);
+  return (code & 0x7f) == 0x7f ? kNan : code & 0x80 ? -magnitude : magnitude;
+});
 
 const float* floats(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu() && dtype_of(tensor) == ScalarType::Float && tensor.is_contiguous(), name,

@@ -29,6 +29,7 @@ struct FusedAddRmsNorm {
     Pipeline p = RmsNorm::make(x, weight, eps, flags);
     p.load = Pipeline::kAdd;
     set_residual(p, residual, x);
+    STD_TORCH_CHECK(is_finite(x_multiplier), "x_multiplier: expected a finite float32");
     p.x_multiplier = static_cast<float>(x_multiplier);
     return p;
   }

@@ -27,7 +27,7 @@ def quantize_model(
             "fp8_token", "fp8_block", "fp8_group64", "mxfp8", "mxfp4", "nvfp4".
         calibration: batches for the schemes that are calibrated (the static ones and nvfp4): what `model(batch)` takes,
             or keyword arguments. Each layer's scale comes from the least and the largest value of its input over them.
-        ignore: layers left alone, by path or last part of it.
+        ignore: layers left alone, by path or last part of it; a name that fits no module raises, but for "lm_head".
 
     Returns:
         model.
@@ -39,10 +39,14 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model: model is {type(model).__name__}, expected a torch.nn.Module")
-    if scheme not in SCHEMES:
-        raise ValueError(f"quantize_model: scheme is {scheme!r}, expected one of {list(SCHEMES)}")
-    if isinstance(ignore, str) or not all(isinstance(name, str) for name in ignore):
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
+        error = ValueError if isinstance(scheme, str) else TypeError
+        raise error(f"quantize_model: scheme is {scheme!r}, expected one of {list(SCHEMES)}")
+    if not isinstance(ignore, (tuple, list, set)) or not all(isinstance(name, str) for name in ignore):
         raise TypeError(f"quantize_model: ignore is {ignore!r}, expected a tuple of names")
+    for name in set(ignore) - {"lm_head"}:  # the default, which not every model has
+        if not any(name in (path, path.rpartition(".")[2]) for path, _ in model.named_modules()):
+            raise ValueError(f"quantize_model: ignore names {name!r}, and model has no module of that name")
     chosen = SCHEMES[scheme]
     if chosen.calibrated != (calibration is not None):
         needs = "takes batches to calibrate with" if chosen.calibrated else "computes its scales and takes none"
@@ -75,6 +79,8 @@ def _linear_layers(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, nn.Li
                     f"quantize_model: the weight of {path} is {module.weight.dtype}, "
                     "expected bfloat16, float16 or float32"
                 )
+            if module.weight.is_meta:
+                raise ValueError(f"quantize_model: the weight of {path} is on meta, expected one with values")
             layers[path] = module
     if not layers or "" in layers:
         raise ValueError(f"quantize_model: model is {type(model).__name__} and contains no nn.Linear to replace")
@@ -92,15 +98,18 @@ def _input_spans(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterab
     spans: dict[str, Tensor] = {}
 
     def record(path: str):
-        def hook(_, args):
-            low, high = args[0].detach().aminmax()
+        def hook(_, args, kwargs):
+            x = (args[0] if args else kwargs["input"]).detach()
+            if not x.numel():  # an expert that no token of this batch goes to
+                return
+            low, high = x.aminmax()
             if path in spans:
                 low, high = torch.minimum(spans[path][0], low), torch.maximum(spans[path][1], high)
             spans[path] = torch.stack([low, high]).float()
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(record(path)) for path, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(record(path), with_kwargs=True) for path, layer in layers.items()]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -109,9 +118,10 @@ def _input_spans(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterab
         for hook in hooks:
             hook.remove()
     for path in layers:
-        if path not in spans or not spans[path].isfinite().all():
-            state = spans[path].abs().amax() if path in spans else "never run"
-            raise ValueError(f"quantize_model: calibration gives {path} an input of magnitude {state}, expected finite")
+        if path not in spans:
+            raise ValueError(f"quantize_model: calibration never gives {path} an input, so that it has no scale")
+        if not spans[path].isfinite().all():
+            raise ValueError(f"quantize_model: calibration gives {path} an input that isn't finite")
     return spans
 
 

@@ -78,6 +78,8 @@ class ScaledLinearMethod(QuantMethod):
         if isinstance(x, QuantizedActivation):
             if x.quant_key != self.input_quant_key:
                 raise ValueError(f"{layer.name}: x is quantized as {x.quant_key}, expected {self.input_quant_key}")
+        elif isinstance(x, Tensor) and x.shape[-1:] != (layer.in_features,):
+            raise ValueError(f"{layer.name}: x is {list(x.shape)}, expected [..., {layer.in_features}]")
         else:
             x = fused_ops.quantize(x, **layer.input_quant())
         buffers: dict[str, Any] = layer._buffers  # nn.Module's attribute lookup would cost as much as a small product
@@ -147,6 +149,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
         return self.method.apply(self, x, self._buffers["bias"])
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        # The codes of another scheme have the same names and shapes, and would be cast.
+        for name, buffer in self.named_buffers(recurse=False):
+            loaded = state_dict.get(prefix + name)
+            if name != "bias" and loaded is not None and loaded.dtype != buffer.dtype:
+                errors.append(f"{prefix}{name} is {loaded.dtype}, expected {buffer.dtype} as {self.input_quant_key}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
         # A change of dtype (model.half()) means the activations': codes and scales stay what the key says they are.
