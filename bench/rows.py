@@ -95,7 +95,8 @@ def measure(case: Case, tokens: list[int], *, vllm: bool, compiler: str, budget:
         if op.name in eager.FUNCTIONS:
             contestants["eager"] = partial(eager.FUNCTIONS[op.name], *peer_args)
             make = make or compiled.compile_peer(op.name, peer_args, compiler)
-            contestants["torch.compile"] = compiled.bind(make, peer_args)
+            if (peer := compiled.bind(make, peer_args)) is not None:
+                contestants["torch.compile"] = peer
         if vllm and (peer := vllm_cpu.bind(op.name, peer_args, [torch.empty_like(out) for out in outs.values()])):
             contestants["vllm"] = peer
         timing = interleaved(contestants, budget=budget)

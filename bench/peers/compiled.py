@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._inductor.exc import InductorError
 
 from .eager import FUNCTIONS
 
@@ -30,12 +31,17 @@ def compile_peer(op: str, args: tuple, backend: str) -> Callable[..., tuple]:
     return torch.compile(run, backend=backend, dynamic=False, fullgraph=True)
 
 
-def bind(compiled: Callable, args: tuple) -> Callable[[], tuple]:
-    """The compiled peer on one set of tensors, ready to be timed."""
+def bind(compiled: Callable, args: tuple) -> Callable[[], tuple] | None:
+    """The compiled peer on one set of tensors, ready to be timed; None where Inductor can't compile it."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     rows = args[0].shape[0]
     for tensor in tensors:
         weight = tensor.ndim == 1 and tensor.is_floating_point()
         if rows > 1 and tensor.shape[0] == rows and not weight:
             torch._dynamo.mark_dynamic(tensor, 0)
+    try:
+        compiled(*tensors)
+    except InductorError as error:  # 2.13 has no e8m0 on the CPU
+        print(f"torch.compile: {str(error).splitlines()[0]}")
+        return None
     return partial(compiled, *tensors)
