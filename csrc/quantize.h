@@ -27,16 +27,16 @@ struct Key {
 
   long long code;
 
-  HOST_DEVICE int format() const { return code & 15; }
-  HOST_DEVICE bool is_static() const { return code >> 4 & 1; }
-  HOST_DEVICE bool asymmetric() const { return code >> 5 & 1; }
-  HOST_DEVICE bool power_of_two() const { return code >> 6 & 1; }
-  HOST_DEVICE bool per_tensor() const { return code >> 7 & 1; }
-  HOST_DEVICE int scale_format() const { return code >> 8 & 3; }
-  HOST_DEVICE int layout() const { return code >> 12 & 7; }
+  HOST_DEVICE constexpr int format() const { return code & 15; }
+  HOST_DEVICE constexpr bool is_static() const { return code >> 4 & 1; }
+  HOST_DEVICE constexpr bool asymmetric() const { return code >> 5 & 1; }
+  HOST_DEVICE constexpr bool power_of_two() const { return code >> 6 & 1; }
+  HOST_DEVICE constexpr bool per_tensor() const { return code >> 7 & 1; }
+  HOST_DEVICE constexpr int scale_format() const { return code >> 8 & 3; }
+  HOST_DEVICE constexpr int layout() const { return code >> 12 & 7; }
   // Columns that share a scale.
-  HOST_DEVICE long long group(long long cols) const { return code >> 16 ? code >> 16 : cols; }
-  HOST_DEVICE int codes_per_byte() const { return format() == kE2m1 ? 2 : 1; }
+  HOST_DEVICE constexpr long long group(long long cols) const { return code >> 16 ? code >> 16 : cols; }
+  HOST_DEVICE constexpr int codes_per_byte() const { return format() == kE2m1 ? 2 : 1; }
 };
 
 // The largest code, which amax maps to, and the smallest float32 scale.

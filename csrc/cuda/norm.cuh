@@ -1,0 +1,68 @@
+// Norms: transforms of the row that a block holds.
+#pragma once
+
+#include "row.cuh"
+
+namespace fused_ops {
+
+// A thread's elements of a vector of any dtype that goes with the columns.
+template <Stages K, Dtype DTYPE>
+struct Columns {
+  using W = typename Element<DTYPE>::type;
+  Pack<W, Held<K>::kPack> packs[DTYPE == kNothing ? 1 : Held<K>::kPacks];
+
+  DEVICE Columns(const Held<K>& held, const void* data) {
+    if constexpr (DTYPE != kNothing)
+#pragma unroll
+      for (int i = 0; i < Held<K>::kPacks; ++i) load<K.aligned>(packs[i], (const W*)data + held.at(i), held.count(i));
+  }
+  DEVICE float operator()(int i, int j) const { return widen(packs[i].e[j]); }
+};
+
+// y = round_S(x * rstd * w), or round_S(round_S(x * rstd) * w).
+template <Stages K, NormStage NORM, Slot SLOT>
+DEVICE void rms_norm(Held<K>& held, const void* weight, float eps, Scratch& scratch) {
+  using T = typename Held<K>::T;
+  const Columns<K, NORM.weight> w(held, weight);  // on its way while the sum is made
+  const float sum = sum_of<K, SLOT>(held, scratch, [](float x, int, int) { return x * x; });
+  const float rstd = 1.0f / sqrtf(sum / (float)K.cols + eps);
+#pragma unroll
+  for (int i = 0; i < Held<K>::kPacks; ++i) {
+    float v[Held<K>::kPack];
+    held.floats(i, v);
+#pragma unroll
+    for (int j = 0; j < Held<K>::kPack; ++j) {
+      v[j] = v[j] * rstd;
+      if constexpr (NORM.round_before_weight && NORM.weight != kNothing) v[j] = round_to<T>(v[j]);
+      if constexpr (NORM.weight != kNothing) v[j] *= NORM.weight_plus_one ? w(i, j) + 1.0f : w(i, j);
+    }
+    held.keep(i, v);
+  }
+}
+
+// y = round_S((x - mean) * rstd * w + b), the variance being about the mean.
+template <Stages K, NormStage NORM>
+DEVICE void layer_norm(Held<K>& held, const void* weight, const void* bias, float eps, Scratch& scratch) {
+  const Columns<K, NORM.weight> w(held, weight);
+  const Columns<K, NORM.bias> b(held, bias);
+  const float mean = sum_of<K, kMeanSum>(held, scratch, [](float x, int, int) { return x; }) / (float)K.cols;
+  const float squares = sum_of<K, kNormSum>(held, scratch, [&](float x, int i, int j) {
+    const float apart = x - mean;
+    return j < held.count(i) ? apart * apart : 0.0f;
+  });
+  const float rstd = 1.0f / sqrtf(squares / (float)K.cols + eps);
+#pragma unroll
+  for (int i = 0; i < Held<K>::kPacks; ++i) {
+    float v[Held<K>::kPack];
+    held.floats(i, v);
+#pragma unroll
+    for (int j = 0; j < Held<K>::kPack; ++j) {
+      v[j] = (v[j] - mean) * rstd;
+      if constexpr (NORM.weight != kNothing) v[j] *= w(i, j);
+      if constexpr (NORM.bias != kNothing) v[j] += b(i, j);
+    }
+    held.keep(i, v);
+  }
+}
+
+}  // namespace fused_ops

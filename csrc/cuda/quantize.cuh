@@ -1,0 +1,209 @@
+// Quantizers: stores of the row that a block holds, as codes and scales.
+#pragma once
+
+#include "row.cuh"
+
+namespace fused_ops {
+
+// What every stage here asks of the key.
+template <Stages K>
+struct Codes {
+  static constexpr Key kKey{K.key};
+  static constexpr int kPack = Held<K>::kPack, kPacks = Held<K>::kPacks;
+  static constexpr int kGroup = (int)kKey.group(K.cols);
+  static constexpr int kGroups = (K.cols + kGroup - 1) / kGroup;
+  // Groups that neighbouring lanes of a warp hold, and nobody else.
+  static constexpr int kLanes = kGroup % kPack ? 0 : kGroup / kPack;
+  static constexpr bool kInLanes = kLanes > 0 && kLanes <= kWarp && (kLanes & (kLanes - 1)) == 0;
+  static constexpr bool kWholeRow = kGroup >= K.cols;
+  // Bytes that complete a layout's unit of four groups are zero.
+  static constexpr bool kInFours = kKey.layout() == Key::kSwizzled128x4 || kKey.layout() == Key::kPackedUe8m0;
+  static constexpr int kScaleBytes = kInFours || kKey.scale_format() != Key::kFloat ? 1 : 4;
+  static constexpr bool kSwizzled = kKey.layout() == Key::kSwizzled128x4;
+};
+
+template <Stages K>
+DEVICE int encode(float x, float zero_point) {
+  constexpr Key key{K.key};
+  if constexpr (key.asymmetric()) return encode_int8_asymmetric<int>(x, zero_point);
+  if constexpr (key.format() == Key::kInt8) return encode_int8<false, int>(x);
+  if constexpr (key.format() == Key::kE2m1) return encode_e2m1<false, int>(x);
+  if constexpr (key.format() == Key::kE4m3Fnuz) return encode_e4m3fnuz<false, int>(x);
+  return encode_e4m3<false, int>(x);
+}
+
+#if PTX(890)
+// Two codes at once, the first in the low byte.
+DEVICE int encode_two_e4m3(float first, float second) {
+  unsigned short codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
+  return codes;
+}
+#endif
+
+// Codes of pack i.
+template <Stages K>
+DEVICE void store_codes(const Held<K>& held, int i, unsigned char* data, float reciprocal, float zero_point) {
+  constexpr int kPack = Held<K>::kPack;
+  float v[kPack];
+  held.floats(i, v);
+  const int n = held.count(i);
+  if constexpr (Key{K.key}.format() == Key::kE2m1) {
+    Pack<unsigned char, kPack / 2> codes;
+#pragma unroll
+    for (int j = 0; j < kPack; j += 2)
+      codes.e[j / 2] = (unsigned char)(encode<K>(v[j] * reciprocal, 0) | encode<K>(v[j + 1] * reciprocal, 0) << 4);
+    store<K.aligned>(data + held.at(i) / 2, codes, n / 2);
+  } else {
+    Pack<unsigned char, kPack> codes;
+#pragma unroll
+    for (int j = 0; j < kPack; j += 2) {
+      const float a = v[j] * reciprocal, b = v[j + 1] * reciprocal;
+#if PTX(890)
+      constexpr bool kByHardware = Key{K.key}.format() == Key::kE4m3;
+      const int two = kByHardware ? encode_two_e4m3(a, b) : encode<K>(a, zero_point) | encode<K>(b, zero_point) << 8;
+#else
+      const int two = encode<K>(a, zero_point) | encode<K>(b, zero_point) << 8;
+#endif
+      codes.e[j] = (unsigned char)two;
+      codes.e[j + 1] = (unsigned char)(two >> 8);
+    }
+    store<K.aligned>(data + held.at(i), codes, n);
+  }
+}
+
+// What is stored for group g, and zeros after the last.
+template <Stages K>
+DEVICE void store_scale(char* row, const ScalePlace& place, int g, int stored) {
+  const auto put = [&](int slot, int value) {
+    char* const to = row + slot / 4 * place.four + slot % 4 * place.one;
+    if constexpr (Codes<K>::kScaleBytes == 4) {
+      *(int*)to = value;
+    } else {
+      *to = (char)value;
+    }
+  };
+  put(g, Key{K.key}.layout() == Key::kPackedUe8m0 ? stored >> 23 : stored);
+  if constexpr (Codes<K>::kInFours)
+    if (g == Codes<K>::kGroups - 1)
+      for (int slot = g + 1; slot % 4; ++slot) put(slot, 0);
+}
+
+// Largest magnitude, or largest and negated smallest element, of pack i.
+template <Stages K>
+DEVICE void most_of(const Held<K>& held, int i, int& high, int& low) {
+  float v[Held<K>::kPack];
+  held.floats(i, v);
+  high = low = 0;
+#pragma unroll
+  for (const float x : v) {
+    if constexpr (Key{K.key}.asymmetric()) {
+      high = larger(high, bits<int>(x));
+      low = larger(low, bits<int>(x) ^ ~kMagnitudeBits);
+    } else {
+      high = larger(high, bits<int>(x) & kMagnitudeBits);
+    }
+  }
+}
+
+template <Stages K>
+DEVICE int row_amax(const Held<K>& held, int& low) {
+  int high = 0;
+  low = 0;
+#pragma unroll
+  for (int i = 0; i < Held<K>::kPacks; ++i) {
+    int a, b;
+    most_of(held, i, a, b);
+    high = larger(high, a);
+    low = larger(low, b);
+  }
+  return high;
+}
+
+// A group's codes and, by one thread, its scale.
+template <Stages K>
+DEVICE Scale<float, int> scale_of(int high, int low, float given, float& zero_point) {
+  zero_point = 0;
+  if constexpr (Key{K.key}.asymmetric()) return asymmetric_scale<float, int>(high, low, zero_point);
+  return dynamic_scale<float, int>(high, Key{K.key}, given);
+}
+
+template <Stages K>
+DEVICE void quantize(const Row& p, long long r, const Held<K>& held, Scratch& scratch, int* amax, bool active) {
+  using C = Codes<K>;
+  constexpr Key key{K.key};
+  unsigned char* const data = active && K.data ? p.data.at<unsigned char>(r) : nullptr;
+  if constexpr (K.by_tensor_amax || key.is_static()) {
+    float scale;
+    if constexpr (K.by_tensor_amax) {
+      const float bound = p.given ? *p.given : bits<float>(kInfinityBits);
+      scale = bits<float>(dynamic_scale<float, int>(*p.tensor_amax, key, bound).stored);
+      if (K.scale && r == 0 && held.thread == 0) *(float*)p.scale.data = scale;
+    } else {
+      scale = *p.given;
+    }
+    const float reciprocal = 1.0f / scale, zero_point = key.asymmetric() ? (float)*p.given_zero : 0.0f;
+#pragma unroll
+    for (int i = 0; i < C::kPacks; ++i)
+      if (active) store_codes(held, i, data, reciprocal, zero_point);
+    return;
+  }
+  const float given = p.given ? *p.given : bits<float>(kInfinityBits);
+  char* const scales = p.scale.template row<C::kSwizzled>(r);
+  char* const zero_points = p.zero_point.template row<C::kSwizzled>(r);
+  const auto write = [&](int i, int g, const Scale<float, int>& scale, float zero_point, bool first) {
+    if (!active || !held.count(i)) return;
+    if (K.scale && first) store_scale<K>(scales, p.scale, g, scale.stored);
+    if (K.zero_point && first) store_scale<K>(zero_points, p.zero_point, g, (int)zero_point);
+    if (K.data) store_codes(held, i, data, scale.reciprocal, zero_point);
+  };
+  if constexpr (C::kWholeRow) {
+    int low, high = row_amax(held, low);
+    high = row_max<K, kAmax>(high, scratch);
+    if constexpr (key.asymmetric()) low = row_max<K, kLow>(low, scratch);
+    float zero_point;
+    const auto scale = scale_of<K>(high, low, given, zero_point);
+#pragma unroll
+    for (int i = 0; i < C::kPacks; ++i) write(i, 0, scale, zero_point, i == 0 && held.thread == 0);
+  } else if constexpr (C::kInLanes) {
+#pragma unroll
+    for (int i = 0; i < C::kPacks; ++i) {
+      int low, high;
+      most_of(held, i, high, low);
+      high = lanes_max(high, C::kLanes);
+      if constexpr (key.asymmetric()) low = lanes_max(low, C::kLanes);
+      float zero_point;
+      const auto scale = scale_of<K>(high, low, given, zero_point);
+      write(i, held.at(i) / C::kGroup, scale, zero_point, held.thread % C::kLanes == 0);
+    }
+  } else {  // an integer maximum in shared memory, which has no order
+    constexpr int kParts = key.asymmetric() ? 2 : 1;
+    for (int g = held.thread; g < kParts * C::kGroups; g += K.threads) amax[g] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < C::kPacks; ++i) {
+      int low, high;
+      most_of(held, i, high, low);
+      if (!held.count(i)) continue;
+      atomicMax(amax + held.at(i) / C::kGroup, high);
+      if (kParts == 2) atomicMax(amax + C::kGroups + held.at(i) / C::kGroup, low);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < C::kPacks; ++i) {
+      const int g = held.at(i) / C::kGroup < C::kGroups ? held.at(i) / C::kGroup : 0;
+      float zero_point;
+      const auto scale = scale_of<K>(amax[g], kParts == 2 ? amax[C::kGroups + g] : 0, given, zero_point);
+      write(i, g, scale, zero_point, held.at(i) % C::kGroup == 0);
+    }
+  }
+}
+
+// Scales of rows that don't exist, which complete a layout's unit of 128 rows, are zero.
+template <Stages K>
+DEVICE void zero_padding(const Row& p, long long r, int thread) {
+  char* const scales = p.scale.template row<true>(r);
+  for (int slot = thread; slot < p.scale.row_bytes; slot += K.threads) scales[slot / 4 * p.scale.four + slot % 4] = 0;
+}
+
+}  // namespace fused_ops
