@@ -36,7 +36,7 @@ setup(
     ext_modules=[
         Extension(
             "fused_ops._C",
-            sources=sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+            sources=sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
             depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inc")),
             include_dirs=[str(TORCH / "include")],
             library_dirs=[str(TORCH / "lib")],

@@ -1,7 +1,8 @@
 // What a product of two quantized tensors is made of, for its checks (linear.cpp) and its kernels (linear.inc).
 #pragma once
 
-#include "row.h"
+#include "../row.h"
+#include "threads.h"
 
 namespace fused_ops {
 

@@ -1,7 +1,7 @@
 // Rotary embedding of q and k: what rope.cpp fills in and rope.inc runs.
 #pragma once
 
-#include "common.h"
+#include "threads.h"
 
 namespace fused_ops {
 

@@ -57,9 +57,9 @@ DEVICE void run(const Row& p, long long block) {
   if (active) {
     if constexpr (K.load == kCopy || K.load == kAdd) load_rows(p.x, r, held);
     if constexpr (kAddsFirst || kAddsLater) load_rows(p.other, r, residual);
-    if constexpr (K.load == kGatedSilu) load_gated<K, kSilu>(p, r, held);
-    if constexpr (K.load == kGatedGeluTanh) load_gated<K, kGeluTanh>(p, r, held);
-    if constexpr (K.load == kGatedSwigluOai) load_gated<K, kSwigluOai>(p, r, held);
+    if constexpr (K.load == kSilu) load_gated<K, Activation::kSilu>(p, r, held);
+    if constexpr (K.load == kGeluTanh) load_gated<K, Activation::kGeluTanh>(p, r, held);
+    if constexpr (K.load == kSwigluOai) load_gated<K, Activation::kSwigluOai>(p, r, held);
     if constexpr (K.load == kRelu2) load_relu2(p, r, held);
   }
   if constexpr (kAddsFirst) add<K, K.multiplied>(p, r, residual, held, active);

@@ -30,9 +30,6 @@ namespace fused_ops {
 // Scalars under the names that csrc/activation.inc knows vectors by.
 using f32 = float;
 using i32 = int;
-using f64 = double;
-
-constexpr int kWarp = 32;
 
 DEVICE float all(float x) { return x; }
 DEVICE double to_double(float x) { return x; }

@@ -132,16 +132,16 @@ template <Stages K>
 DEVICE void quantize(const Row& p, long long r, const Held<K>& held, Scratch& scratch, int* amax, bool active) {
   using C = Codes<K>;
   constexpr Key key{K.key};
-  unsigned char* const data = active && K.data ? p.data.at<unsigned char>(r) : nullptr;
+  unsigned char* const data = active && K.data ? at<unsigned char>(p.data, r) : nullptr;
   if constexpr (K.by_tensor_amax || key.is_static()) {
     float scale;
     if constexpr (K.by_tensor_amax) {
       const float bound = p.given ? *p.given : bits<float>(kInfinityBits);
       scale = bits<float>(dynamic_scale<float, int>(*p.tensor_amax, key, bound).stored);
-      if (K.scale && r == 0 && held.thread == 0) *(float*)p.scale.data = scale;
     } else {
       scale = *p.given;
     }
+    if (K.scale && r == 0 && held.thread == 0) *(float*)p.scale.data = scale;
     const float reciprocal = 1.0f / scale, zero_point = key.asymmetric() ? (float)*p.given_zero : 0.0f;
 #pragma unroll
     for (int i = 0; i < C::kPacks; ++i)
@@ -149,8 +149,8 @@ DEVICE void quantize(const Row& p, long long r, const Held<K>& held, Scratch& sc
     return;
   }
   const float given = p.given ? *p.given : bits<float>(kInfinityBits);
-  char* const scales = p.scale.template row<C::kSwizzled>(r);
-  char* const zero_points = p.zero_point.template row<C::kSwizzled>(r);
+  char* const scales = at<C::kSwizzled>(p.scale, r);
+  char* const zero_points = at<C::kSwizzled>(p.zero_point, r);
   const auto write = [&](int i, int g, const Scale<float, int>& scale, float zero_point, bool first) {
     if (!active || !held.count(i)) return;
     if (K.scale && first) store_scale<K>(scales, p.scale, g, scale.stored);
@@ -202,7 +202,7 @@ DEVICE void quantize(const Row& p, long long r, const Held<K>& held, Scratch& sc
 // Scales of rows that don't exist, which complete a layout's unit of 128 rows, are zero.
 template <Stages K>
 DEVICE void zero_padding(const Row& p, long long r, int thread) {
-  char* const scales = p.scale.template row<true>(r);
+  char* const scales = at<true>(p.scale, r);
   for (int slot = thread; slot < p.scale.row_bytes; slot += K.threads) scales[slot / 4 * p.scale.four + slot % 4] = 0;
 }
 

@@ -6,84 +6,30 @@
 #pragma once
 
 #include "platform.cuh"
+#include "stages.h"
 
 namespace fused_ops {
 
-constexpr int kMaxDims = 8, kMaxWarps = 32;
+using namespace cuda;
 
-// The rows of a tensor, wherever they lie.
-struct Strided {
-  char* data;
-  int dims;                                     // leading dimensions, merged where strides allow
-  long long size[kMaxDims], stride[kMaxDims];  // strides in bytes
+constexpr int kMaxWarps = kMaxThreads / kWarp;
 
-  template <class T>
-  DEVICE T* at(long long row) const {
-    if (dims <= 1) return (T*)(data + row * stride[0]);
-    long long bytes = 0;
-    for (int d = dims - 1; d >= 0; --d) {
-      bytes += row % size[d] * stride[d];
-      row /= size[d];
-    }
-    return (T*)(data + bytes);
+template <class T>
+DEVICE T* at(const Strided& rows, long long row) {
+  if (rows.dims <= 1) return (T*)(rows.data + row * rows.stride[0]);
+  long long bytes = 0;
+  for (int d = rows.dims - 1; d >= 0; --d) {
+    bytes += row % rows.size[d] * rows.stride[d];
+    row /= rows.size[d];
   }
-};
+  return (T*)(rows.data + bytes);
+}
 
-// Where scales, or zero points, lie: the one of row r and group 4 * i + j lies `row(r) + i * four + j * one` bytes from
-// data.
-struct ScalePlace {
-  char* data;
-  long long row_bytes, four, one;
-
-  template <bool SWIZZLED>
-  DEVICE char* row(long long r) const {
-    return data + (SWIZZLED ? r / 128 * (row_bytes * 128) + r % 32 * 16 + r % 128 / 32 * 4 : r * row_bytes);
-  }
-};
-
-// The arguments of a launch.
-struct Row {
-  long long rows;
-  Strided x, other, sum, y, data;
-  const void *post_weight, *weight, *bias;
-  float post_eps, eps, x_multiplier, alpha, limit;
-  const void* tokens_per_expert;
-  long long rows_per_expert;
-  const float* given;     // a static scale, NVFP4's scale2, or the upper bound of amax: on the device, may be null
-  const int* given_zero;  // of a static asymmetric key
-  ScalePlace scale, zero_point;
-  int* tensor_amax;       // magnitude bits of the largest result
-};
-
-enum Dtype { kNothing = 0, kBf16 = 1, kFp16 = 2, kFp32 = 3 };
-enum Load { kCopy, kAdd, kGatedSilu, kGatedGeluTanh, kGatedSwigluOai, kRelu2 };
-enum NormKind { kNoNorm, kRmsNorm, kLayerNorm };
-
-struct NormStage {
-  NormKind kind = kNoNorm;
-  Dtype weight = kNothing, bias = kNothing;
-  bool round_before_weight = false, weight_plus_one = false;
-};
-
-// What a kernel is compiled for.
-struct Stages {
-  Dtype dtype;  // S
-  int cols;
-  int threads;   // of a row
-  int block;     // threads of a block
-  bool aligned;  // every row of every tensor is aligned for whole packs, which its length is a multiple of
-
-  Load load = kCopy;
-  bool multiplied = false, round_activation = false, interleaved = false;
-  int expert_bytes = 0;  // of an element of tokens_per_expert
-
-  NormStage post = {}, norm = {};
-  bool sum = false, y = false, data = false, scale = false, zero_point = false;  // outputs
-  int y_cols = 0;                                                               // with padding
-  long long key = 0;
-  // One scale for the whole tensor takes two launches: one collects amax, the other quantizes by it.
-  bool collect_amax = false, by_tensor_amax = false;
-};
+template <bool SWIZZLED>
+DEVICE char* at(const ScalePlace& scales, long long row) {
+  if (!SWIZZLED) return scales.data + row * scales.row_bytes;
+  return scales.data + row / 128 * (scales.row_bytes * 128) + row % 32 * 16 + row % 128 / 32 * 4;
+}
 
 template <Dtype DTYPE>
 struct Element {
@@ -130,7 +76,7 @@ struct Held {
 
 template <Stages K>
 DEVICE void load_rows(const Strided& in, long long r, Held<K>& held) {
-  const auto* x = in.at<const typename Held<K>::T>(r);
+  const auto* x = at<const typename Held<K>::T>(in, r);
 #pragma unroll
   for (int i = 0; i < Held<K>::kPacks; ++i) load<K.aligned>(held.packs[i], x + held.at(i), held.count(i));
 }
@@ -138,7 +84,7 @@ DEVICE void load_rows(const Strided& in, long long r, Held<K>& held) {
 template <Stages K>
 DEVICE void store_rows(const Strided& out, long long r, const Held<K>& held, int cols) {
   using T = typename Held<K>::T;
-  T* y = out.at<T>(r);
+  T* y = at<T>(out, r);
 #pragma unroll
   for (int i = 0; i < Held<K>::kPacks; ++i) store<K.aligned>(y + held.at(i), held.packs[i], held.count(i));
   for (int c = K.cols + held.thread; c < cols; c += K.threads) y[c] = T{};

@@ -63,10 +63,12 @@ struct Pipeline {
   Rows data;                   // the codes, may be absent
   Key key{0};
   ScaleOut scale, zero_point;  // dynamic keys
-  float given = 0;             // static keys: the scale; NVFP4: scale2; other dynamic keys: upper bound of amax
-  float given_zero = 0;        // static asymmetric keys
+  const float* given = nullptr;     // static keys: the scale; NVFP4: scale2; other dynamic keys: upper bound of amax
+  const int* given_zero = nullptr;  // static asymmetric keys
 
-  bool stream = false;  // write around the caches, see run()
+  // What the CPU's passes are made of: values of the two above, and whether to write around the caches.
+  float given_value = 0, given_zero_value = 0;
+  bool stream = false;
 
   bool skips(int64_t r) const {
     if (!tokens_per_expert) return false;
@@ -99,9 +101,15 @@ void check_memory(const Pipeline& p);
 // The same for what a writes and b reads or writes, in one launch.
 void check_apart(const Pipeline& a, const Pipeline& b);
 
-// Runs it, on torch's threads.
+// One dynamic scale for the whole tensor takes two passes over it.
+inline bool one_scale(const Pipeline& p) { return p.scale && p.key.per_tensor() && !p.key.is_static(); }
+
+// Runs it, or both in one launch, where the tensors are.
 void run(Pipeline& p);
-// Both in one launch.
 void run(Pipeline& a, Pipeline& b);
+// On torch's threads, and on a CUDA device; b may be absent, and has none of one_scale.
+void run_on_cpu(Pipeline& a, Pipeline* b = nullptr);
+bool on_cuda(int device);
+void run_on_cuda(Pipeline& a, Pipeline* b = nullptr);
 
 }  // namespace fused_ops

@@ -1,4 +1,4 @@
-// What every operation of the CPU backend shares: tensors as rows, allocation, checks, threads.
+// What every operation shares: tensors as rows, allocation, checks.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -13,8 +13,7 @@
 #include <optional>
 #include <utility>
 
-#include "../quantize.h"
-#include "isa.h"
+#include "quantize.h"
 
 namespace fused_ops {
 
@@ -24,9 +23,21 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int kMaxDims = 8;
 
+constexpr int kCpu = -1;  // as a device; others are CUDA's indices
+
+inline int device_of(const Tensor& tensor, const char* name) {
+  int32_t type, index = kCpu;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  if (type == aoti_torch_device_type_cpu()) return kCpu;
+  STD_TORCH_CHECK(type == aoti_torch_device_type_cuda(), name, ": expected a tensor on the CPU or a CUDA device");
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  return index;
+}
+
 // The elements of a tensor as rows of its contiguous last dimension, wherever they lie.
 struct Rows {
   char* data = nullptr;
+  int device = kCpu;
   int64_t count = 0, cols = 0;
   int dims = 0;                              // leading dimensions, merged where strides allow
   int64_t size[kMaxDims], stride[kMaxDims];  // strides in bytes
@@ -100,11 +111,11 @@ inline int64_t byte_size(ScalarType dtype) {
 
 // Sizes and strides at once: every question to a tensor is a call across the stable ABI.
 inline Rows rows_of(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
+  Rows rows;
+  rows.device = device_of(tensor, name);
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   const int64_t dim = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDims, name, ": expected 1 to ", kMaxDims, " dimensions");
-  Rows rows;
   rows.count = 1;
   rows.cols = sizes[dim - 1];
   rows.stride[0] = 0;
@@ -130,7 +141,7 @@ inline Rows rows_of(const Tensor& tensor, const char* name) {
 // Rows of `tensor` that match those of `like`: the same leading sizes, `cols` elements of `dtype` each.
 inline Rows rows_like(const Tensor& tensor, const char* name, const Tensor& like, int64_t cols, ScalarType dtype) {
   const Rows rows = rows_of(tensor, name);
-  STD_TORCH_CHECK(dtype_of(tensor) == dtype, name, ": unexpected dtype");
+  STD_TORCH_CHECK(dtype_of(tensor) == dtype && rows.device == device_of(like, name), name, ": unexpected dtype or device");
   const auto sizes = tensor.sizes(), expected = like.sizes();
   STD_TORCH_CHECK(sizes.size() == expected.size() && rows.cols == cols, name, ": unexpected shape");
   for (size_t d = 0; d + 1 < sizes.size(); ++d) STD_TORCH_CHECK(sizes[d] == expected[d], name, ": unexpected shape");
@@ -183,10 +194,11 @@ inline void check_output(const Rows& out, int64_t out_bytes, const char* name) {
 }
 
 // One C call, no dispatcher: a third of the cost of torch::stable::empty.
-inline Tensor empty_strided(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType dtype) {
+inline Tensor empty_strided(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType dtype, int device) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, size, stride, dtype_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  const int32_t type = device == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, size, stride, dtype_code(dtype), type,
+                                                  device == kCpu ? 0 : device, &handle));
   return Tensor(handle);
 }
 
@@ -201,7 +213,8 @@ inline Tensor empty_rows(const Tensor& like, int64_t cols, ScalarType dtype, Row
     stride[d] = step;
     step *= std::max<int64_t>(size[d], 1);
   }
-  Tensor tensor = empty_strided(dim, size, stride, dtype);
+  rows.device = device_of(like, "x");
+  Tensor tensor = empty_strided(dim, size, stride, dtype, rows.device);
   rows.data = static_cast<char*>(tensor.data_ptr());
   rows.count = 1;
   for (int64_t d = 0; d + 1 < dim; ++d) rows.count *= size[d];
@@ -210,38 +223,6 @@ inline Tensor empty_rows(const Tensor& like, int64_t cols, ScalarType dtype, Row
   rows.size[0] = rows.count;
   rows.stride[0] = cols * byte_size(dtype);
   return tensor;
-}
-
-// Subnormal float32s count, even where the caller flushes them (torch.set_flush_denormal).
-class KeepSubnormals {
-#if HAVE_V3
- public:
-  KeepSubnormals() : saved_(_mm_getcsr()) {
-    if (saved_ & kFlush) _mm_setcsr(saved_ & ~kFlush);
-  }
-  ~KeepSubnormals() {
-    if (saved_ & kFlush) _mm_setcsr(saved_);
-  }
-
- private:
-  static constexpr unsigned kDenormalsAreZero = 0x40, kFlush = _MM_FLUSH_ZERO_MASK | kDenormalsAreZero;
-  const unsigned saved_;
-#endif
-};
-
-// kernel(begin, end) over [0, count) on torch's threads; a small piece of work stays in the caller.
-template <class Kernel>
-void parallel_rows(int64_t count, int64_t work_per_row, const Kernel& kernel) {
-  const auto body = [&](int64_t begin, int64_t end) {
-    const KeepSubnormals keep;
-    kernel(begin, end);
-  };
-  constexpr int64_t kSerial = 16384;
-  if (count * work_per_row < kSerial || count < 2) {
-    if (count > 0) body(int64_t{0}, count);
-    return;
-  }
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kSerial / 4 / std::max<int64_t>(1, work_per_row)), body);
 }
 
 }  // namespace fused_ops

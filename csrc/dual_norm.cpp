@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> fresh(Pipeline& p, T like, int64_t key) {
   if (key != kNoKey) return new_quantized(p, like);
   const int64_t none = 0, one = 1;
   Tensor y = empty_rows(like, p.cols, p.dtype, p.y);
-  return {std::move(y), empty_strided(1, &none, &one, ScalarType::Float)};
+  return {std::move(y), empty_strided(1, &none, &one, ScalarType::Float, p.x.device)};
 }
 
 void set_given(Pipeline& p, T like, int64_t key, OptionalT data, OptionalT scale, OptionalT zero_point,

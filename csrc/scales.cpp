@@ -1,6 +1,4 @@
 // Keys, and the tensors that a quantization makes: their shapes, dtypes and strides are those of quant/formats.py.
-#include <limits>
-
 #include "row.h"
 
 namespace fused_ops {
@@ -79,12 +77,13 @@ ScaleOut scale_out(const Key& key, int64_t rows, const ScaleShape& shape, const 
   return out;
 }
 
-bool is_one(const OptionalTensor& tensor, ScalarType dtype) {
-  return tensor->defined() && tensor->is_cpu() && dtype_of(*tensor) == dtype && tensor->numel() == 1;
+bool is_one(const Pipeline& p, const OptionalTensor& tensor, ScalarType dtype) {
+  return tensor->defined() && device_of(*tensor, "given") == p.x.device && dtype_of(*tensor) == dtype && tensor->numel() == 1;
 }
 
-void check_given(const ScaleShape& shape, const Tensor& tensor, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(tensor.defined() && tensor.is_cpu() && dtype_of(tensor) == dtype, name, ": unexpected dtype");
+void check_given(const ScaleShape& shape, const Tensor& tensor, ScalarType dtype, int device, const char* name) {
+  STD_TORCH_CHECK(tensor.defined() && dtype_of(tensor) == dtype && device_of(tensor, name) == device, name,
+                  ": unexpected dtype or device");
   STD_TORCH_CHECK(tensor.dim() == shape.dims, name, ": unexpected shape");
   for (int d = 0; d < shape.dims; ++d) {
     STD_TORCH_CHECK(tensor.size(d) == shape.size[d], name, ": unexpected shape");
@@ -98,7 +97,7 @@ ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t c
                    const char* name) {
   const ScaleShape shape = scale_shape(key, rows, cols);
   const ScalarType dtype = zero_point ? ScalarType::Int : scale_dtype(key);
-  check_given(shape, tensor, dtype, name);
+  check_given(shape, tensor, dtype, kCpu, name);
   return scale_out(key, rows, shape, tensor, dtype);
 }
 
@@ -135,29 +134,24 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const Optio
 
   const bool fp8 = key.format() == Key::kE4m3 || key.format() == Key::kE4m3Fnuz;
   const bool bounded = fp8 && scale == Key::kFloat && !key.power_of_two();
-  p.given = std::numeric_limits<float>::infinity();
   if (given) {
-    STD_TORCH_CHECK(is_one(given, ScalarType::Float) && (key.is_static() || scale == Key::kScaleE4m3 || bounded),
+    STD_TORCH_CHECK(is_one(p, given, ScalarType::Float) && (key.is_static() || scale == Key::kScaleE4m3 || bounded),
                     "given: unexpected tensor");
-    p.given = *static_cast<const float*>(given->data_ptr());
+    p.given = static_cast<const float*>(given->data_ptr());
   }
   STD_TORCH_CHECK(given || !(key.is_static() || scale == Key::kScaleE4m3), "scale, scale2: this key takes one");
   const bool takes_zero = key.is_static() && key.asymmetric();
-  STD_TORCH_CHECK(zero_point.has_value() == takes_zero && (!takes_zero || is_one(zero_point, ScalarType::Int)),
+  STD_TORCH_CHECK(zero_point.has_value() == takes_zero && (!takes_zero || is_one(p, zero_point, ScalarType::Int)),
                   "zero_point: a static asymmetric key takes one, of int32, and no other key");
-  if (takes_zero) p.given_zero = static_cast<float>(*static_cast<const int32_t*>(zero_point->data_ptr()));
+  if (takes_zero) p.given_zero = static_cast<const int32_t*>(zero_point->data_ptr());
 }
 
 std::tuple<Tensor, Tensor> new_quantized(Pipeline& p, const Tensor& like) {
   Tensor data = empty_rows(like, p.cols / p.key.codes_per_byte(), storage(p.key), p.data);
   const ScaleShape shape = scale_shape(p.key, p.rows, p.cols);
   const ScalarType dtype = scale_dtype(p.key);
-  Tensor scale = empty_strided(shape.dims, shape.size, shape.stride, dtype);
-  if (p.key.is_static()) {
-    *static_cast<float*>(scale.data_ptr()) = p.given;
-  } else {
-    p.scale = scale_out(p.key, p.rows, shape, scale, dtype);
-  }
+  Tensor scale = empty_strided(shape.dims, shape.size, shape.stride, dtype, p.x.device);
+  p.scale = scale_out(p.key, p.rows, shape, scale, dtype);
   return {std::move(data), std::move(scale)};
 }
 
@@ -173,10 +167,10 @@ void set_quantized(Pipeline& p, const Tensor& like, const OptionalTensor& data, 
   STD_TORCH_CHECK(!zero_point || (p.key.asymmetric() && scale), "zero_point_out: this key has none");
   if (!scale) return;
   const ScaleShape shape = scale_shape(p.key, p.rows, p.cols);
-  check_given(shape, *scale, scale_dtype(p.key), "scale_out");
+  check_given(shape, *scale, scale_dtype(p.key), p.x.device, "scale_out");
   p.scale = scale_out(p.key, p.rows, shape, *scale, scale_dtype(p.key));
   if (!zero_point) return;
-  check_given(shape, *zero_point, ScalarType::Int, "zero_point_out");
+  check_given(shape, *zero_point, ScalarType::Int, p.x.device, "zero_point_out");
   p.zero_point = scale_out(p.key, p.rows, shape, *zero_point, ScalarType::Int);
 }
 

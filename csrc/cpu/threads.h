@@ -1,0 +1,41 @@
+// Rows on torch's threads.
+#pragma once
+
+#include "../common.h"
+#include "isa.h"
+
+namespace fused_ops {
+
+// Subnormal float32s count, even where the caller flushes them (torch.set_flush_denormal).
+class KeepSubnormals {
+#if HAVE_V3
+ public:
+  KeepSubnormals() : saved_(_mm_getcsr()) {
+    if (saved_ & kFlush) _mm_setcsr(saved_ & ~kFlush);
+  }
+  ~KeepSubnormals() {
+    if (saved_ & kFlush) _mm_setcsr(saved_);
+  }
+
+ private:
+  static constexpr unsigned kDenormalsAreZero = 0x40, kFlush = _MM_FLUSH_ZERO_MASK | kDenormalsAreZero;
+  const unsigned saved_;
+#endif
+};
+
+// kernel(begin, end) over [0, count) on torch's threads; a small piece of work stays in the caller.
+template <class Kernel>
+void parallel_rows(int64_t count, int64_t work_per_row, const Kernel& kernel) {
+  const auto body = [&](int64_t begin, int64_t end) {
+    const KeepSubnormals keep;
+    kernel(begin, end);
+  };
+  constexpr int64_t kSerial = 16384;
+  if (count * work_per_row < kSerial || count < 2) {
+    if (count > 0) body(int64_t{0}, count);
+    return;
+  }
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kSerial / 4 / std::max<int64_t>(1, work_per_row)), body);
+}
+
+}  // namespace fused_ops

@@ -1,0 +1,254 @@
+// Row pipelines on a CUDA device: which kernel, with which arguments, on which stream.
+//
+// Kernels are compiled by Python (fused_ops/_cuda.py) when they are first asked for, and the driver is found at run
+// time, so that this file needs neither CUDA's headers nor its libraries.
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "cuda/stages.h"
+#include "row.h"
+
+namespace fused_ops {
+namespace {
+
+// Set once, by Python: cuLaunchKernel; aoti_torch_get_current_cuda_stream; and what makes a kernel of stages, which
+// returns null after it has kept the reason. Tests set their own, which run kernels on the host.
+struct Driver {
+  int (*launch)(void* kernel, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void* stream,
+                void** arguments, void** extra) = nullptr;
+  int (*stream)(int device, void** stream) = nullptr;
+  void* (*compile)(const char* stages, const char* stages_of_b, int device, int* shared_bytes) = nullptr;
+  bool for_cpu = false;  // tensors on the CPU too, in those tests
+} driver;
+
+cuda::Dtype dtype_of_stage(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? cuda::kBf16 : dtype == ScalarType::Half ? cuda::kFp16 : cuda::kFp32;
+}
+
+cuda::Strided strided(const Rows& rows) {
+  cuda::Strided out = {};
+  out.data = rows.data;
+  out.dims = rows.dims;
+  for (int d = 0; d < std::max(rows.dims, 1); ++d) {
+    out.size[d] = d < rows.dims ? rows.size[d] : 1;
+    out.stride[d] = rows.stride[d];
+  }
+  return out;
+}
+
+cuda::ScalePlace place(const ScaleOut& out) { return {out.data, out.row_bytes, out.four, out.one}; }
+
+cuda::Row arguments_of(const Pipeline& p) {
+  cuda::Row row = {};
+  row.rows = p.rows;
+  row.x = strided(p.x);
+  row.other = strided(p.other);
+  row.sum = strided(p.sum);
+  row.y = strided(p.y);
+  row.data = strided(p.data);
+  row.post_weight = p.post.weight;
+  row.weight = p.norm.weight;
+  row.bias = p.norm.bias;
+  row.post_eps = p.post.eps;
+  row.eps = p.norm.eps;
+  row.x_multiplier = p.x_multiplier;
+  row.alpha = p.alpha;
+  row.limit = p.limit;
+  row.tokens_per_expert = p.tokens_per_expert;
+  row.rows_per_expert = p.rows_per_expert;
+  row.given = p.given;
+  row.given_zero = p.given_zero;
+  row.scale = place(p.scale);
+  row.zero_point = place(p.zero_point);
+  row.tensor_amax = p.tensor_amax;
+  return row;
+}
+
+bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+bool aligned(const Rows& rows, int64_t bytes) {
+  bool all = aligned(rows.data, bytes);
+  for (int d = 0; d < rows.dims; ++d) all = all && rows.stride[d] % bytes == 0;
+  return all;
+}
+
+cuda::NormStage stage_of(const Norm& norm) {
+  cuda::NormStage stage = {};
+  stage.kind = static_cast<cuda::NormKind>(norm.kind);
+  if (norm.weight) stage.weight = dtype_of_stage(norm.weight_dtype);
+  if (norm.bias) stage.bias = dtype_of_stage(norm.bias_dtype);
+  stage.round_before_weight = norm.round_before_weight && norm.weight;
+  stage.weight_plus_one = norm.weight_plus_one && norm.weight;
+  return stage;
+}
+
+// s is all zeros, padding too, since its bytes are a key.
+void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
+  const int64_t pack = 16 / byte_size(p.dtype), packs = (p.cols + pack - 1) / pack;
+  s.dtype = dtype_of_stage(p.dtype);
+  STD_TORCH_CHECK(p.cols <= pack * cuda::kMaxThreads * cuda::kMaxPacks, "the cuda backend serves rows of up to ",
+                  pack * cuda::kMaxThreads * cuda::kMaxPacks, " columns, got ", p.cols);
+  s.cols = static_cast<int>(p.cols);
+  s.threads = cuda::threads_of(packs);
+  s.block = std::max(s.threads, 128);
+  s.load = static_cast<cuda::Load>(p.load);
+  s.multiplied = p.x_multiplier != 1.0f;
+  s.round_activation = p.round_activation;
+  s.interleaved = p.load == Pipeline::kSwigluOai && !p.other;
+  s.expert_bytes = !p.tokens_per_expert ? 0 : p.long_tokens ? 8 : 4;
+  s.post = stage_of(p.post);
+  s.norm = stage_of(p.norm);
+  s.sum = static_cast<bool>(p.sum);
+  s.y = static_cast<bool>(p.y);
+  s.data = static_cast<bool>(p.data);
+  s.scale = static_cast<bool>(p.scale);
+  s.zero_point = static_cast<bool>(p.zero_point);
+  s.y_cols = p.y ? static_cast<int>(p.y.cols) : 0;
+  s.key = s.data || s.scale ? p.key.code : 0;
+  s.collect_amax = p.tensor_amax && !by_tensor_amax;
+  s.by_tensor_amax = by_tensor_amax;
+
+  const auto vector = [&](const void* data, ScalarType dtype) {
+    return aligned(data, std::min<int64_t>(16, pack * byte_size(dtype)));
+  };
+  s.aligned = p.cols % pack == 0 && aligned(p.x, 16) && aligned(p.other, 16) && aligned(p.sum, 16) &&
+              aligned(p.y, 16) && aligned(p.data, pack / p.key.codes_per_byte()) &&
+              vector(p.norm.weight, p.norm.weight_dtype) && vector(p.norm.bias, p.norm.bias_dtype) &&
+              vector(p.post.weight, p.post.weight_dtype);
+}
+
+// The stages as NVRTC reads them.
+std::string text_of(const cuda::Stages& s) {
+  char text[512];
+  const auto norm = [](const cuda::NormStage& n, char (&out)[96]) {
+    std::snprintf(out, sizeof(out), "{(NormKind)%d, (Dtype)%d, (Dtype)%d, %d, %d}", n.kind, n.weight, n.bias,
+                  n.round_before_weight, n.weight_plus_one);
+    return out;
+  };
+  char post[96], last[96];
+  std::snprintf(text, sizeof(text),
+                "{(Dtype)%d, %d, %d, %d, %d, (Load)%d, %d, %d, %d, %d, %s, %s, %d, %d, %d, %d, %d, %d, %lld, %d, %d}",
+                s.dtype, s.cols, s.threads, s.block, s.aligned, s.load, s.multiplied, s.round_activation, s.interleaved,
+                s.expert_bytes, norm(s.post, post), norm(s.norm, last), s.sum, s.y, s.data, s.scale, s.zero_point,
+                s.y_cols, s.key, s.collect_amax, s.by_tensor_amax);
+  return text;
+}
+
+struct Choice {
+  cuda::Stages a, b;
+  int device;
+
+  bool operator==(const Choice& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
+};
+
+struct Hash {
+  size_t operator()(const Choice& choice) const {
+    return std::hash<std::string_view>()({reinterpret_cast<const char*>(&choice), sizeof(choice)});
+  }
+};
+
+struct Kernel {
+  void* function = nullptr;
+  int shared_bytes = 0;
+};
+
+Kernel kernel_for(const Choice& choice, bool two) {
+  static std::unordered_map<Choice, Kernel, Hash> known;
+  static std::mutex mutex;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(choice);
+    if (found != known.end()) return found->second;
+  }
+  Kernel kernel;  // compiled without the lock, since Python may switch threads there
+  kernel.function = driver.compile(text_of(choice.a).c_str(), two ? text_of(choice.b).c_str() : nullptr, choice.device,
+                                   &kernel.shared_bytes);
+  STD_TORCH_CHECK(kernel.function, "the kernel could not be compiled");
+  const std::lock_guard<std::mutex> lock(mutex);
+  return known.emplace(choice, kernel).first->second;
+}
+
+// Rows that a layout completes its last unit of 128 with are written too, with zeros.
+int64_t blocks_of(const Pipeline& p, const cuda::Stages& s) {
+  const int64_t rows = p.scale.swizzled ? (p.rows + 127) / 128 * 128 : p.rows;
+  const int64_t per_block = s.block / s.threads;
+  return (rows + per_block - 1) / per_block;
+}
+
+void launch(const Pipeline& a, const Pipeline* b = nullptr, bool by_tensor_amax = false) {
+  STD_TORCH_CHECK(driver.launch && driver.compile, "there is no CUDA driver on this machine");
+  Choice choice;
+  std::memset(&choice, 0, sizeof(choice));
+  set_stages(choice.a, a, by_tensor_amax);
+  choice.device = a.x.device;
+  int64_t blocks_of_a = blocks_of(a, choice.a), blocks = blocks_of_a;
+  cuda::Row rows[2] = {arguments_of(a), {}};
+  if (b) {
+    set_stages(choice.b, *b, false);
+    choice.a.block = choice.b.block = std::max(choice.a.block, choice.b.block);
+    blocks_of_a = blocks_of(a, choice.a);
+    blocks = blocks_of_a + blocks_of(*b, choice.b);
+    rows[1] = arguments_of(*b);
+  }
+  if (by_tensor_amax) blocks = std::max<int64_t>(blocks, 1);  // which writes the scale
+  if (!blocks) return;
+  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "too many rows for one launch");
+  const Kernel kernel = kernel_for(choice, b);
+  void* stream = nullptr;
+  if (driver.stream) TORCH_ERROR_CODE_CHECK(driver.stream(a.x.device, &stream));
+  void* arguments[] = {&rows[0], &rows[1], &blocks_of_a};
+  const int error = driver.launch(kernel.function, static_cast<unsigned>(blocks), 1, 1, choice.a.block, 1, 1,
+                                  kernel.shared_bytes, stream, arguments, nullptr);
+  STD_TORCH_CHECK(error == 0, "cuLaunchKernel failed with error ", error);
+}
+
+// One scale for the whole tensor takes two launches: the rows and their largest element, then the codes.
+void launch_per_tensor(Pipeline& p) {
+  const int64_t one = 1;
+  Tensor amax = empty_strided(1, &one, &one, ScalarType::Int, p.x.device), workspace;
+  torch::stable::zero_(amax);
+  Pipeline rows = p;
+  rows.data = Rows();
+  rows.scale = ScaleOut();
+  rows.tensor_amax = static_cast<int*>(amax.data_ptr());
+  const bool as_read = p.load == Pipeline::kCopy && !p.norm && !p.post;
+  if (!as_read && !p.y) {
+    const int64_t size[] = {p.rows, p.cols}, stride[] = {p.cols, 1};
+    workspace = empty_strided(2, size, stride, p.dtype, p.x.device);
+    rows.y = rows_of(workspace, "workspace");
+  }
+  launch(rows);
+
+  Pipeline codes;
+  codes.rows = p.rows;
+  codes.cols = p.cols;
+  codes.dtype = p.dtype;
+  codes.x = as_read ? p.x : rows.y;
+  codes.tokens_per_expert = p.tokens_per_expert;
+  codes.long_tokens = p.long_tokens;
+  codes.rows_per_expert = p.rows_per_expert;
+  codes.data = p.data;
+  codes.scale = p.scale;
+  codes.key = p.key;
+  codes.given = p.given;
+  codes.tensor_amax = rows.tensor_amax;
+  launch(codes, nullptr, true);
+}
+
+}  // namespace
+
+bool on_cuda(int device) { return device != kCpu || driver.for_cpu; }
+
+void run_on_cuda(Pipeline& a, Pipeline* b) {
+  if (one_scale(a)) return launch_per_tensor(a);
+  launch(a, b);
+}
+
+}  // namespace fused_ops
+
+extern "C" __attribute__((visibility("default"))) void fused_ops_set_cuda_driver(const void* driver) {
+  std::memcpy(static_cast<void*>(&fused_ops::driver), driver, sizeof(fused_ops::driver));
+}

@@ -1,0 +1,69 @@
+"""Runs the CUDA backend on the host, for tensors on the CPU: g++ stands for NVRTC, fibers for the device's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import fused_ops
+from fused_ops import _cuda
+
+HERE = Path(__file__).parent
+FOLDER = Path(tempfile.gettempdir()) / f"fused_ops_host_cuda_{os.getuid()}"
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-march=x86-64-v3", "-w"]
+FOOTER = """
+extern "C" void entry(void** arguments) { fibers::call(kernel, arguments); }
+extern "C" int shared_bytes() { return sizeof(Shared<A>) > SHARED_OF_B ? sizeof(Shared<A>) : SHARED_OF_B; }
+"""
+
+
+@cache
+def _sources() -> bytes:
+    files = [*sorted(HERE.glob("fibers.*")), *sorted((_cuda.CSRC / "cuda").iterdir()), *sorted(_cuda.CSRC.glob("*.[hi]*"))]
+    return b"".join(path.read_bytes() for path in files)
+
+
+def _build(text: str, *flags: str) -> ctypes.CDLL:
+    """The library that g++ makes of `text`; kept, since most runs of the tests ask for the same."""
+    name = hashlib.sha256(_sources() + " ".join([text, *FLAGS, *flags]).encode()).hexdigest()[:24]
+    library = FOLDER / f"{name}.so"
+    if not library.exists():
+        FOLDER.mkdir(exist_ok=True)
+        made = FOLDER / f"{name}.{os.getpid()}.tmp"
+        command = ["g++", *FLAGS, *flags, f"-I{HERE}", f"-I{_cuda.CSRC / 'cuda'}", "-x", "c++", "-", "-o", str(made)]
+        done = subprocess.run(command, input=text, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr[:4000]
+        made.rename(library)
+    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+@cache
+def _fibers() -> ctypes.CDLL:
+    return _build('#include "fibers.cpp"')
+
+
+def compile(stages: bytes, stages_of_b: bytes | None, device: int, shared_bytes) -> int | None:
+    b = stages_of_b.decode() if stages_of_b else None
+    text = '#include "fibers.h"\n' + _cuda.source(stages.decode(), b) + FOOTER
+    library = _build(text.replace("SHARED_OF_B", "(int)sizeof(Shared<B>)" if b else "0"))
+    shared_bytes[0] = library.shared_bytes()
+    return ctypes.cast(library.entry, ctypes.c_void_p).value
+
+
+@contextmanager
+def on_host():
+    """Row operations on the CPU run the CUDA backend's kernels, in this block."""
+    driver = _cuda.Driver(
+        launch=ctypes.cast(_fibers().launch, ctypes.c_void_p).value, compile=_cuda.Compile(compile), for_cpu=True
+    )
+    _cuda.set_driver(driver)
+    try:
+        yield
+    finally:
+        _cuda.set_driver(_cuda.Driver())
