@@ -29,23 +29,23 @@ def _sources() -> bytes:
     return b"".join(path.read_bytes() for path in files)
 
 
-def _build(text: str, *flags: str) -> ctypes.CDLL:
+def _build(text: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
     """The library that g++ makes of `text`; kept, since most runs of the tests ask for the same."""
-    name = hashlib.sha256(_sources() + " ".join([text, *FLAGS, *flags]).encode()).hexdigest()[:24]
+    name = hashlib.sha256(_sources() + " ".join([text, *FLAGS]).encode()).hexdigest()[:24]
     library = FOLDER / f"{name}.so"
     if not library.exists():
         FOLDER.mkdir(exist_ok=True)
         made = FOLDER / f"{name}.{os.getpid()}.tmp"
-        command = ["g++", *FLAGS, *flags, f"-I{HERE}", f"-I{_cuda.CSRC / 'cuda'}", "-x", "c++", "-", "-o", str(made)]
+        command = ["g++", *FLAGS, f"-I{HERE}", f"-I{_cuda.CSRC / 'cuda'}", "-x", "c++", "-", "-o", str(made)]
         done = subprocess.run(command, input=text, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr[:4000]
         made.rename(library)
-    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library), mode)
 
 
 @cache
 def _fibers() -> ctypes.CDLL:
-    return _build('#include "fibers.cpp"')
+    return _build('#include "fibers.cpp"', ctypes.RTLD_GLOBAL)  # kernels find it there
 
 
 def compile(stages: bytes, stages_of_b: bytes | None, device: int, shared_bytes) -> int | None:
