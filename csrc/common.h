@@ -141,7 +141,8 @@ inline Rows rows_of(const Tensor& tensor, const char* name) {
 // Rows of `tensor` that match those of `like`: the same leading sizes, `cols` elements of `dtype` each.
 inline Rows rows_like(const Tensor& tensor, const char* name, const Tensor& like, int64_t cols, ScalarType dtype) {
   const Rows rows = rows_of(tensor, name);
-  STD_TORCH_CHECK(dtype_of(tensor) == dtype && rows.device == device_of(like, name), name, ": unexpected dtype or device");
+  STD_TORCH_CHECK(dtype_of(tensor) == dtype && rows.device == device_of(like, name), name,
+                  ": unexpected dtype or device");
   const auto sizes = tensor.sizes(), expected = like.sizes();
   STD_TORCH_CHECK(sizes.size() == expected.size() && rows.cols == cols, name, ": unexpected shape");
   for (size_t d = 0; d + 1 < sizes.size(); ++d) STD_TORCH_CHECK(sizes[d] == expected[d], name, ": unexpected shape");
@@ -197,8 +198,8 @@ inline void check_output(const Rows& out, int64_t out_bytes, const char* name) {
 inline Tensor empty_strided(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType dtype, int device) {
   AtenTensorHandle handle;
   const int32_t type = device == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, size, stride, dtype_code(dtype), type,
-                                                  device == kCpu ? 0 : device, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, size, stride, dtype_code(dtype), type, device == kCpu ? 0 : device, &handle));
   return Tensor(handle);
 }
 

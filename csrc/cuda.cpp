@@ -24,6 +24,15 @@ struct Driver {
   bool for_cpu = false;  // tensors on the CPU too, in those tests
 } driver;
 
+constexpr int kMaxPacks = 8;  // of a thread: as many as its registers hold
+
+// Threads that own a row of so many packs of 16 bytes. They fix the order of sums, so nothing else may decide them.
+int threads_of(int64_t packs) {
+  int threads = cuda::kWarp;
+  while (threads < cuda::kMaxThreads && packs > threads * (threads < 256 ? 2 : 4)) threads *= 2;
+  return threads;
+}
+
 cuda::Dtype dtype_of_stage(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? cuda::kBf16 : dtype == ScalarType::Half ? cuda::kFp16 : cuda::kFp32;
 }
@@ -89,10 +98,10 @@ cuda::NormStage stage_of(const Norm& norm) {
 void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
   const int64_t pack = 16 / byte_size(p.dtype), packs = (p.cols + pack - 1) / pack;
   s.dtype = dtype_of_stage(p.dtype);
-  STD_TORCH_CHECK(p.cols <= pack * cuda::kMaxThreads * cuda::kMaxPacks, "the cuda backend serves rows of up to ",
-                  pack * cuda::kMaxThreads * cuda::kMaxPacks, " columns, got ", p.cols);
+  STD_TORCH_CHECK(p.cols <= pack * cuda::kMaxThreads * kMaxPacks, "the cuda backend serves rows of up to ",
+                  pack * cuda::kMaxThreads * kMaxPacks, " columns, got ", p.cols);
   s.cols = static_cast<int>(p.cols);
-  s.threads = cuda::threads_of(packs);
+  s.threads = threads_of(packs);
   s.block = std::max(s.threads, 128);
   s.load = static_cast<cuda::Load>(p.load);
   s.multiplied = p.x_multiplier != 1.0f;

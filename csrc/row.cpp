@@ -45,8 +45,9 @@ void set_experts(Pipeline& p, const Tensor& x, const OptionalTensor& tokens_per_
   if (!tokens_per_expert) return;
   const Tensor& tokens = *tokens_per_expert;
   const ScalarType dtype = dtype_of(tokens);
-  STD_TORCH_CHECK(device_of(tokens, "tokens_per_expert") == p.x.device && (dtype == ScalarType::Int || dtype == ScalarType::Long),
-                  "tokens_per_expert: expected int32 or int64 on the device of the rows");
+  STD_TORCH_CHECK(
+      device_of(tokens, "tokens_per_expert") == p.x.device && (dtype == ScalarType::Int || dtype == ScalarType::Long),
+      "tokens_per_expert: expected int32 or int64 on the device of the rows");
   STD_TORCH_CHECK(x.dim() == 3 && tokens.dim() == 1 && tokens.size(0) == x.size(0) && tokens.is_contiguous(),
                   "tokens_per_expert: expected one element for each of the experts in [experts, rows, columns]");
   p.tokens_per_expert = tokens.data_ptr();

@@ -62,7 +62,7 @@ struct Pipeline {
   int* tensor_amax = nullptr;  // magnitude bits of the largest result, may be absent
   Rows data;                   // the codes, may be absent
   Key key{0};
-  ScaleOut scale, zero_point;  // dynamic keys
+  ScaleOut scale, zero_point;       // dynamic keys
   const float* given = nullptr;     // static keys: the scale; NVFP4: scale2; other dynamic keys: upper bound of amax
   const int* given_zero = nullptr;  // static asymmetric keys
 

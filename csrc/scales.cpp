@@ -78,7 +78,8 @@ ScaleOut scale_out(const Key& key, int64_t rows, const ScaleShape& shape, const 
 }
 
 bool is_one(const Pipeline& p, const OptionalTensor& tensor, ScalarType dtype) {
-  return tensor->defined() && device_of(*tensor, "given") == p.x.device && dtype_of(*tensor) == dtype && tensor->numel() == 1;
+  return tensor->defined() && device_of(*tensor, "given") == p.x.device && dtype_of(*tensor) == dtype &&
+         tensor->numel() == 1;
 }
 
 void check_given(const ScaleShape& shape, const Tensor& tensor, ScalarType dtype, int device, const char* name) {

@@ -57,7 +57,11 @@ def test_fused_is_unfused(op):
             y = results(plain, (*args[:n], *args[n + 3 :]))
             first, *others = y.values()
             expected = results(quantize, (first, *args[n : n + 3]))
-        for name, value in {**expected, "unquantized": first, **dict(zip(op.outputs[2:-2], others, strict=True))}.items():
+        for name, value in {
+            **expected,
+            "unquantized": first,
+            **dict(zip(op.outputs[2:-2], others, strict=True)),
+        }.items():
             assert_same(fused[name], value, f"{op.name} {name} {describe(args)}")
 
 

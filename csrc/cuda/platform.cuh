@@ -14,7 +14,7 @@
 
 // The block's shared memory, as a T.
 #ifndef DYNAMIC_SHARED
-#define DYNAMIC_SHARED(T, NAME)                                \
+#define DYNAMIC_SHARED(T, NAME)                                 \
   extern __shared__ __align__(16) unsigned char shared_bytes[]; \
   T& NAME = *(T*)shared_bytes
 #endif
@@ -34,7 +34,7 @@ using i32 = int;
 DEVICE float all(float x) { return x; }
 DEVICE double to_double(float x) { return x; }
 DEVICE float to_float(double x) { return (float)x; }
-DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
 // NaN gives the bound.
 DEVICE float lesser(float x, float bound) { return x < bound ? x : bound; }
 DEVICE float greater(float x, float bound) { return x > bound ? x : bound; }

@@ -61,13 +61,5 @@ struct Stages {
   bool collect_amax, by_tensor_amax;
 };
 
-// Threads that own a row of so many packs of 16 bytes. It fixes the order of sums, so nothing else may decide it.
-constexpr int threads_of(long long packs) {
-  int threads = kWarp;
-  while (threads < kMaxThreads && packs > threads * (threads < 256 ? 2 : 4)) threads *= 2;
-  return threads;
-}
-constexpr int kMaxPacks = 8;  // of a thread: as many as registers hold
-
 }  // namespace cuda
 }  // namespace fused_ops
