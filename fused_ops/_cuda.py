@@ -30,10 +30,12 @@ class Driver(ctypes.Structure):
     )
 
 
+_kept: list[Driver] = []
+
+
 def set_driver(driver: Driver) -> None:
     """Launch kernels by this one from now on."""
-    global _kept
-    _kept = driver  # C++ holds pointers to its functions
+    _kept.append(driver)  # C++ holds pointers to its functions
     library = next(Path(__file__).parent.glob("_C.*so"))
     ctypes.CDLL(str(library)).fused_ops_set_cuda_driver(ctypes.byref(driver))
 

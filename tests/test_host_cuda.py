@@ -20,7 +20,7 @@ from quant import (
 )
 
 ROW_OPS = [p for p in ALL if p.id not in ("rope", "scaled_linear")]
-PER_OP = 10  # kernels to compile take a third of a second each
+PER_OP = 6  # kernels to compile take a third of a second each
 
 
 def some(op) -> list[tuple]:
@@ -39,9 +39,8 @@ def test_results_are_the_cpus(op):
             a, e, context = actual[name], expected[name], f"{op.name} {name} {describe(args)}"
             if op.name in BITWISE or "norm" not in op.name:
                 assert_same(a, e, context)
-            elif e.dtype.is_floating_point and e.dtype.itemsize > 1 and "scale" not in name and "_quant" not in op.name:
-                if tokens_of(op, args) is None and op.name != "dual_rms_norm":
-                    assert_close(a, e, context, roundings=2, terms=terms_of(op, args))
+            elif "_quant" not in op.name and op.name != "dual_rms_norm":  # what they quantize differs by a step
+                assert_close(a, e, context, roundings=2, terms=terms_of(op, args))
 
 
 @pytest.mark.parametrize("op", [p for p in ROW_OPS if p.id.endswith("_quant")])
@@ -57,11 +56,8 @@ def test_fused_is_unfused(op):
             y = results(plain, (*args[:n], *args[n + 3 :]))
             first, *others = y.values()
             expected = results(quantize, (first, *args[n : n + 3]))
-        for name, value in {
-            **expected,
-            "unquantized": first,
-            **dict(zip(op.outputs[2:-2], others, strict=True)),
-        }.items():
+        expected |= {"unquantized": first, **dict(zip(op.outputs[2:-2], others, strict=True))}
+        for name, value in expected.items():
             assert_same(fused[name], value, f"{op.name} {name} {describe(args)}")
 
 

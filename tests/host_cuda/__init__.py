@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import fused_ops
 from fused_ops import _cuda
 
 HERE = Path(__file__).parent
