@@ -109,6 +109,15 @@ inline int64_t byte_size(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2 : 1;
 }
 
+inline bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
+
+// Whether every row is.
+inline bool aligned(const Rows& rows, int64_t bytes) {
+  bool all = aligned(rows.data, bytes);
+  for (int d = 0; d < rows.dims; ++d) all = all && rows.stride[d] % bytes == 0;
+  return all;
+}
+
 // Sizes and strides at once: every question to a tensor is a call across the stable ABI.
 inline Rows rows_of(const Tensor& tensor, const char* name) {
   Rows rows;

@@ -76,14 +76,6 @@ cuda::Row arguments_of(const Pipeline& p) {
   return row;
 }
 
-bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
-
-bool aligned(const Rows& rows, int64_t bytes) {
-  bool all = aligned(rows.data, bytes);
-  for (int d = 0; d < rows.dims; ++d) all = all && rows.stride[d] % bytes == 0;
-  return all;
-}
-
 cuda::NormStage stage_of(const Norm& norm) {
   cuda::NormStage stage = {};
   stage.kind = static_cast<cuda::NormKind>(norm.kind);
@@ -223,25 +215,15 @@ void launch_per_tensor(Pipeline& p) {
   rows.data = Rows();
   rows.scale = ScaleOut();
   rows.tensor_amax = static_cast<int*>(amax.data_ptr());
-  const bool as_read = p.load == Pipeline::kCopy && !p.norm && !p.post;
-  if (!as_read && !p.y) {
+  if (!quantizes_x(p) && !p.y) {
     const int64_t size[] = {p.rows, p.cols}, stride[] = {p.cols, 1};
     workspace = empty_strided(2, size, stride, p.dtype, p.x.device);
     rows.y = rows_of(workspace, "workspace");
   }
   launch(rows);
 
-  Pipeline codes;
-  codes.rows = p.rows;
-  codes.cols = p.cols;
-  codes.dtype = p.dtype;
-  codes.x = as_read ? p.x : rows.y;
-  codes.tokens_per_expert = p.tokens_per_expert;
-  codes.long_tokens = p.long_tokens;
-  codes.rows_per_expert = p.rows_per_expert;
-  codes.data = p.data;
+  Pipeline codes = codes_of(p, quantizes_x(p) ? p.x : rows.y);
   codes.scale = p.scale;
-  codes.key = p.key;
   codes.given = p.given;
   codes.tensor_amax = rows.tensor_amax;
   launch(codes, nullptr, true);

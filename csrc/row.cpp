@@ -111,6 +111,20 @@ void check_apart(const Pipeline& a, const Pipeline& b) {
   }
 }
 
+Pipeline codes_of(const Pipeline& p, const Rows& rows) {
+  Pipeline codes;
+  codes.rows = p.rows;
+  codes.cols = p.cols;
+  codes.dtype = p.dtype;
+  codes.x = rows;
+  codes.tokens_per_expert = p.tokens_per_expert;
+  codes.long_tokens = p.long_tokens;
+  codes.rows_per_expert = p.rows_per_expert;
+  codes.data = p.data;
+  codes.key = p.key;
+  return codes;
+}
+
 namespace {
 
 void check_served(const Pipeline& p) {

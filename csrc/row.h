@@ -104,6 +104,11 @@ void check_apart(const Pipeline& a, const Pipeline& b);
 // One dynamic scale for the whole tensor takes two passes over it.
 inline bool one_scale(const Pipeline& p) { return p.scale && p.key.per_tensor() && !p.key.is_static(); }
 
+// Its first pass needs no result of its own where what is quantized is x.
+inline bool quantizes_x(const Pipeline& p) { return p.load == Pipeline::kCopy && !p.norm && !p.post; }
+// Its second pass, but for the scale: the codes of `rows`, which the first has made.
+Pipeline codes_of(const Pipeline& p, const Rows& rows);
+
 // Runs it, or both in one launch, where the tensors are.
 void run(Pipeline& p);
 void run(Pipeline& a, Pipeline& b);

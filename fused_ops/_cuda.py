@@ -69,7 +69,7 @@ def cubin(text: str, arch: str) -> bytes:
     except ImportError as error:
         raise ImportError("fused_ops compiles its CUDA kernels by NVRTC: pip install cuda-core[cu13]") from error
     version = nvrtc.nvrtcVersion()[1:]
-    name = hashlib.sha256(repr((text, arch, OPTIONS, version)).encode() + _headers()).hexdigest()[:32]
+    name = hashlib.sha256(repr((text, arch, OPTIONS, version)).encode() + headers()).hexdigest()[:32]
     path = cache_folder() / f"{arch}-{name}.cubin"
     if not path.exists():
         options = ProgramOptions(arch=arch, include_path=[str(CSRC / "cuda")], **OPTIONS)
@@ -88,5 +88,6 @@ def cache_folder() -> Path:
 
 
 @cache
-def _headers() -> bytes:
+def headers() -> bytes:
+    """All that a kernel may include."""
     return b"".join(path.read_bytes() for path in sorted([*CSRC.glob("*.[hi]*"), *(CSRC / "cuda").iterdir()]))

@@ -22,18 +22,12 @@ int64_t last_level_cache() {
   return bytes > 0 ? bytes : int64_t{32} << 20;
 }
 
-bool aligned(const Rows& rows) {
-  bool all = reinterpret_cast<uintptr_t>(rows.data) % 32 == 0;
-  for (int d = 0; d < rows.dims; ++d) all = all && rows.stride[d] % 32 == 0;
-  return all;
-}
-
 // Results that no cache can hold until they are read go around it: the write then costs no read of the old line.
 bool worth_streaming(const Pipeline& p) {
   static const int64_t cache = last_level_cache();
   const int64_t bytes = byte_size(p.dtype);
   const int64_t a_row = p.cols * ((p.sum ? bytes : 0) + (p.y ? bytes : 0)) + (p.data ? p.data.cols : 0);
-  return p.rows * a_row > cache && aligned(p.sum) && aligned(p.y) && aligned(p.data);
+  return p.rows * a_row > cache && aligned(p.sum, 32) && aligned(p.y, 32) && aligned(p.data, 32);
 }
 
 // One pass over the rows of both; b may be absent.
@@ -67,8 +61,7 @@ void run_per_tensor(Pipeline& p) {
   rows.data = Rows();
   rows.tensor_amax = &amax;
   std::unique_ptr<char[]> workspace;
-  const bool as_read = p.load == Pipeline::kCopy && !p.norm && !p.post;
-  if (!as_read && !p.y) {
+  if (!quantizes_x(p) && !p.y) {
     const int64_t row_bytes = p.cols * byte_size(p.dtype);
     workspace.reset(new char[p.rows * row_bytes]);
     rows.y.data = workspace.get();
@@ -79,15 +72,7 @@ void run_per_tensor(Pipeline& p) {
   }
   run_once(rows);
 
-  Pipeline codes;
-  codes.rows = p.rows;
-  codes.cols = p.cols;
-  codes.dtype = p.dtype;
-  codes.x = as_read ? p.x : rows.y;
-  codes.tokens_per_expert = p.tokens_per_expert;
-  codes.long_tokens = p.long_tokens;
-  codes.rows_per_expert = p.rows_per_expert;
-  codes.data = p.data;
+  Pipeline codes = codes_of(p, quantizes_x(p) ? p.x : rows.y);
   codes.key = Key{p.key.code | 1 << 4};  // static now
   codes.given_value = bits<float>(dynamic_scale<float, int>(amax, p.key, p.given_value).stored);
   *reinterpret_cast<float*>(p.scale.data) = codes.given_value;

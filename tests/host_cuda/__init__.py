@@ -24,12 +24,7 @@ extern "C" int shared_bytes() { return sizeof(Shared<A>) > SHARED_OF_B ? sizeof(
 
 @cache
 def _sources() -> bytes:
-    files = [
-        *sorted(HERE.glob("fibers.*")),
-        *sorted((_cuda.CSRC / "cuda").iterdir()),
-        *sorted(_cuda.CSRC.glob("*.[hi]*")),
-    ]
-    return b"".join(path.read_bytes() for path in files)
+    return b"".join(path.read_bytes() for path in sorted(HERE.glob("fibers.*"))) + _cuda.headers()
 
 
 def _build(text: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
