@@ -45,7 +45,7 @@ struct Relu2 {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+void implement_activations(Library& m) {
   using GateUp = Inputs<T, T, bool>;
   using Experts = Inputs<OptionalT>;
   implement<RowOp<Gated<Pipeline::kSilu>, GateUp, Experts>>(m, "silu_mul");

@@ -1,28 +1,19 @@
 // Row pipelines on a CUDA device: which kernel, with which arguments, on which stream.
 //
-// Kernels are compiled by Python (fused_ops/_cuda.py) when they are first asked for, and the driver is found at run
-// time, so that this file needs neither CUDA's headers nor its libraries.
+// Kernels are compiled by Python (fused_ops/_cuda.py) when they are first asked for.
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 
 #include "cuda/stages.h"
+#include "cuda_driver.h"
 #include "row.h"
 
 namespace fused_ops {
 namespace {
-
-// Set once, by Python: cuLaunchKernel; aoti_torch_get_current_cuda_stream; and what makes a kernel of stages, which
-// returns null after it has kept the reason. Tests set their own, which run kernels on the host.
-struct Driver {
-  int (*launch)(void* kernel, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void* stream,
-                void** arguments, void** extra) = nullptr;
-  int (*stream)(int device, void** stream) = nullptr;
-  void* (*compile)(const char* stages, const char* stages_of_b, int device, int* shared_bytes) = nullptr;
-  bool for_cpu = false;  // tensors on the CPU too, in those tests
-} driver;
 
 constexpr int kMaxPacks = 8;  // of a thread: as many as its registers hold
 
@@ -151,23 +142,20 @@ struct Hash {
   }
 };
 
-struct Kernel {
-  void* function = nullptr;
-  int shared_bytes = 0;
-};
-
-Kernel kernel_for(const Choice& choice, bool two) {
-  static std::unordered_map<Choice, Kernel, Hash> known;
+// Null where it isn't to be launched.
+void* kernel_for(const Choice& choice, bool two) {
+  static std::unordered_map<Choice, void*, Hash> known;
   static std::mutex mutex;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = known.find(choice);
     if (found != known.end()) return found->second;
   }
-  Kernel kernel;  // compiled without the lock, since Python may switch threads there
-  kernel.function = driver.compile(text_of(choice.a).c_str(), two ? text_of(choice.b).c_str() : nullptr, choice.device,
-                                   &kernel.shared_bytes);
-  STD_TORCH_CHECK(kernel.function, "the kernel could not be compiled");
+  // Compiled without the lock, since Python may switch threads there.
+  void* const kernel =
+      driver.compile(text_of(choice.a).c_str(), two ? text_of(choice.b).c_str() : nullptr, choice.device);
+  STD_TORCH_CHECK(kernel, "the kernel could not be compiled");
+  if (kernel == kNotNow) return nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   return known.emplace(choice, kernel).first->second;
 }
@@ -194,16 +182,15 @@ void launch(const Pipeline& a, const Pipeline* b = nullptr, bool by_tensor_amax 
     blocks = blocks_of_a + blocks_of(*b, choice.b);
     rows[1] = arguments_of(*b);
   }
-  if (by_tensor_amax) blocks = std::max<int64_t>(blocks, 1);  // which writes the scale
+  if (a.scale && (by_tensor_amax || a.key.is_static())) blocks = std::max<int64_t>(blocks, 1);  // which writes the scale
   if (!blocks) return;
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, "too many rows for one launch");
-  const Kernel kernel = kernel_for(choice, b);
-  void* stream = nullptr;
-  if (driver.stream) TORCH_ERROR_CODE_CHECK(driver.stream(a.x.device, &stream));
+  void* const kernel = kernel_for(choice, b);
+  if (!kernel) return;
   void* arguments[] = {&rows[0], &rows[1], &blocks_of_a};
-  const int error = driver.launch(kernel.function, static_cast<unsigned>(blocks), 1, 1, choice.a.block, 1, 1,
-                                  kernel.shared_bytes, stream, arguments, nullptr);
-  STD_TORCH_CHECK(error == 0, "cuLaunchKernel failed with error ", error);
+  const char* const error =
+      driver.launch(a.x.device, kernel, static_cast<unsigned>(blocks), choice.a.block, arguments);
+  if (error) throw std::runtime_error(std::string("fused_ops: a kernel could not be launched: ") + error);
 }
 
 // One scale for the whole tensor takes two launches: the rows and their largest element, then the codes.
@@ -239,7 +226,3 @@ void run_on_cuda(Pipeline& a, Pipeline* b) {
 }
 
 }  // namespace fused_ops
-
-extern "C" __attribute__((visibility("default"))) void fused_ops_set_cuda_driver(const void* driver) {
-  std::memcpy(static_cast<void*>(&fused_ops::driver), driver, sizeof(fused_ops::driver));
-}

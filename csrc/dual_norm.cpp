@@ -67,7 +67,7 @@ void dual_rms_norm_out(T q, T kv, OptionalT q_weight, OptionalT kv_weight, doubl
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+void implement_dual_norm(Library& m) {
   m.impl("dual_rms_norm", TORCH_BOX(&dual_rms_norm));
   m.impl("dual_rms_norm.out", TORCH_BOX(&dual_rms_norm_out));
 }

@@ -64,7 +64,7 @@ struct RmsNormAddRmsNorm {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+void implement_norms(Library& m) {
   using XWeight = Inputs<T, OptionalT, double, int64_t>;
   using XResidualWeight = Inputs<T, T, OptionalT, double, int64_t>;
   implement<RowOp<RmsNorm, XWeight>>(m, "rms_norm");

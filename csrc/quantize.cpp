@@ -9,7 +9,7 @@ struct Quantize {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
+void implement_quantize(Library& m) {
   implement_quantized<RowOp<Quantize, Inputs<const Tensor&>>>(m, "quantize");
 }
 

@@ -102,22 +102,33 @@ struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
   }
 };
 
-template <class Op, class Library>
+using Library = torch::stable::detail::StableLibrary;
+
+template <class Op>
 void implement_plain(Library& m, const std::string& name) {
   m.impl(name.c_str(), TORCH_BOX(&Op::functional));
   m.impl((name + ".out").c_str(), TORCH_BOX(&Op::Out::out));
 }
 
-template <class Op, class Library>
+template <class Op>
 void implement_quantized(Library& m, const std::string& name) {
   m.impl(name.c_str(), TORCH_BOX(&Op::quantized));
   m.impl((name + ".out").c_str(), TORCH_BOX(&Op::Out::quantized_out));
 }
 
-template <class Op, class Library>
+template <class Op>
 void implement(Library& m, const std::string& name) {
   implement_plain<Op>(m, name);
   implement_quantized<Op>(m, name + "_quant");
 }
+
+// Each family's operations: the same functions serve every device.
+void implement_norms(Library& m);
+void implement_dual_norm(Library& m);
+void implement_activations(Library& m);
+void implement_quantize(Library& m);
+
+// All of them, for a dispatch key: CPU when the library is loaded, CUDA where it is asked for.
+void implement_rows(const char* dispatch_key);
 
 }  // namespace fused_ops

@@ -1,6 +1,8 @@
 """Fused operations for LLM inference. See `quant` for the tensors they make, `quant.methods` for who takes them."""
 
-from ._cpu import load as _load
+from ._cpu import load as _load_cpu
+from ._cuda import load as _load_cuda
+from ._cuda import warmup
 from ._op import OPS, use_backend
 from .activation import (
     gelu_tanh_mul,
@@ -27,7 +29,8 @@ from .post_norm import rms_norm_add, rms_norm_add_rms_norm_quant
 from .quantize import QuantOptions, quantize
 from .rope import rope
 
-_load()
+_load_cpu()
+_load_cuda()
 
 __all__ = [
     "OPS",
@@ -54,4 +57,5 @@ __all__ = [
     "swiglu_oai_mul",
     "swiglu_oai_mul_quant",
     "use_backend",
+    "warmup",
 ]

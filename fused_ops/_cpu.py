@@ -15,7 +15,7 @@ from ._op import NO_KEY, OPS, Backend, Op, use_backend
 
 def load() -> None:
     """Load the compiled kernels, if they were built, and make `cpu` a backend of the operations they serve."""
-    library = next(Path(__file__).parent.glob("_C.*so"), None)
+    library = library_path()
     if library is None:
         warnings.warn(
             "fused_ops: no compiled kernels found (a C++ compiler was missing at installation): "
@@ -31,8 +31,13 @@ def load() -> None:
         use_backend(name).__enter__()
 
 
+def library_path() -> Path | None:
+    """The compiled kernels, if they were built."""
+    return next(Path(__file__).parent.glob("_C.*so"), None)
+
+
 def serves(code: int) -> bool:
-    """Whether the row kernels quantize to this key; `set_key` in csrc/cpu/scales.cpp says the same."""
+    """Whether the row kernels quantize to this key; `set_key` in csrc/scales.cpp says the same."""
     key = QuantKey.from_code(code)
     group = key.scale.group_shape.cols
     return (

@@ -9,49 +9,152 @@ import ctypes
 import hashlib
 import os
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-CSRC = Path(__file__).parent.parent / "csrc"
+import torch
 
-Compile = ctypes.CFUNCTYPE(
-    ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_int)
+from ._cpu import library_path, serves
+from ._op import NO_KEY, OPS, Backend, Op
+
+HERE = Path(__file__).parent
+CSRC = next(path for path in (HERE / "csrc", HERE.parent / "csrc") if path.exists())  # installed, or a checkout
+
+Compile = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
+Launch = ctypes.CFUNCTYPE(
+    ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
 )
+NOT_NOW = 1  # in the place of a kernel: nothing is to be launched
 
 
 class Driver(ctypes.Structure):
-    """`Driver` of csrc/cuda.cpp."""
+    """`Driver` of csrc/cuda_driver.h."""
 
-    _fields_ = (
-        ("launch", ctypes.c_void_p),
-        ("stream", ctypes.c_void_p),
-        ("compile", Compile),
-        ("for_cpu", ctypes.c_bool),
-    )
+    _fields_ = (("launch", Launch), ("compile", Compile), ("for_cpu", ctypes.c_bool))
 
 
-_kept: list[Driver] = []
+class _Here(threading.local):
+    error: Exception | None = None  # why a kernel could not be made
+    listed: set[tuple[str, str]] | None = None  # kernels that a warm-up will compile together
+
+
+_here = _Here()
+_kept: list[object] = []  # C++ holds pointers to these
+
+
+@cache
+def library() -> ctypes.CDLL:
+    found = ctypes.CDLL(str(library_path()))
+    found.fused_ops_load_kernel.restype = ctypes.c_void_p
+    return found
 
 
 def set_driver(driver: Driver) -> None:
     """Launch kernels by this one from now on."""
-    _kept.append(driver)  # C++ holds pointers to its functions
-    library = next(Path(__file__).parent.glob("_C.*so"))
-    ctypes.CDLL(str(library)).fused_ops_set_cuda_driver(ctypes.byref(driver))
+    _kept.append(driver)
+    library().fused_ops_set_cuda_driver(ctypes.byref(driver))
 
 
-def source(stages: str, stages_of_b: str | None = None) -> str:
+def load() -> None:
+    """Make `cuda` the backend of CUDA tensors, where torch was built for CUDA."""
+    if torch.version.cuda is not None and library_path() is not None:
+        serve()
+
+
+def serve() -> None:
+    """Put the row kernels into PyTorch's dispatcher for CUDA. NVRTC and the driver are looked for when they are used."""
+    set_driver(Driver(Launch(("fused_ops_launch", library())), Compile(compile)))
+    library().fused_ops_implement_rows(b"CUDA")
+    for op in OPS.values():
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op.name}", "CUDA"):
+            op.backend(Backend("cuda", None, ("CUDA",), _supports(op), _failure))
+
+
+def _supports(op: Op) -> Callable[..., bool]:
+    keys = [i for i, name in enumerate(op.arguments) if name == "key" or name.endswith("_key")]
+    return lambda *args: (
+        args[0].device.type == "cuda"
+        and args[0].shape[-1] <= 16 * 8 * 1024 // args[0].element_size()  # a block's registers
+        and all(args[i] == NO_KEY or serves(args[i]) for i in keys)
+    )
+
+
+def _failure() -> Exception | None:
+    """Why the last kernel that this thread asked for could not be made, once."""
+    error, _here.error = _here.error, None
+    return error
+
+
+def compile(stages: bytes, stages_of_b: bytes | None, device: int) -> int | None:
+    try:
+        text, arch = source(stages, stages_of_b), architecture(*torch.cuda.get_device_capability(device))
+        if _here.listed is not None:
+            _here.listed.add((text, arch))
+            return NOT_NOW
+        error = ctypes.c_char_p()
+        kernel = library().fused_ops_load_kernel(cubin(text, arch), device, ctypes.byref(error))
+        if error.value:
+            raise RuntimeError(f"fused_ops: the CUDA driver can't load a kernel for {arch}: {error.value.decode()}")
+        return kernel
+    except Exception as error:  # ctypes would print it and go on
+        _here.error = error
+        return None
+
+
+def warmup(*calls: Callable[[], object]) -> int:
+    """Compile the CUDA kernels that `calls` need, all at once, and load them; return how many there were.
+
+    Kernels depend on the length of rows, dtypes, keys and options, never on the number of rows, so a call with one row
+    prepares for any. Do this before a CUDA graph is captured, and where the first request must not wait.
+
+    calls: each is run twice; in the first run fused operations on CUDA tensors leave their results unset.
+
+        fused_ops.warmup(lambda: model(tokens[:1]), lambda: fused_ops.rms_norm(x[:1], weight, 1e-6))
+    """
+    _here.listed = set()
+    try:
+        for call in calls:
+            call()
+        listed, _here.listed = _here.listed, None
+    finally:
+        _here.listed = None
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda kernel: cubin(*kernel), listed))
+    for call in calls:
+        call()
+    return len(listed)
+
+
+def source(stages: bytes, stages_of_b: bytes | None = None) -> str:
     """A kernel for one choice of stages, or for two, of which the first has so many of the blocks."""
     head = 'extern "C" __global__ void __launch_bounds__(A.block) kernel(const __grid_constant__ Row a'
-    lines = ['#include "pipeline.cuh"', "using namespace fused_ops;", f"constexpr Stages A = {stages};"]
+    lines = ['#include "pipeline.cuh"', "using namespace fused_ops;", f"constexpr Stages A = {stages.decode()};"]
     if stages_of_b is None:
-        lines += [f"{head}) {{", "  run<A>(a, blockIdx.x);", "}"]
+        lines += [f"{head}) {{", "  SHARED(Shared<A>, shared);", "  run<A>(a, blockIdx.x, shared);", "}"]
     else:
-        lines += [f"constexpr Stages B = {stages_of_b};"]
+        lines += [
+            f"constexpr Stages B = {stages_of_b.decode()};",
+            "union Both {",
+            "  Shared<A> a;",
+            "  Shared<B> b;",
+            "};",
+        ]
         lines += [f"{head}, const __grid_constant__ Row b, const __grid_constant__ long long blocks_of_a) {{"]
-        lines += ["  if (blockIdx.x < blocks_of_a) {", "    run<A>(a, blockIdx.x);", "  } else {"]
-        lines += ["    run<B>(b, blockIdx.x - blocks_of_a);", "  }", "}"]
+        lines += [
+            "  SHARED(Both, shared);",
+            "  if (blockIdx.x < blocks_of_a) {",
+            "    run<A>(a, blockIdx.x, shared.a);",
+        ]
+        lines += ["  } else {", "    run<B>(b, blockIdx.x - blocks_of_a, shared.b);", "  }", "}"]
     return "\n".join(lines) + "\n"
+
+
+def architecture(major: int, minor: int) -> str:
+    """NVRTC's name of a compute capability, with what only that one has."""
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 # numerics: no contraction, IEEE division and square root, subnormals
@@ -67,7 +170,10 @@ def cubin(text: str, arch: str) -> bytes:
         from cuda.bindings import nvrtc
         from cuda.core import Program, ProgramOptions
     except ImportError as error:
-        raise ImportError("fused_ops compiles its CUDA kernels by NVRTC: pip install cuda-core[cu13]") from error
+        raise ImportError(
+            "fused_ops compiles its CUDA kernels by NVRTC: pip install 'fused-ops[cuda]', or run the Triton kernels: "
+            "fused_ops.use_backend('triton')"
+        ) from error
     version = nvrtc.nvrtcVersion()[1:]
     name = hashlib.sha256(repr((text, arch, OPTIONS, version)).encode() + headers()).hexdigest()[:32]
     path = cache_folder() / f"{arch}-{name}.cubin"

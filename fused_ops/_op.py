@@ -43,12 +43,14 @@ class Backend:
         sits in PyTorch's dispatcher already (C++), so that a call meets no Python on its way.
     devices: dispatch keys that it serves.
     supports: whether it serves these arguments, by device, dtype, key and row length, never by the number of rows.
+    failure: why a kernel could not be made just now, if that is why a call was refused.
     """
 
     name: str
     run: Callable | None
     devices: tuple[str, ...] = DEVICES
     supports: Callable[..., bool] = lambda *_: True
+    failure: Callable[[], Exception | None] = lambda: None
 
 
 class Op:
@@ -232,9 +234,14 @@ def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | N
     op.check(*args)
     if outs is not None:
         check_outputs(op, args, outs)
+    device = next(a.device.type.upper() for a in args if isinstance(a, Tensor))
     for name in use_backend.active():
         backend = op.backends.get(name)
-        if backend is not None and not backend.supports(*args):
+        if backend is None or device not in backend.devices:
+            continue
+        if failure := backend.failure():
+            raise failure from error
+        if not backend.supports(*args):
             raise ValueError(
                 f"{op.name}: the {name} backend does not serve these arguments yet: {describe(args, op)}; "
                 "`with fused_ops.use_backend('reference')` does"
@@ -358,7 +365,7 @@ class use_backend:
     @classmethod
     def active(cls) -> list[str]:
         """The backends that a call may have met: the forced one, or those in PyTorch's dispatcher."""
-        return cls._stack[-1:] or ["cpu"]
+        return cls._stack[-1:] or ["cpu", "cuda"]
 
     @classmethod
     def _install(cls) -> None:

@@ -45,8 +45,7 @@ struct Shared {
 };
 
 template <Stages K>
-DEVICE void run(const Row& p, long long block) {
-  DYNAMIC_SHARED(Shared<K>, shared);
+DEVICE void run(const Row& p, long long block, Shared<K>& shared) {
   const int place = threadIdx.x / K.threads;
   const long long r = block * Shared<K>::kRows + place;
   // Threads without a row go along, since barriers count them.

@@ -12,11 +12,9 @@
 #endif
 #define INLINE DEVICE
 
-// The block's shared memory, as a T.
-#ifndef DYNAMIC_SHARED
-#define DYNAMIC_SHARED(T, NAME)                                 \
-  extern __shared__ __align__(16) unsigned char shared_bytes[]; \
-  T& NAME = *(T*)shared_bytes
+// The block's shared memory.
+#ifndef SHARED
+#define SHARED(T, NAME) __shared__ T NAME
 #endif
 
 #if defined(__CUDA_ARCH__) && !defined(FUSED_OPS_NO_PTX)

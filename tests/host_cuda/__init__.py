@@ -18,7 +18,6 @@ FOLDER = Path(tempfile.gettempdir()) / f"fused_ops_host_cuda_{os.getuid()}"
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-march=x86-64-v3", "-w"]
 FOOTER = """
 extern "C" void entry(void** arguments) { fibers::call(kernel, arguments); }
-extern "C" int shared_bytes() { return sizeof(Shared<A>) > SHARED_OF_B ? sizeof(Shared<A>) : SHARED_OF_B; }
 """
 
 
@@ -46,21 +45,16 @@ def _fibers() -> ctypes.CDLL:
     return _build('#include "fibers.cpp"', ctypes.RTLD_GLOBAL)  # kernels find it there
 
 
-def compile(stages: bytes, stages_of_b: bytes | None, device: int, shared_bytes) -> int | None:
-    b = stages_of_b.decode() if stages_of_b else None
-    text = '#include "fibers.h"\n' + _cuda.source(stages.decode(), b) + FOOTER
-    library = _build(text.replace("SHARED_OF_B", "(int)sizeof(Shared<B>)" if b else "0"))
-    shared_bytes[0] = library.shared_bytes()
+def compile(stages: bytes, stages_of_b: bytes | None, device: int) -> int | None:
+    text = '#include "fibers.h"\n' + _cuda.source(stages, stages_of_b) + FOOTER
+    library = _build(text)
     return ctypes.cast(library.entry, ctypes.c_void_p).value
 
 
 @contextmanager
 def on_host():
     """Row operations on the CPU run the CUDA backend's kernels, in this block."""
-    driver = _cuda.Driver(
-        launch=ctypes.cast(_fibers().launch, ctypes.c_void_p).value, compile=_cuda.Compile(compile), for_cpu=True
-    )
-    _cuda.set_driver(driver)
+    _cuda.set_driver(_cuda.Driver(_cuda.Launch(("launch", _fibers())), _cuda.Compile(compile), for_cpu=True))
     try:
         yield
     finally:

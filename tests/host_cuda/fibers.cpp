@@ -33,7 +33,7 @@ struct Fiber {
 struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<unsigned> words;
-  std::unique_ptr<char[]> shared;
+  std::unique_ptr<char[]> shared{new char[kSharedBytes]};
   jmp_buf scheduler;
   void (*kernel)(void**) = nullptr;
   void** arguments = nullptr;
@@ -104,15 +104,14 @@ unsigned& word(unsigned thread) { return block.words.at(thread); }
 void wait_for_block() { wait(kAtBlock); }
 void wait_for_warp() { wait(kAtWarp); }
 
-void launch(void (*kernel)(void**), void** arguments, unsigned blocks, unsigned threads, size_t shared_bytes) {
+void launch(void (*kernel)(void**), void** arguments, unsigned blocks, unsigned threads) {
   static thread_local std::mt19937 random;
   block.kernel = kernel;
   block.arguments = arguments;
   block.words.resize(threads);
-  block.shared.reset(new char[shared_bytes]);
   while (block.fibers.size() < threads) block.fibers.emplace_back(new Fiber);
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-    std::memset(block.shared.get(), 0xff, shared_bytes);
+    std::memset(block.shared.get(), 0xff, kSharedBytes);
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& fiber = *block.fibers[t];
       getcontext(&fiber.start);
@@ -128,9 +127,8 @@ void launch(void (*kernel)(void**), void** arguments, unsigned blocks, unsigned 
 
 }  // namespace fibers
 
-// As cuLaunchKernel, of a function that `compile` in __init__.py returned.
-extern "C" int launch(void* kernel, unsigned blocks, unsigned, unsigned, unsigned threads, unsigned, unsigned,
-                      unsigned shared_bytes, void*, void** arguments, void**) {
-  fibers::launch((void (*)(void**))kernel, arguments, blocks, threads, shared_bytes);
-  return 0;
+// As Driver::launch, of a function that `compile` in __init__.py returned.
+extern "C" const char* launch(int, void* kernel, unsigned blocks, unsigned threads, void** arguments) {
+  fibers::launch((void (*)(void**))kernel, arguments, blocks, threads);
+  return nullptr;
 }

@@ -10,7 +10,9 @@
 #define __device__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define DYNAMIC_SHARED(T, NAME) T& NAME = *(T*)fibers::shared()
+#define SHARED(T, NAME)                          \
+  static_assert(sizeof(T) <= fibers::kSharedBytes); \
+  T& NAME = *(T*)fibers::shared()
 
 struct Dim {
   unsigned x, y, z;
@@ -19,11 +21,12 @@ extern thread_local Dim threadIdx, blockIdx;
 
 namespace fibers {
 
-void* shared();         // the block's memory
+constexpr size_t kSharedBytes = 48 << 10;  // what every device has
+void* shared();                            // the block's
 void wait_for_block();  // until every thread is here
 void wait_for_warp();
 unsigned& word(unsigned thread);  // that a thread shows to others
-void launch(void (*kernel)(void**), void** arguments, unsigned blocks, unsigned threads, size_t shared_bytes);
+void launch(void (*kernel)(void**), void** arguments, unsigned blocks, unsigned threads);
 
 template <class... P, size_t... I>
 void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
