@@ -65,7 +65,7 @@ def load() -> None:
 
 
 def serve() -> None:
-    """Put the row kernels into PyTorch's dispatcher for CUDA. NVRTC and the driver are looked for when they are used."""
+    """Put the row kernels into PyTorch's dispatcher for CUDA; NVRTC and the driver are looked for on first use."""
     set_driver(Driver(Launch(("fused_ops_launch", library())), Compile(compile)))
     library().fused_ops_implement_rows(b"CUDA")
     for op in OPS.values():
@@ -128,28 +128,41 @@ def warmup(*calls: Callable[[], object]) -> int:
     return len(listed)
 
 
+_KERNEL = """\
+#include "pipeline.cuh"
+using namespace fused_ops;
+constexpr Stages A = %s;
+extern "C" __global__ void __launch_bounds__(A.block) kernel(const __grid_constant__ Row a) {
+  SHARED(Shared<A>, shared);
+  run<A>(a, blockIdx.x, shared);
+}
+"""
+_KERNEL_OF_TWO = """\
+#include "pipeline.cuh"
+using namespace fused_ops;
+constexpr Stages A = %s;
+constexpr Stages B = %s;
+union Both {
+  Shared<A> a;
+  Shared<B> b;
+};
+extern "C" __global__ void __launch_bounds__(A.block)
+    kernel(const __grid_constant__ Row a, const __grid_constant__ Row b, const __grid_constant__ long long of_a) {
+  SHARED(Both, shared);
+  if (blockIdx.x < of_a) {
+    run<A>(a, blockIdx.x, shared.a);
+  } else {
+    run<B>(b, blockIdx.x - of_a, shared.b);
+  }
+}
+"""
+
+
 def source(stages: bytes, stages_of_b: bytes | None = None) -> str:
     """A kernel for one choice of stages, or for two, of which the first has so many of the blocks."""
-    head = 'extern "C" __global__ void __launch_bounds__(A.block) kernel(const __grid_constant__ Row a'
-    lines = ['#include "pipeline.cuh"', "using namespace fused_ops;", f"constexpr Stages A = {stages.decode()};"]
     if stages_of_b is None:
-        lines += [f"{head}) {{", "  SHARED(Shared<A>, shared);", "  run<A>(a, blockIdx.x, shared);", "}"]
-    else:
-        lines += [
-            f"constexpr Stages B = {stages_of_b.decode()};",
-            "union Both {",
-            "  Shared<A> a;",
-            "  Shared<B> b;",
-            "};",
-        ]
-        lines += [f"{head}, const __grid_constant__ Row b, const __grid_constant__ long long blocks_of_a) {{"]
-        lines += [
-            "  SHARED(Both, shared);",
-            "  if (blockIdx.x < blocks_of_a) {",
-            "    run<A>(a, blockIdx.x, shared.a);",
-        ]
-        lines += ["  } else {", "    run<B>(b, blockIdx.x - blocks_of_a, shared.b);", "  }", "}"]
-    return "\n".join(lines) + "\n"
+        return _KERNEL % stages.decode()
+    return _KERNEL_OF_TWO % (stages.decode(), stages_of_b.decode())
 
 
 def architecture(major: int, minor: int) -> str:

@@ -87,7 +87,8 @@ def test_errors_are_named(folder):
 fake.fake_reset(700)
 with pytest.raises(ValueError, match="could not be compiled"):   # tensors on the CPU: the reason stays with cuda
     run()
-assert "can't load a kernel for sm_90a: CUDA_ERROR_ILLEGAL_ADDRESS" in str(fused_ops.OPS["rms_norm"].backends["cuda"].failure())
+failure = str(fused_ops.OPS["rms_norm"].backends["cuda"].failure())
+assert "can't load a kernel for sm_90a: CUDA_ERROR_ILLEGAL_ADDRESS" in failure
 fake.fake_reset(0); run(); fake.fake_reset(700)
 with pytest.raises(RuntimeError, match="a kernel could not be launched: CUDA_ERROR_ILLEGAL_ADDRESS"):
     run()
