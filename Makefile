@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
 
-.PHONY: demo test test-full fuzz sanitize bench lint format build clean
+.PHONY: demo test test-full fuzz sanitize bench gpu lint format build clean
 
 demo: .venv/models
 	$(BIN)/python -m bench.demo
@@ -34,6 +34,16 @@ SANITIZED = PYTHONPATH=build/sanitized:. \
 
 bench: .venv/models .venv/bench
 	$(BIN)/python -m bench.run
+
+# On a machine with an NVIDIA GPU and a Python that has torch for it: builds, tests and measures; the JSON goes to
+# bench/results, or to $OUT. The promises first, then the figures, then the rest.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	FUSED_OPS_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	$(GPU_PYTHON) -m bench.gpu $(if $(OUT),--output $(OUT)/gpu.json)
+	FUSED_OPS_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q tests/test_host_cuda.py tests/test_triton.py
+	FUSED_OPS_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -x tests/test_host_cuda.py -k depends
 
 lint: .venv/lint .venv/built
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ def describe(*packages: str) -> dict:
             "cores": torch.get_num_threads(),
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "system": f"{platform.system()} {platform.machine()}",
+            **_gpu(),
         },
         "versions": {
             "python": platform.python_version(),
@@ -34,11 +35,25 @@ def describe(*packages: str) -> dict:
 def sentence(facts: dict) -> str:
     """The same in one line."""
     machine, versions = facts["machine"], facts["versions"]
+    gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
     programs = ", ".join(f"{name} {v}" for name, v in versions.items())
     return (
-        f"{machine['cpu']}, {machine['cores']} threads, {machine['instruction_set']}; {programs}; "
+        f"{gpu}{machine['cpu']}, {machine['cores']} threads, {machine['instruction_set']}; {programs}; "
         f"{facts['date']}, commit {facts['commit']}"
     )
+
+
+def _gpu() -> dict:
+    if not torch.cuda.is_available():
+        return {}
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
+        "l2_bytes": device.L2_cache_size,
+        "cuda": torch.version.cuda,
+    }
 
 
 def _version(package: str) -> str:

@@ -33,9 +33,9 @@ class Case:
     key: QuantKey | None
     cols: int
 
-    def inputs(self, tokens: int) -> tuple:
+    def inputs(self, tokens: int, device: str = "cpu") -> tuple:
         """The arguments, with the key's code, as the operation takes them."""
-        return self.op.workload(tokens, self.cols, self.key, torch.bfloat16, "cpu")
+        return self.op.workload(tokens, self.cols, self.key, torch.bfloat16, device)
 
     def with_key(self, args: tuple) -> tuple:
         """The arguments with the key itself, as the peers take them."""

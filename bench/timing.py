@@ -25,26 +25,33 @@ class Timing:
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], *, budget: float = 0.4, block: float = 1e-3, least: int = 5
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    budget: float = 0.4,
+    block: float = 1e-3,
+    least: int = 5,
+    clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> Timing:
     """Time the contestants in turns: each round runs each of them for a short block, after one call that isn't timed.
 
     budget: seconds for all together; at least `least` rounds are run, whatever they take, and at most 51.
     block: seconds that a block takes, unless a single call takes longer.
+    clock: seconds a call, over so many of them; None: by this process's own clock.
     """
+    clock = clock or _clock
     calls = {}
     start = time.perf_counter()
     for name, call in contestants.items():
         call()
-        calls[name] = max(1, int(block / _clock(call, 1)))
-    total = sum(_clock(call, calls[name]) * (1 + 1 / calls[name]) * calls[name] for name, call in contestants.items())
+        calls[name] = max(1, int(block / clock(call, 1)))
+    total = sum(clock(call, calls[name]) * (1 + 1 / calls[name]) * calls[name] for name, call in contestants.items())
     spent = time.perf_counter() - start
     count = min(51, max(least, int((budget - spent) / total)))
     rounds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(count):
         for name, call in contestants.items():
             call()
-            rounds[name].append(_clock(call, calls[name]))
+            rounds[name].append(clock(call, calls[name]))
     return Timing(rounds)
 
 

@@ -103,6 +103,8 @@ void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
   s.collect_amax = p.tensor_amax && !by_tensor_amax;
   s.by_tensor_amax = by_tensor_amax;
 
+  s.flat = true;
+  for (const Rows* rows : {&p.x, &p.other, &p.sum, &p.y, &p.data}) s.flat = s.flat && rows->dims <= 1;
   const auto vector = [&](const void* data, ScalarType dtype) {
     return aligned(data, std::min<int64_t>(16, pack * byte_size(dtype)));
   };
@@ -122,8 +124,8 @@ std::string text_of(const cuda::Stages& s) {
   };
   char post[96], last[96];
   std::snprintf(text, sizeof(text),
-                "{(Dtype)%d, %d, %d, %d, %d, (Load)%d, %d, %d, %d, %d, %s, %s, %d, %d, %d, %d, %d, %d, %lld, %d, %d}",
-                s.dtype, s.cols, s.threads, s.block, s.aligned, s.load, s.multiplied, s.round_activation, s.interleaved,
+                "{(Dtype)%d, %d, %d, %d, %d, %d, (Load)%d, %d, %d, %d, %d, %s, %s, %d, %d, %d, %d, %d, %d, %lld, %d, %d}",
+                s.dtype, s.cols, s.threads, s.block, s.aligned, s.flat, s.load, s.multiplied, s.round_activation, s.interleaved,
                 s.expert_bytes, norm(s.post, post), norm(s.norm, last), s.sum, s.y, s.data, s.scale, s.zero_point,
                 s.y_cols, s.key, s.collect_amax, s.by_tensor_amax);
   return text;

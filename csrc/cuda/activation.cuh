@@ -12,8 +12,8 @@ template <Stages K, Activation ACT>
 DEVICE void load_gated(const Row& p, long long r, Held<K>& held) {
   using T = typename Held<K>::T;
   constexpr int kPack = Held<K>::kPack, kPacks = Held<K>::kPacks;
-  const T* x = at<const T>(p.x, r);
-  const T* other = K.interleaved ? x : at<const T>(p.other, r);
+  const T* x = at<K.flat, const T>(p.x, r);
+  const T* other = K.interleaved ? x : at<K.flat, const T>(p.other, r);
   typename Held<K>::P first[kPacks], second[kPacks];
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {

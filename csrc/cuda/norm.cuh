@@ -16,7 +16,11 @@ struct Columns {
 #pragma unroll
       for (int i = 0; i < Held<K>::kPacks; ++i) load<K.aligned>(packs[i], (const W*)data + held.at(i), held.count(i));
   }
-  DEVICE float operator()(int i, int j) const { return widen(packs[i].e[j]); }
+  DEVICE float operator()(int i, int j) const {
+    float two[2];
+    widen_two(packs[i].e + j / 2 * 2, two[0], two[1]);
+    return two[j % 2];
+  }
 };
 
 // y = round_S(x * rstd * w), or round_S(round_S(x * rstd) * w).

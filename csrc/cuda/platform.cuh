@@ -75,9 +75,9 @@ DEVICE float narrow<float>(float x) {
 template <>
 DEVICE Bf16 narrow<Bf16>(float x) {
 #if PTX(800)
-  Bf16 y;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-  return y;
+  unsigned y;  // of two, which runs at full rate where that of one does not
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(0.0f), "f"(x));
+  return {(unsigned short)y};
 #else
   const unsigned all = bits<unsigned>(x);
   if ((all & kMagnitudeBits) > kInfinityBits) return {0x7fff};
@@ -87,10 +87,10 @@ DEVICE Bf16 narrow<Bf16>(float x) {
 
 template <>
 DEVICE Fp16 narrow<Fp16>(float x) {
-#if PTX(530)
-  Fp16 y;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-  return y;
+#if PTX(800)
+  unsigned y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(0.0f), "f"(x));
+  return {(unsigned short)y};
 #else
   const int magnitude = bits<int>(x) & kMagnitudeBits, sign = bits<int>(x) >> 16 & 0x8000;
   if (magnitude > kInfinityBits) return {0x7fff};
@@ -99,6 +99,34 @@ DEVICE Fp16 narrow<Fp16>(float x) {
   return {(unsigned short)(sign | magnitude_code<10, 113, int>(bits<float>(magnitude)))};
 #endif
 }
+
+// Two neighbours at once: of 16 bits they are the halves of a word.
+template <class T>
+DEVICE void widen_two(const T* from, float& x, float& y) {
+  x = widen(from[0]);
+  y = widen(from[1]);
+}
+template <class T>
+DEVICE void narrow_two(float x, float y, T* to) {
+  to[0] = narrow<T>(x);
+  to[1] = narrow<T>(y);
+}
+#if PTX(800)
+template <>
+DEVICE void widen_two(const Bf16* from, float& x, float& y) {
+  const unsigned both = *(const unsigned*)from;
+  x = bits<float>(both << 16);
+  y = bits<float>(both & 0xffff0000u);
+}
+template <>
+DEVICE void narrow_two(float x, float y, Bf16* to) {
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(*(unsigned*)to) : "f"(y), "f"(x));
+}
+template <>
+DEVICE void narrow_two(float x, float y, Fp16* to) {
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(*(unsigned*)to) : "f"(y), "f"(x));
+}
+#endif
 
 // x rounded to T, as a float.
 template <class T, bool FITS = false>

@@ -132,7 +132,7 @@ template <Stages K>
 DEVICE void quantize(const Row& p, long long r, const Held<K>& held, Scratch& scratch, int* amax, bool active) {
   using C = Codes<K>;
   constexpr Key key{K.key};
-  unsigned char* const data = active && K.data ? at<unsigned char>(p.data, r) : nullptr;
+  unsigned char* const data = active && K.data ? at<K.flat, unsigned char>(p.data, r) : nullptr;
   if constexpr (K.by_tensor_amax || key.is_static()) {
     float scale;
     if constexpr (K.by_tensor_amax) {

@@ -14,9 +14,9 @@ using namespace cuda;
 
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 
-template <class T>
+template <bool FLAT, class T>
 DEVICE T* at(const Strided& rows, long long row) {
-  if (rows.dims <= 1) return (T*)(rows.data + row * rows.stride[0]);
+  if (FLAT || rows.dims <= 1) return (T*)(rows.data + row * rows.stride[0]);
   long long bytes = 0;
   for (int d = rows.dims - 1; d >= 0; --d) {
     bytes += row % rows.size[d] * rows.stride[d];
@@ -63,20 +63,24 @@ struct Held {
   }
   DEVICE void floats(int i, float (&v)[kPack]) const {
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) v[j] = widen(packs[i].e[j]);
+    for (int j = 0; j < kPack; j += 2) widen_two(packs[i].e + j, v[j], v[j + 1]);
   }
   // Rounds to S; what the row doesn't have stays zero.
   DEVICE void keep(int i, const float (&v)[kPack]) {
     const int n = count(i);
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) packs[i].e[j] = K.aligned || j < n ? narrow<T>(v[j]) : T{};
+    for (int j = 0; j < kPack; j += 2) {
+      narrow_two(v[j], v[j + 1], packs[i].e + j);
+      if (!K.aligned && j >= n) packs[i].e[j] = T{};
+      if (!K.aligned && j + 1 >= n) packs[i].e[j + 1] = T{};
+    }
     if (K.aligned && !n) packs[i] = P{};
   }
 };
 
 template <Stages K>
 DEVICE void load_rows(const Strided& in, long long r, Held<K>& held) {
-  const auto* x = at<const typename Held<K>::T>(in, r);
+  const auto* x = at<K.flat, const typename Held<K>::T>(in, r);
 #pragma unroll
   for (int i = 0; i < Held<K>::kPacks; ++i) load<K.aligned>(held.packs[i], x + held.at(i), held.count(i));
 }
@@ -84,7 +88,7 @@ DEVICE void load_rows(const Strided& in, long long r, Held<K>& held) {
 template <Stages K>
 DEVICE void store_rows(const Strided& out, long long r, const Held<K>& held, int cols) {
   using T = typename Held<K>::T;
-  T* y = at<T>(out, r);
+  T* y = at<K.flat, T>(out, r);
 #pragma unroll
   for (int i = 0; i < Held<K>::kPacks; ++i) store<K.aligned>(y + held.at(i), held.packs[i], held.count(i));
   for (int c = K.cols + held.thread; c < cols; c += K.threads) y[c] = T{};

@@ -48,6 +48,7 @@ struct Stages {
   int threads;   // of a row
   int block;     // threads of a block
   bool aligned;  // every row of every tensor is aligned for whole packs, of which its length is a multiple
+  bool flat;     // the rows of every tensor lie at one stride
 
   Load load;
   bool multiplied, round_activation, interleaved;

@@ -1,0 +1,106 @@
+"""What only a GPU can show of the CUDA and Triton kernels: `make gpu`.
+
+The rest of the suite for them, test_host_cuda.py and test_triton.py, runs there too, with FUSED_OPS_TEST_DEVICE=cuda.
+"""
+
+import threading
+
+import pytest
+import torch
+from compare import assert_same, raw
+
+import fused_ops
+from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN
+
+pytestmark = pytest.mark.gpu
+BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
+KEYS = [FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128, INT8_DYNAMIC_TOKEN, FP8_DYNAMIC_TENSOR]
+
+
+def add_norm_quant(x, residual, weight, key):
+    (q, residual) = fused_ops.fused_add_rms_norm_quant(x, residual, weight, 1e-6, key)
+    return q.data, q.scale, residual
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_a_16_bit_dtype(backend, dtype):
+    """The hardware's conversions are those of the CPU, whose squares cover every rounding."""
+    values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).view(64, 1024)
+    scale = torch.tensor([0.37])
+    with fused_ops.use_backend(backend):
+        squares = fused_ops.relu2(values.cuda())
+        codes = fused_ops.quantize(values.cuda(), FP8_STATIC_TENSOR, scale=scale.cuda())
+        gated = fused_ops.silu_mul(values.cuda(), values.flip(0).cuda())
+    assert_same(squares.cpu(), fused_ops.relu2(values))
+    assert_same(codes.data.cpu(), fused_ops.quantize(values, FP8_STATIC_TENSOR, scale=scale).data)
+    assert_same(gated.cpu(), fused_ops.silu_mul(values, values.flip(0)))
+
+
+@BACKENDS
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_a_captured_graph_replays_with_new_inputs(backend, key):
+    x, r, w = torch.randn(2, 16, 4096, device="cuda").bfloat16().unbind() + (torch.randn(4096, device="cuda"),)
+    with fused_ops.use_backend(backend):
+        fused_ops.warmup(lambda: add_norm_quant(x, r, w, key))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = add_norm_quant(x, r, w, key)
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            for got, expected in zip(captured, add_norm_quant(x, r, w, key), strict=True):
+                assert_same(got, expected)
+
+
+@BACKENDS
+def test_work_waits_on_the_current_stream(backend):
+    x, w = torch.randn(4096, 8192, device="cuda").bfloat16(), torch.ones(8192, device="cuda")
+    with fused_ops.use_backend(backend):
+        expected = fused_ops.rms_norm(x * 3, w, 1e-6)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            torch.cuda._sleep(50_000_000)
+            actual = fused_ops.rms_norm(x * 3, w, 1e-6)
+        aside.synchronize()
+    assert_same(actual, expected)
+
+
+@BACKENDS
+def test_a_thread_that_has_not_used_cuda(backend):
+    x = torch.randn(4, 640, device="cuda").bfloat16()
+    found = []
+    with fused_ops.use_backend(backend):
+        expected = fused_ops.relu2(x)
+        out = torch.empty_like(x)
+        thread = threading.Thread(target=lambda: found.append(fused_ops.relu2(x, out=out)))
+        thread.start()
+        thread.join()
+    assert_same(found[0], expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize("key", [FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128], ids=str)
+def test_beyond_two_to_the_31_elements(backend, key):
+    rows, cols = (1 << 19) + 3, 4096 + 128
+    x = torch.empty(rows, cols, dtype=torch.bfloat16, device="cuda").normal_()
+    with fused_ops.use_backend(backend):
+        whole = fused_ops.quantize(x, key)
+        for part in slice(0, 5), slice(rows - 5, rows):
+            alone = fused_ops.quantize(x[part].clone(), key)
+            assert torch.equal(raw(whole.data[part]), raw(alone.data))
+            assert torch.equal(whole.scale[part], alone.scale)
+
+
+@BACKENDS
+@pytest.mark.parametrize("key", KEYS[:3], ids=str)
+def test_a_row_is_the_same_in_any_batch(backend, key):
+    """Promise 2, at sizes that fill the device."""
+    x = torch.randn(5000, 7168, device="cuda").bfloat16()
+    r, w = torch.randn_like(x), torch.randn(7168, device="cuda")
+    with fused_ops.use_backend(backend):
+        whole = add_norm_quant(x, r, w, key)
+        for rows in (slice(0, 1), slice(4093, 5000)):
+            for got, expected in zip(add_norm_quant(x[rows], r[rows], w, key), whole, strict=True):
+                assert_same(got, expected[rows].clone())
