@@ -1,7 +1,10 @@
 """Fused operations for LLM inference. See `quant` for the tensors they make, `quant.methods` for who takes them."""
 
+import os as _os
+
 from ._cpu import load as _load
 from ._op import OPS, use_backend
+from ._triton import register as _register
 from .activation import (
     gelu_tanh_mul,
     gelu_tanh_mul_quant,
@@ -28,6 +31,9 @@ from .quantize import QuantOptions, quantize
 from .rope import rope
 
 _load()
+_register()
+if _name := _os.environ.get("FUSED_OPS_BACKEND"):
+    use_backend(_name).__enter__()
 
 __all__ = [
     "OPS",
