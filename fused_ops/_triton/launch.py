@@ -193,18 +193,13 @@ def stages(
     width = next_power_of_two(group)
     block = next_power_of_two(-(-cols // group)) * width
     group = width if width == block else group
-    packs = max(1, block * element // 16)  # of 16 bytes, which a thread loads at once
-    threads = 32
-    while threads < 1024 and packs > threads * (2 if threads < 256 else 4):
-        threads *= 2
-    warps = max(1, threads // (64 if torch.version.hip else 32))
     return Stages(
         cols,
         y_cols,
         block,
         group,
         width,
-        max(1, 64 // packs),
+        max(1, 1024 // (block * element)),
         load,
         round_activation,
         post,
@@ -212,4 +207,12 @@ def stages(
         bool(flags & ROUND_BEFORE_WEIGHT),
         bool(flags & WEIGHT_BIAS_ONE),
         codes,
-    ), warps
+    ), warps_of(block * element)
+
+
+def warps_of(size: int) -> int:
+    """Warps for a block of so many bytes: a thread loads 16 at once, two to four times."""
+    threads = 32
+    while threads < 1024 and size > 16 * threads * (2 if threads < 256 else 4):
+        threads *= 2
+    return max(1, threads // (64 if torch.version.hip else 32))
