@@ -209,14 +209,15 @@ def asymmetric_scale(high_bits, low_bits, C: tl.constexpr):
 
 @triton.jit
 def scale_pointers(places, row, slot, C: tl.constexpr):
+    slot = slot.to(tl.int64)
     if C.layout == "plain":
-        return places.data + row[:, None] * places.row + slot.to(tl.int64) * places.one
-    elif C.layout == "swizzled":
-        tile = row // 128 * places.row * 128 + row % 32 * 16 + row % 128 // 32 * 4
+        return places.data + (row[:, None] * places.row + slot * places.one)
     else:
-        tile = row * places.row
-    data = places.data.to(tl.pointer_type(tl.uint8))
-    return data + tile[:, None] + slot.to(tl.int64) // 4 * places.four + slot % 4 * places.one
+        start = row * places.row
+        if C.layout == "swizzled":
+            start = row // 128 * places.row * 128 + row % 32 * 16 + row % 128 // 32 * 4
+        data = places.data.to(tl.pointer_type(tl.uint8))
+        return data + (start[:, None] + slot // 4 * places.four + slot % 4 * places.one)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Rotary position embedding: a block of heads of a token, of q or of k."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import triton
@@ -14,15 +15,12 @@ from .row import Rows
 @dataclass(frozen=True)
 class Heads:
     head_dim: int
-    half: int  # of the columns that are rotated
+    half: int  # of the columns that are rotated,
+    places: int  # the next power of two,
+    rest: int  # and that of the columns that pass
     block: int  # heads of a block, a power of two
     is_neox: bool
     round_products: bool
-
-
-@triton.constexpr_function
-def power_of_two(n):
-    return next_power_of_two(n)
 
 
 @triton.jit
@@ -42,31 +40,30 @@ def store(pointer, x, within):
 def rotate(x, out, heads, token, first, cos, sin, K: tl.constexpr):
     """y1 = x1 * cos - x2 * sin, y2 = x2 * cos + x1 * sin."""
     S: tl.constexpr = x.data.dtype.element_ty
-    HALF: tl.constexpr = power_of_two(K.half)
     head = (first + tl.arange(0, K.block))[:, None]
     source = x.data + token * x.strides[0] + head.to(tl.int64) * x.strides[1]
     target = out.data + token * out.strides[0] + head.to(tl.int64) * out.strides[1]
 
-    i = tl.arange(0, HALF)[None, :]
-    pair = tl.arange(0, 2 * HALF)[None, :]
+    i = tl.arange(0, K.places)[None, :]
+    pair = tl.arange(0, 2 * K.places)[None, :]
     within = (head < heads) & (i < K.half)
     if K.is_neox:
         x1 = widen(tl.load(source + i, mask=within, other=0.0))
         x2 = widen(tl.load(source + K.half + i, mask=within, other=0.0))
     else:
         both = widen(tl.load(source + pair, mask=(head < heads) & (pair < 2 * K.half), other=0.0))
-        x1, x2 = tl.split(tl.reshape(both, (K.block, HALF, 2)))
+        x1, x2 = tl.split(tl.reshape(both, (K.block, K.places, 2)))
     y1 = round_to(product(x1, cos, S, K) - product(x2, sin, S, K), S)
     y2 = round_to(product(x2, cos, S, K) + product(x1, sin, S, K), S)
     if K.is_neox:
         store(target + i, y1, within)
         store(target + K.half + i, y2, within)
     else:
-        both = tl.reshape(tl.join(y1, y2), (K.block, 2 * HALF))
+        both = tl.reshape(tl.join(y1, y2), (K.block, 2 * K.places))
         store(target + pair, both, (head < heads) & (pair < 2 * K.half))
 
     if K.head_dim > 2 * K.half:
-        rest = 2 * K.half + tl.arange(0, power_of_two(K.head_dim - 2 * K.half))[None, :]
+        rest = 2 * K.half + tl.arange(0, K.rest)[None, :]
         within = (head < heads) & (rest < K.head_dim)
         tl.store(target + rest, tl.load(source + rest, mask=within), mask=within)
 
@@ -80,7 +77,7 @@ def rope_kernel(
     position = token
     if positions is not None:
         position = tl.load(positions + token).to(tl.int64)
-    i = tl.arange(0, power_of_two(K.half))[None, :]
+    i = tl.arange(0, K.places)[None, :]
     # A position outside the table is read from nowhere, and what it rotates is NaN.
     within = (i < K.half) & (position >= 0) & (position < positions_in_table)
     cos = tl.load(table + position * table_stride + i, mask=within, other=float("nan"))
@@ -96,12 +93,19 @@ def rope_kernel(
             rotate(k, k_out, k_heads, token, (block - q_blocks) * K.block, cos, sin, K)
 
 
+@lru_cache(4096)
+def heads_of(head_dim: int, half: int, heads: int, is_neox: bool, round_products: bool) -> Heads:
+    places, rest = next_power_of_two(half), next_power_of_two(head_dim - 2 * half)
+    block = min(next_power_of_two(heads), max(1, 1024 // places))
+    return Heads(head_dim, half, places, rest, block, is_neox, round_products)
+
+
 def rope(args: tuple, outs: dict[str, Any]) -> None:
     q, k, positions, table, is_neox, round_products = args
     tokens, q_heads, head_dim = q.shape
     k_heads, half = k.shape[1], table.shape[1] // 2
-    wide = next_power_of_two(half)
-    block = min(next_power_of_two(max(q_heads, k_heads)), max(1, 1024 // wide))
+    kernel = heads_of(head_dim, half, max(q_heads, k_heads), is_neox, round_products)
+    block = kernel.block
     q_blocks, k_blocks = -(-q_heads // block), -(-k_heads // block)
     if not (tokens and q_blocks + k_blocks and outs):
         return
@@ -109,7 +113,7 @@ def rope(args: tuple, outs: dict[str, Any]) -> None:
     arguments = (
         *(rows[0], rows[1], q_heads, rows[2], rows[3], k_heads, q_blocks),
         *(positions, table, table.stride(0), table.shape[0]),
-        Heads(head_dim, half, block, is_neox, round_products),
+        kernel,
     )
-    warps = warps_of(2 * block * wide * q.element_size())
+    warps = warps_of(2 * block * kernel.places * q.element_size())
     on_device(q.device, lambda: rope_kernel[(tokens, q_blocks + k_blocks)](*arguments, num_warps=warps, **OPTIONS))

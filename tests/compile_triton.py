@@ -1,0 +1,81 @@
+"""Compiles the Triton kernels that operations launch, for GPUs that aren't there, in a process without the interpreter.
+
+    python compile_triton.py sm_90 fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16 ...
+
+prints a JSON list: the assembly of each kernel of each call, in order.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import fused_ops
+from fused_ops import OPS
+from quant import NAMED_KEYS, ScaleLayout
+
+LAYOUTS = {layout.name: layout for layout in ScaleLayout}
+
+
+class Driver:
+    """One that knows its target and has no device."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def target_of(arch: str) -> GPUTarget:
+    if arch.startswith("gfx"):
+        torch.version.hip = arch
+        return GPUTarget("hip", arch, 64)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def key_of(name: str):
+    name, *layout = name.split("/")
+    changes = {"layout": LAYOUTS[layout[0]]} if layout else {}
+    if layout == ["PACKED_UE8M0"]:
+        changes["power_of_two"] = True
+    return NAMED_KEYS[name].with_scale(**changes) if layout else NAMED_KEYS[name]
+
+
+def kernels(call: str) -> list[str]:
+    name, key, cols, dtype = call.split(":")
+    op = OPS[name]
+    args = op.workload(16, int(cols), key_of(key) if key else None, getattr(torch, dtype), "cpu")
+    made = []
+
+    def compile(self, *args, grid, warmup, **options):
+        made.append(run(self, *args, grid=grid, warmup=True, **options).asm)
+
+    run, JITFunction.run = JITFunction.run, compile
+    try:
+        op.default(*args)
+    finally:
+        JITFunction.run = run
+    return [asm["ptx" if "ptx" in asm else "amdgcn"] for asm in made]
+
+
+if __name__ == "__main__":
+    triton.runtime.driver.set_active(Driver(target_of(sys.argv[1])))
+    for op in OPS.values():
+        if "triton" in op.backends:
+            op.backend(replace(op.backends["triton"], devices=("CPU",)))
+    with fused_ops.use_backend("triton"):
+        print(json.dumps([kernels(call) for call in sys.argv[2:]]))
