@@ -2,13 +2,16 @@
 
     python compile_triton.py sm_90 fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16 ...
 
-prints a JSON list: the assembly of each kernel of each call, in order.
+prints a JSON list: for each call its kernels, in order, as {"asm": assembly, "usage": what ptxas says of a CUDA one}.
 """
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -55,7 +58,15 @@ def key_of(name: str):
     return NAMED_KEYS[name].with_scale(**changes) if layout else NAMED_KEYS[name]
 
 
-def kernels(call: str) -> list[str]:
+def usage(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def kernels(call: str) -> list[dict]:
     name, key, cols, dtype = call.split(":")
     op = OPS[name]
     args = op.workload(16, int(cols), key_of(key) if key else None, getattr(torch, dtype), "cpu")
@@ -69,7 +80,9 @@ def kernels(call: str) -> list[str]:
         op.default(*args)
     finally:
         JITFunction.run = run
-    return [asm["ptx" if "ptx" in asm else "amdgcn"] for asm in made]
+    return [
+        {"asm": asm["ptx"], "usage": usage(asm["cubin"])} if "ptx" in asm else {"asm": asm["amdgcn"]} for asm in made
+    ]
 
 
 if __name__ == "__main__":

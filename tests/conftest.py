@@ -1,3 +1,8 @@
+import os
+
+# Before anything imports Triton, which decides then: its kernels run on NumPy, unless this says 0 (on a GPU).
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pairwise
 import pytest
 import torch
