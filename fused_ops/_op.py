@@ -43,6 +43,7 @@ class Backend:
         the kernel sits in PyTorch's dispatcher already, so that a call meets no Python on its way.
     devices: dispatch keys that it serves.
     supports: whether it serves these arguments, by device, dtype, key and row length, never by the number of rows.
+    limits: what `supports` allows, in words.
     missing: what must be installed for it, if something isn't.
     """
 
@@ -50,6 +51,7 @@ class Backend:
     run: Callable[[tuple, dict[str, Tensor]], None] | None
     devices: tuple[str, ...] = DEVICES
     supports: Callable[..., bool] = lambda *_: True
+    limits: str = ""
     missing: Callable[[], str | None] = lambda: None
 
 
@@ -417,7 +419,8 @@ def kernels_of(op: Op, backend: Backend) -> list[tuple[str, Callable]]:
     def check(args: tuple) -> None:
         op.check(*args)
         if not backend.supports(*args):
-            raise ValueError(f"{op.name}: the {backend.name} backend does not serve {describe(args, op)}")
+            limits = backend.limits and f", but {backend.limits}"
+            raise ValueError(f"{op.name}: the {backend.name} backend does not serve {describe(args, op)}{limits}")
 
     def run(*args):
         check(args)

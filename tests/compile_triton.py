@@ -1,6 +1,6 @@
 """Compiles the Triton kernels that operations launch, for GPUs that aren't there, in a process without the interpreter.
 
-    python compile_triton.py sm_90 fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16 ...
+    python compile_triton.py sm_90=fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16 ...
 
 prints a JSON list: for each call its kernels, in order, as {"asm": assembly, "usage": what ptxas says of a CUDA one}.
 """
@@ -22,32 +22,28 @@ from triton.runtime.jit import JITFunction
 
 import fused_ops
 from fused_ops import OPS
+from fused_ops._triton.launch import stages
 from quant import NAMED_KEYS, ScaleLayout
 
 LAYOUTS = {layout.name: layout for layout in ScaleLayout}
 
 
 class Driver:
-    """One that knows its target and has no device."""
+    """One that knows a target, and has no device: its number stands for the target where Triton caches kernels."""
 
-    def __init__(self, target: GPUTarget):
-        self.target = target
+    def __init__(self, arch: str):
+        amd = arch.startswith("gfx")
+        torch.version.hip = arch if amd else None
+        self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
     def get_current_target(self):
         return self.target
 
     def get_current_device(self):
-        return 0
+        return hash(self.target)
 
     def get_current_stream(self, device):
         return 0
-
-
-def target_of(arch: str) -> GPUTarget:
-    if arch.startswith("gfx"):
-        torch.version.hip = arch
-        return GPUTarget("hip", arch, 64)
-    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
 def key_of(name: str):
@@ -66,7 +62,9 @@ def usage(cubin: bytes) -> str:
         return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
 
 
-def kernels(call: str) -> list[dict]:
+def kernels(arch: str, call: str) -> list[dict]:
+    triton.runtime.driver.set_active(Driver(arch))
+    stages.cache_clear()  # which depends on the vendor
     name, key, cols, dtype = call.split(":")
     op = OPS[name]
     args = op.workload(16, int(cols), key_of(key) if key else None, getattr(torch, dtype), "cpu")
@@ -86,9 +84,8 @@ def kernels(call: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(Driver(target_of(sys.argv[1])))
     for op in OPS.values():
         if "triton" in op.backends:
             op.backend(replace(op.backends["triton"], devices=("CPU",)))
     with fused_ops.use_backend("triton"):
-        print(json.dumps([kernels(call) for call in sys.argv[2:]]))
+        print(json.dumps([kernels(*each.split("=")) for each in sys.argv[1:]]))

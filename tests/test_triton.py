@@ -14,7 +14,7 @@ from test_ops import ALL, BITWISE, as_tuple, cases, fresh, functional, outputs_f
 from torch import Tensor
 
 import fused_ops
-from fused_ops import OPS
+from fused_ops import OPS, _triton
 from fused_ops._op import describe
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TENSOR, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, MXFP4, NVFP4
 from quant.key import QuantKey
@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SERVED = [p for p in ALL if "triton" in p.values[0].backends]
-PER_OP = 8  # the interpreter takes about a tenth of a second for a block of rows
+PER_OP = 6  # the interpreter takes hundredths of a second for a block of rows
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,7 +57,10 @@ def test_it_serves_every_row_operation_and_rope():
     assert {p.id for p in ALL} - {p.id for p in SERVED} == {"scaled_linear"}
 
 
-@pytest.mark.parametrize("op", SERVED)
+QUANTIZED_NORMS = [p for p in SERVED if "norm" in p.id and "_quant" in p.id]  # what they quantize differs by a step
+
+
+@pytest.mark.parametrize("op", [p for p in SERVED if p not in QUANTIZED_NORMS and p.id != "dual_rms_norm"])
 def test_results_are_the_cpus(op):
     """Promise 4: what rounds nothing in another order is bitwise the same, sums differ by a step."""
     for args in some(op):
@@ -66,11 +69,11 @@ def test_results_are_the_cpus(op):
             a, e, context = actual[name], expected[name], f"{op.name} {name} {describe(args, op)}"
             if op.name in BITWISE or "norm" not in op.name or (name == "residual" and op.name.startswith("fused_add")):
                 assert_same(a, e, context)
-            elif "_quant" not in op.name and op.name != "dual_rms_norm":  # what they quantize differs by a step
+            else:
                 assert_close(a, e, context, roundings=2, terms=terms_of(op, args))
 
 
-@pytest.mark.parametrize("op", [p for p in SERVED if p.id.endswith("_quant")])
+@pytest.mark.parametrize("op", QUANTIZED_NORMS)
 def test_fused_is_unfused(op):
     """Promise 1."""
     plain, quantize = OPS[op.name.removesuffix("_quant")], OPS["quantize"]
@@ -232,7 +235,7 @@ def test_what_is_refused():
     x = torch.zeros(1, 65536 + 8, dtype=torch.bfloat16, device=DEVICE)
     memory = torch.zeros(4, 64, device=DEVICE)
     with fused_ops.use_backend("triton"):
-        with pytest.raises(ValueError, match="the triton backend serves rows of up to 65536 columns"):
+        with pytest.raises(ValueError, match="the triton backend does not serve .* but rows of up to 65536 columns"):
             fused_ops.relu2(x)
         with pytest.raises(ValueError, match="the triton backend does not serve"):
             fused_ops.quantize(memory, QuantKey(torch.int8, FP8_DYNAMIC_TENSOR.scale, symmetric=False))
@@ -248,27 +251,26 @@ def test_what_is_refused():
         fused_ops.relu2(memory.clone().requires_grad_()).sum().backward()
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(Path(fused_ops.__file__).parent.parent), **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-
-
 def test_without_triton_everything_else_runs_and_asking_for_it_says_what_to_install():
-    done = run("""
+    code = """
 import sys
 sys.modules["triton"] = None
 import torch, fused_ops
 fused_ops.relu2(torch.ones(1, 8))
 fused_ops.use_backend("triton")
-""")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(fused_ops.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "ImportError: use_backend: the triton backend needs Triton: pip install 'triton>=3.6'" in done.stderr
 
 
-def test_importing_does_not_make_kernels_and_a_cpu_needs_the_interpreter():
-    done = run("""
-import sys, torch, fused_ops
-assert "fused_ops._triton.row" not in sys.modules
-with fused_ops.use_backend("triton"):
-    fused_ops.relu2(torch.ones(1, 8))
-""", TRITON_INTERPRET="0")  # fmt: skip
-    assert "there is no backend 'triton' for CPU on this machine" in done.stderr
+def test_a_cpu_needs_the_interpreter(monkeypatch):
+    with monkeypatch.context() as environment:
+        environment.setenv("TRITON_INTERPRET", "0")
+        _triton.register()
+        with (
+            fused_ops.use_backend("triton"),
+            pytest.raises(ValueError, match="there is no backend 'triton' for CPU on this machine"),
+        ):
+            fused_ops.relu2(torch.ones(1, 8))
+    _triton.register()

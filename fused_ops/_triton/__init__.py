@@ -18,6 +18,7 @@ from quant import QuantKey
 from .._op import NO_KEY, OPS, Backend, Op, kernels_of
 
 MAX_COLS = 65536  # of a row: its elements stay in the registers of one block
+LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static or by token or group"
 ELSEWHERE = ("scaled_linear",)
 _defaults: list[Library] = []
 
@@ -28,7 +29,7 @@ def register() -> None:
     devices = ("CPU", "CUDA") if interpreted else ("CUDA",)
     for op in OPS.values():
         if op.name not in ELSEWHERE:
-            op.backend(Backend("triton", _runs(op), devices, _supports(op), missing))
+            op.backend(Backend("triton", _runs(op), devices, _supports(op), LIMITS, missing))
     if missing() is None and not interpreted and (torch.version.hip or torch.version.cuda):
         _defaults.append(Library("fused_ops", "IMPL"))
         for op in OPS.values():
