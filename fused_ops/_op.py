@@ -281,7 +281,7 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
 
 
 def check_inputs_survive(op: Op, args: tuple, outs: dict[str, Tensor]) -> None:
-    """Raise where an output lies over an input, unless it is in the place of one whose row is read before it is written."""
+    """Raise where an output lies over an input, unless in the very place of one whose row is read before."""
     for output, out in outs.items():
         for name, tensor in zip(op.arguments, args, strict=False):
             if not isinstance(tensor, Tensor) or not overlap(out, tensor):
@@ -290,7 +290,7 @@ def check_inputs_survive(op: Op, args: tuple, outs: dict[str, Tensor]) -> None:
             same = (out.data_ptr(), out.shape, out.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride())
             if not (in_place and same and out.dtype == tensor.dtype):
                 where = _OUTPUTS.get(output, f"{output}_out")
-                raise ValueError(f"{op.name}: {where} overlaps {name} in memory")
+                raise ValueError(f"{op.name}: {where} overlaps another argument in memory, {name}")
 
 
 _READ_FIRST = ("x", "residual", "gate", "up")

@@ -3,6 +3,8 @@ import os
 # Before anything imports Triton, which decides then: its kernels run on NumPy, unless this says 0 (on a GPU).
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import importlib.util
+
 import pairwise
 import pytest
 import torch
@@ -14,6 +16,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     pairwise.everything = config.getoption("--full")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def triton_interpreter():
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+        import interpreter
+
+        interpreter.install()
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,6 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 FMA_OF = {"silu": 11, "gelu": 12, "swiglu": 11}  # of an element: the polynomial's, and one for gelu's exponent
 
 
-
 def calls_of(arch: str) -> list[str]:
     """The first, and some of the others: all of them for NVIDIA, half for AMD."""
     start = ARCHITECTURES.index(arch)

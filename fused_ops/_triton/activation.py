@@ -39,7 +39,7 @@ def gelu_exponent(g, S: tl.constexpr):
     """
     FACTOR: tl.constexpr = 1.5957691216057308
     CUBE: tl.constexpr = 0.044715 * 1.5957691216057308
-    if S == tl.float32:
+    if S.name == "fp32":
         x = g.to(tl.float64)
         exact = x * (x * x * CUBE + FACTOR)
         rounded = exact.to(tl.float32)

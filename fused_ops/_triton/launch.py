@@ -185,7 +185,15 @@ def width_of(key: int | None, cols: int) -> int:
 
 @lru_cache(4096)
 def stages(
-    cols: int, y_cols: int, element: int, load: str, round_activation: bool, post: bool, norm: str, flags: int, key: int | None
+    cols: int,
+    y_cols: int,
+    element: int,
+    load: str,
+    round_activation: bool,
+    post: bool,
+    norm: str,
+    flags: int,
+    key: int | None,
 ) -> tuple[Stages, int]:
     """The kernel for these, and its warps; the one place where a launch is decided."""
     codes = None if key is None else codes_of(key, cols)

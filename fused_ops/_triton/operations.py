@@ -96,7 +96,7 @@ def set_outputs(p: Pipeline, outs: dict[str, Any]) -> None:
 def dual_rms_norm(args: tuple, outs: dict[str, Any]) -> None:
     """Both norms, one after the other."""
     q, kv, q_weight, kv_weight, q_eps, kv_eps, flags, q_key, kv_key, q_given, kv_given, *zeros = args
-    q_zero, kv_zero = zeros or (None, None)
+    q_zero, kv_zero, *_ = *zeros, None, None  # PyTorch leaves trailing defaults out
     for name, x, weight, eps, key, given, zero in (
         ("q", q, q_weight, q_eps, q_key, q_given, q_zero),
         ("kv", kv, kv_weight, kv_eps, kv_key, kv_given, kv_zero),

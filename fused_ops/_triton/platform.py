@@ -43,7 +43,7 @@ def widen(x):
 @triton.jit
 def narrow(x, S: tl.constexpr):
     """x rounded to S, to nearest even."""
-    if S == tl.bfloat16 and INTERPRETED:  # whose cast truncates
+    if S.name == "bf16" and INTERPRETED:  # whose cast truncates
         b = bits(x)
         b = tl.where(is_nan(x), 0x7FFF0000, b + 0x7FFF + ((b >> 16) & 1))
         return (b >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)

@@ -288,9 +288,7 @@ def over_groups(x, K: tl.constexpr):
 
 
 @triton.jit
-def quantize(
-    x, rows, sizes, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K: tl.constexpr
-):
+def quantize(x, rows, sizes, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K: tl.constexpr):
     C: tl.constexpr = K.codes
     if C.per_tensor:
         if C.static:
@@ -299,8 +297,7 @@ def quantize(
             stored, _ = dynamic_scale(tl.load(tensor_amax), given, C)
             value = from_bits(stored)
         if scale is not None:
-            if tl.program_id(0) == 0:
-                tl.store(scale.data, value)
+            tl.store(scale.data, value, mask=tl.program_id(0) == 0)
         if C.asymmetric:
             codes = encode(x * reciprocal(value), tl.load(given_zero).to(tl.float32), C)
         else:
