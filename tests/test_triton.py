@@ -231,6 +231,19 @@ def test_a_long_row_and_padding_wider_than_it():
     assert_same(actual["residual"], expected["residual"])
 
 
+def test_a_position_outside_the_table_is_not_read_and_gives_nan():
+    """A GPU can't refuse it."""
+    from fused_ops._triton.rope import rope
+
+    q, k = torch.ones(3, 3, 8, device=DEVICE), torch.ones(3, 1, 8, device=DEVICE)
+    table, out = torch.ones(5, 6, device=DEVICE), {"q": torch.empty_like(q), "k": torch.empty_like(k)}
+    rope((q, k, torch.tensor([-1, 4, 5], device=DEVICE), table, True, False), out)
+    for y in out.values():
+        assert y[::2, :, :6].isnan().all()
+        assert (y[1, :, :3] == 0).all()
+        assert (y[..., 6:] == 1).all()
+
+
 def test_what_is_refused():
     x = torch.zeros(1, 65536 + 8, dtype=torch.bfloat16, device=DEVICE)
     memory = torch.zeros(4, 64, device=DEVICE)

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant import QuantKey
-
 from .quantize import Places, codes_of
 from .row import Rows, Stages, row_kernel
 
@@ -67,18 +65,19 @@ def run(p: Pipeline) -> None:
         p.key = None
     if p.key is None:
         return launch(p)
-    key = QuantKey.from_code(p.key)
-    one_scale = key.per_tensor and not key.scale.static
-    plain = p.load == "copy" and not p.norm and p.post_eps is None
-    # Columns of groups that aren't a power of two are spread over more places, which would change a norm's sums.
-    spread = not plain and width_of(p.key, p.cols) != key.group_size(p.cols) < p.cols
-    if not (one_scale or spread):
+    codes = codes_of(p.key, p.cols)
+    one_scale = codes.per_tensor and not codes.static
+    normed = bool(p.norm) or p.post_eps is not None
+    # Groups that aren't a power of two are spread over more places, which would change a norm's sums.
+    spread = codes.groups > 1 and next_power_of_two(codes.group) != codes.group
+    if not (one_scale or (spread and normed)):
         return launch(p)
     if one_scale:
         p.tensor_amax = torch.zeros(1, dtype=torch.int32, device=p.x.device)
+    plain = p.load == "copy" and not normed
     if p.y is None and not plain:
         p.y = p.x.new_empty((*p.x.shape[:-1], p.cols))
-    codes = Pipeline(
+    second = Pipeline(
         p.x if plain else p.y,  # type: ignore[arg-type]
         tokens_per_expert=p.tokens_per_expert,
         key=p.key,
@@ -90,35 +89,52 @@ def run(p: Pipeline) -> None:
         tensor_amax=p.tensor_amax,
     )
     launch(replace(p, key=None, data=None, scale=None, zero_point=None))
-    launch(codes)
+    launch(second)
 
 
 def launch(p: Pipeline) -> None:
-    x, key = p.x, p.key
+    x = p.x
     rows = x.shape[:-1].numel()
     y_cols = p.cols if p.y is None else p.y.shape[-1]
-    kernel_stages, warps = stages(
-        *(p.cols, y_cols, x.element_size(), p.load, p.round_activation, p.post_eps is not None, p.norm),
-        *(p.flags if p.weight is not None or p.post_weight is not None else 0, key),
+    flags = 0 if p.weight is p.post_weight is None else p.flags
+    kernel, warps = stages(
+        p.cols, y_cols, x.element_size(), p.load, p.round_activation, p.post_eps is not None, p.norm, flags, p.key
     )
-    codes = kernel_stages.codes
-    swizzled = codes is not None and codes.layout == "swizzled"
-    count = -(-rows // 128) * 128 if swizzled else rows
-    blocks = -(-count // kernel_stages.rows)
-    if codes is not None and codes.per_tensor and p.scale is not None:
+    codes = kernel.codes
+    blocks = -(-rows // kernel.rows)
+    if codes is not None and codes.layout == "swizzled":
+        blocks = -(-round_up(rows, 128) // kernel.rows)
+    elif codes is not None and codes.per_tensor and p.scale is not None:
         blocks = max(blocks, 1)  # which writes the scale
     if not blocks:
         return
     sizes, (x_rows, other, residual, y, data) = rows_of(x, p.other, p.residual, p.y, bytes_of(p.data))
-    arguments = (
-        *(rows, sizes, x_rows, other, None if p.x_multiplier == 1.0 else float32(p.x_multiplier)),
-        *(float32(p.alpha), float32(p.limit)),
-        *(p.tokens_per_expert, 0 if p.tokens_per_expert is None else x.shape[1]),
-        *(p.post_weight, float32(p.post_eps), p.weight, p.bias, float32(p.eps), residual, y, data),
-        *(p.given, p.given_zero, places(p.scale, codes, rows), places(p.zero_point, codes, rows), p.tensor_amax),
-        kernel_stages,
-    )
-    on_device(x.device, lambda: row_kernel[(blocks,)](*arguments, num_warps=warps, **OPTIONS))
+    arguments = {
+        "rows": rows,
+        "sizes": sizes,
+        "x": x_rows,
+        "other": other,
+        "x_multiplier": None if p.x_multiplier == 1.0 else float32(p.x_multiplier),
+        "alpha": float32(p.alpha),
+        "limit": float32(p.limit),
+        "tokens_per_expert": p.tokens_per_expert,
+        "rows_per_expert": 0 if p.tokens_per_expert is None else x.shape[1],
+        "post_weight": p.post_weight,
+        "post_eps": float32(p.post_eps),
+        "weight": p.weight,
+        "bias": p.bias,
+        "eps": float32(p.eps),
+        "residual": residual,
+        "y": y,
+        "data": data,
+        "given": p.given,
+        "given_zero": p.given_zero,
+        "scale": places(p.scale, codes),
+        "zero_point": places(p.zero_point, codes),
+        "tensor_amax": p.tensor_amax,
+        "K": kernel,
+    }
+    on_device(x.device, lambda: row_kernel[(blocks,)](**arguments, num_warps=warps, **OPTIONS))
 
 
 def on_device(device: torch.device, start: Any) -> None:
@@ -159,28 +175,26 @@ def rows_of(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Rows | None]
     return tuple(sizes) or (1,), found
 
 
-def places(tensor: Tensor | None, codes: Any, rows: int) -> Places | None:
+def places(tensor: Tensor | None, codes: Any) -> Places | None:
     if tensor is None:
         return None
     data = bytes_of(tensor)
     if codes.per_tensor:
         return Places(data, 0, 0, 0)
     if codes.layout == "swizzled":
-        return Places(data, -(-codes.groups // 4) * 4, 512, 1)
+        return Places(data, round_up(codes.groups, 4), 512, 1)
     row, column = tensor.stride()
     if codes.layout == "packed":
         return Places(data, 4, 4 * column, 1)
     return Places(data, row, 0, column)
 
 
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def width_of(key: int | None, cols: int) -> int:
-    """Places that a group takes in a block."""
-    group = cols if key is None else codes_of(key, cols).group
-    return next_power_of_two(group)
 
 
 @lru_cache(4096)

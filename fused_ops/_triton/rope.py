@@ -6,6 +6,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import OPTIONS, next_power_of_two, on_device, warps_of
 from .platform import narrow, round_to, widen
@@ -68,9 +69,9 @@ def rotate(x, out, heads, token, first, cos, sin, K: tl.constexpr):
         tl.store(target + rest, tl.load(source + rest, mask=within), mask=within)
 
 
-@triton.jit(do_not_specialize=["positions_in_table", "q_heads", "k_heads", "q_blocks"])
+@triton.jit(do_not_specialize=["table_rows", "q_heads", "k_heads", "q_blocks"])
 def rope_kernel(
-    q, q_out, q_heads, k, k_out, k_heads, q_blocks, positions, table, table_stride, positions_in_table, K: tl.constexpr
+    q, q_out, q_heads, k, k_out, k_heads, q_blocks, positions, table, table_stride, table_rows, K: tl.constexpr
 ):
     S: tl.constexpr = q.data.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
@@ -79,7 +80,7 @@ def rope_kernel(
         position = tl.load(positions + token).to(tl.int64)
     i = tl.arange(0, K.places)[None, :]
     # A position outside the table is read from nowhere, and what it rotates is NaN.
-    within = (i < K.half) & (position >= 0) & (position < positions_in_table)
+    within = (i < K.half) & (position >= 0) & (position < table_rows)
     cos = tl.load(table + position * table_stride + i, mask=within, other=float("nan"))
     sin = tl.load(table + position * table_stride + K.half + i, mask=within, other=float("nan"))
     if K.round_products:
@@ -94,7 +95,7 @@ def rope_kernel(
 
 
 @lru_cache(4096)
-def heads_of(head_dim: int, half: int, heads: int, is_neox: bool, round_products: bool) -> Heads:
+def kernel_of(head_dim: int, half: int, heads: int, is_neox: bool, round_products: bool) -> Heads:
     places, rest = next_power_of_two(half), next_power_of_two(head_dim - 2 * half)
     block = min(next_power_of_two(heads), max(1, 1024 // places))
     return Heads(head_dim, half, places, rest, block, is_neox, round_products)
@@ -104,16 +105,29 @@ def rope(args: tuple, outs: dict[str, Any]) -> None:
     q, k, positions, table, is_neox, round_products = args
     tokens, q_heads, head_dim = q.shape
     k_heads, half = k.shape[1], table.shape[1] // 2
-    kernel = heads_of(head_dim, half, max(q_heads, k_heads), is_neox, round_products)
+    kernel = kernel_of(head_dim, half, max(q_heads, k_heads), is_neox, round_products)
     block = kernel.block
     q_blocks, k_blocks = -(-q_heads // block), -(-k_heads // block)
     if not (tokens and q_blocks + k_blocks and outs):
         return
-    rows = [None if t is None else Rows(t, t.stride()[:2]) for t in (q, outs.get("q"), k, outs.get("k"))]
-    arguments = (
-        *(rows[0], rows[1], q_heads, rows[2], rows[3], k_heads, q_blocks),
-        *(positions, table, table.stride(0), table.shape[0]),
-        kernel,
-    )
+    q_rows, q_out, k_rows, k_out = (heads_of(t) for t in (q, outs.get("q"), k, outs.get("k")))
+    arguments = {
+        "q": q_rows,
+        "q_out": q_out,
+        "q_heads": q_heads,
+        "k": k_rows,
+        "k_out": k_out,
+        "k_heads": k_heads,
+        "q_blocks": q_blocks,
+        "positions": positions,
+        "table": table,
+        "table_stride": table.stride(0),
+        "table_rows": table.shape[0],
+        "K": kernel,
+    }
     warps = warps_of(2 * block * kernel.places * q.element_size())
-    on_device(q.device, lambda: rope_kernel[(tokens, q_blocks + k_blocks)](*arguments, num_warps=warps, **OPTIONS))
+    on_device(q.device, lambda: rope_kernel[(tokens, q_blocks + k_blocks)](**arguments, num_warps=warps, **OPTIONS))
+
+
+def heads_of(tensor: Tensor | None) -> Rows | None:
+    return None if tensor is None else Rows(tensor, tensor.stride()[:2])

@@ -79,7 +79,7 @@ def row_kernel(
     weight,
     bias,
     eps,
-    sum_out,
+    residual,
     y,
     data,
     given,
@@ -105,8 +105,8 @@ def row_kernel(
         held = rms_norm(held, post_weight, post_eps, column, within, valid, S, K)
     if K.post or K.load == "add":
         held = round_to(held + load_rows(other, sizes, row, column, valid), S)
-        if sum_out is not None:
-            store_rows(sum_out, sizes, row, column, valid, held)
+        if residual is not None:
+            store_rows(residual, sizes, row, column, valid, held)
     if K.norm == "rms":
         held = rms_norm(held, weight, eps, column, within, valid, S, K)
     elif K.norm == "layer":
