@@ -10,6 +10,7 @@ import torch
 
 import fused_ops
 from fused_ops import OPS
+from fused_ops._op import Backend, kernels_of
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN
 
 COMPILED = "cpu" in OPS["rms_norm"].backends
@@ -51,6 +52,24 @@ def test_compiled_graphs_obey(spy):
     with fused_ops.use_backend("reference"):
         compiled(X)
     assert len(spy) == 1
+
+
+def test_arguments_of_a_kind_are_checked_once_where_a_check_reads_no_values(monkeypatch):
+    op, checked, written = OPS["relu2"], [], []
+    check = op.check
+    monkeypatch.setattr(op, "check", lambda *args: checked.append(args) or check(*args))
+    kernels = dict(kernels_of(op, Backend("none", lambda args, outs: written.append(outs))))
+    for device, checks in ("meta", 1), ("cpu", 3):
+        checked.clear()
+        for _ in range(3):
+            y = kernels["relu2"](torch.empty(2, 8, device=device))
+            assert written.pop()["y"] is y
+        assert len(checked) == checks
+    with pytest.raises(ValueError, match="expected at least one column"):
+        kernels["relu2"](torch.empty(2, 0, device="meta"))
+    out = torch.empty(2, 8)
+    kernels["relu2.out"](torch.empty(2, 8), y_out=out)
+    assert written.pop()["y"] is out
 
 
 def test_an_unknown_backend_is_refused():
