@@ -106,5 +106,7 @@ def test_amdgcn(compiled, arch, call):
         assert re.search(r"(buffer|global)_load_dwordx4", asm)
         assert re.search(r"(buffer|global)_store_dwordx[24]|atomic", asm)
         assert re.search(r"; ScratchSize: 0\b", asm)
+        fused = re.search(r"v_(pk_fma|fmamk|fmaak)_f32", asm)  # others are those of division and square root
+        assert bool(fused) == (call.split("_")[0] in FMA_OF), "a product and a sum were contracted"
         assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", asm), "float32 denormals are flushed"
         assert re.search(r"\.amdhsa_wavefront_size32 0\b|wavefront_size: +64", asm)
