@@ -1,9 +1,12 @@
 """Fused operations for LLM inference. See `quant` for the tensors they make, `quant.methods` for who takes them."""
 
+import os as _os
+
 from ._cpu import load as _load_cpu
 from ._cuda import load as _load_cuda
 from ._cuda import warmup
 from ._op import OPS, use_backend
+from ._triton import load as _load_triton
 from .activation import (
     gelu_tanh_mul,
     gelu_tanh_mul_quant,
@@ -31,6 +34,9 @@ from .rope import rope
 
 _load_cpu()
 _load_cuda()
+_load_triton()  # after CUDA: what that serves stays with it
+if _name := _os.environ.get("FUSED_OPS_BACKEND"):
+    use_backend(_name).__enter__()
 
 __all__ = [
     "OPS",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from quant import QuantKey
 
-from ._op import NO_KEY, OPS, Backend, Op, use_backend
+from ._op import NO_KEY, OPS, Backend, Op
 
 
 def load() -> None:
@@ -27,8 +26,6 @@ def load() -> None:
     for op in OPS.values():
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op.name}", "CPU"):
             op.backend(Backend("cpu", None, ("CPU",), _supports(op)))
-    if name := os.environ.get("FUSED_OPS_BACKEND"):
-        use_backend(name).__enter__()
 
 
 def library_path() -> Path | None:

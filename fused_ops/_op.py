@@ -39,17 +39,21 @@ _SCHEMA_TYPES = {
 class Backend:
     """An implementation of an operation, and what it can do.
 
-    run: takes what the operation takes and returns the outputs of the functional overload; None where the kernel
-        sits in PyTorch's dispatcher already (C++), so that a call meets no Python on its way.
+    run: takes the operation's arguments, checked, and the outputs to write by name, those that are wanted; None where
+        the kernel sits in PyTorch's dispatcher already, so that a call meets no Python on its way.
     devices: dispatch keys that it serves.
     supports: whether it serves these arguments, by device, dtype, key and row length, never by the number of rows.
+    limits: what `supports` allows, in words.
+    missing: what must be installed for it, if something isn't.
     failure: why a kernel could not be made just now, if that is why a call was refused.
     """
 
     name: str
-    run: Callable | None
+    run: Callable[[tuple, dict[str, Tensor]], None] | None
     devices: tuple[str, ...] = DEVICES
     supports: Callable[..., bool] = lambda *_: True
+    limits: str = ""
+    missing: Callable[[], str | None] = lambda: None
     failure: Callable[[], Exception | None] = lambda: None
 
 
@@ -66,7 +70,7 @@ class Op:
         self.name = reference.__name__.lstrip("_")
         self.reference, self.outputs = reference, outputs.split()
         self.returns = returns or len(self.outputs)
-        self.backends = {"reference": Backend("reference", self._run)}
+        self.backends = {"reference": Backend("reference", None)}
         self.check: Callable[..., Any] = lambda *_: None
         self.empty: Callable[..., tuple] = _undeclared
         self.cases: Callable[[str], Iterator[tuple]] = _undeclared
@@ -283,6 +287,20 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
         checked[name] = got
 
 
+def check_inputs_survive(op: Op, args: tuple, outs: dict[str, Tensor]) -> None:
+    """Raise where an output lies over an input, unless in the very place of one whose row is read before."""
+    for output, out in outs.items():
+        for name, tensor in zip(op.arguments, args, strict=False):
+            if not isinstance(tensor, Tensor) or not overlap(out, tensor):
+                continue
+            in_place = name in _READ_FIRST or name == output
+            same = (out.data_ptr(), out.shape, out.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if not (in_place and same and out.dtype == tensor.dtype):
+                where = _OUTPUTS.get(output, f"{output}_out")
+                raise ValueError(f"{op.name}: {where} overlaps another argument in memory, {name}")
+
+
+_READ_FIRST = ("x", "residual", "gate", "up")
 # Outputs as callers know them; others are the argument `..._out`.
 _OUTPUTS = {"y": "out"} | {name: f"out.{name}" for name in ("data", "scale", "zero_point", "unquantized")}
 
@@ -341,16 +359,19 @@ class use_backend:
     graphs obey it too and calls outside a block pay nothing. It never falls back: what the backend can't serve
     raises. Blocks nest. `FUSED_OPS_BACKEND` in the environment is the same for the life of the process.
 
-    Raises ValueError where no operation has a backend of that name on this machine.
+    Raises ValueError where no operation has a backend of that name on this machine, ImportError where it needs
+    something that isn't installed.
     """
 
     _stack: typing.ClassVar[list[str]] = []
     _overrides: typing.ClassVar[Library | None] = None
 
     def __init__(self, name: str):
-        known = sorted({b for op in OPS.values() for b in op.backends})
+        known = {b.name: b for op in OPS.values() for b in op.backends.values()}
         if name not in known:
-            raise ValueError(f"use_backend: name is {name!r}, expected one of {known} on this machine")
+            raise ValueError(f"use_backend: name is {name!r}, expected one of {sorted(known)} on this machine")
+        if missing := known[name].missing():
+            raise ImportError(f"use_backend: {missing}")
         self.name = name
 
     def __enter__(self) -> use_backend:
@@ -392,20 +413,51 @@ def _forced(op: Op, name: str, device: str) -> list[tuple[str, Callable]]:
             raise ValueError(f"{op.name}: there is no backend {name!r} for {device} on this machine")
 
         return [(op.name, refuse), (f"{op.name}.out", refuse)]
-    if backend.run is None:  # in the dispatcher already
-        return []
     if name == "reference":
         return [(op.name, op._run), (f"{op.name}.out", op._run_out)]
+    return [] if backend.run is None else kernels_of(op, backend)
 
-    def run(*args):
+
+def kernels_of(op: Op, backend: Backend) -> list[tuple[str, Callable]]:
+    """Both overloads of `op` by a backend that writes given outputs."""
+    write = backend.run
+    assert write is not None
+
+    checked: set[tuple] = set()
+
+    def check(args: tuple) -> None:
+        kinds = tuple(map(_kind, args))
+        if kinds in checked:
+            return
         op.check(*args)
         if not backend.supports(*args):
-            raise ValueError(f"{op.name}: the {name} backend does not serve {describe(args)}")
-        return op._first(backend.run(*args))
+            limits = backend.limits and f", but {backend.limits}"
+            raise ValueError(f"{op.name}: the {backend.name} backend does not serve {describe(args, op)}{limits}")
+        if args[0].device.type != "cpu":  # where a check reads values too
+            if len(checked) >= 4096:
+                checked.clear()
+            checked.add(kinds)
+
+    def run(*args):
+        check(args)
+        made = op.empty(*args)
+        made = (made if isinstance(made, tuple) else (made,))[: op.returns]
+        write(args, dict(zip(op.outputs, made, strict=False)))
+        return made[0] if op.returns == 1 else made
 
     def run_out(*args, **outs):
-        op.check(*args)
+        check(args)
         check_outputs(op, args, outs)
-        op._store(args, backend.run(*args), outs)
+        given = {name: out for name in op.outputs if (out := outs.get(f"{name}_out")) is not None}
+        check_inputs_survive(op, args, given)
+        write(args, given)
 
     return [(op.name, run), (f"{op.name}.out", run_out)]
+
+
+def _kind(argument: Any) -> tuple:
+    """All of an argument that a check looks at, but for values of tensors."""
+    if not isinstance(argument, Tensor):
+        return type(argument), argument
+    strides = argument.stride() if argument.layout == torch.strided else None
+    return type(argument), argument.shape, strides, argument.dtype, argument.device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -144,6 +145,7 @@ class QuantKey:
         return plain and self.dtype in (FP8, FP8_FNUZ)
 
     @staticmethod
+    @lru_cache(4096)
     def from_code(code: int) -> QuantKey:
         """The key whose `code` this is. Raises ValueError where there is none."""
         group = PER_TENSOR if code >> 7 & 1 else GroupShape(1, code >> 16 or -1)

@@ -1,3 +1,12 @@
+import os
+
+# Kernels for GPUs run on the host, by fibers and by Triton's interpreter, unless there is a GPU to test them on. Before
+# anything imports Triton, which decides then.
+os.environ.setdefault("FUSED_OPS_TEST_DEVICE", "cpu")
+os.environ.setdefault("TRITON_INTERPRET", "1" if os.environ["FUSED_OPS_TEST_DEVICE"] == "cpu" else "0")
+
+import importlib.util
+
 import pairwise
 import pytest
 import torch
@@ -9,6 +18,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     pairwise.everything = config.getoption("--full")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def triton_interpreter():
+    if os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton"):
+        import interpreter
+
+        interpreter.install()
 
 
 @pytest.fixture(autouse=True)

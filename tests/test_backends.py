@@ -10,6 +10,7 @@ import torch
 
 import fused_ops
 from fused_ops import OPS
+from fused_ops._op import Backend, kernels_of
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN
 
 COMPILED = "cpu" in OPS["rms_norm"].backends
@@ -53,6 +54,24 @@ def test_compiled_graphs_obey(spy):
     assert len(spy) == 1
 
 
+def test_arguments_of_a_kind_are_checked_once_where_a_check_reads_no_values(monkeypatch):
+    op, checked, written = OPS["relu2"], [], []
+    check = op.check
+    monkeypatch.setattr(op, "check", lambda *args: checked.append(args) or check(*args))
+    kernels = dict(kernels_of(op, Backend("none", lambda args, outs: written.append(outs))))
+    for device, checks in ("meta", 1), ("cpu", 3):
+        checked.clear()
+        for _ in range(3):
+            y = kernels["relu2"](torch.empty(2, 8, device=device))
+            assert written.pop()["y"] is y
+        assert len(checked) == checks
+    with pytest.raises(ValueError, match="expected at least one column"):
+        kernels["relu2"](torch.empty(2, 0, device="meta"))
+    out = torch.empty(2, 8)
+    kernels["relu2.out"](torch.empty(2, 8), y_out=out)
+    assert written.pop()["y"] is out
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="name is 'tpu', expected one of"):
         fused_ops.use_backend("tpu")
@@ -79,7 +98,7 @@ def test_the_environment_chooses_for_the_whole_process():
     assert "expected one of" in run(code, FUSED_OPS_BACKEND="tpu").stderr
 
 
-def test_without_compiled_kernels_everything_runs_and_says_so_once(tmp_path):
+def test_without_compiled_kernels_and_triton_everything_runs_and_says_so_once(tmp_path):
     for package in "fused_ops", "quant":
         source = Path(__file__).parent.parent / package
         for file in source.rglob("*.py"):
@@ -87,6 +106,8 @@ def test_without_compiled_kernels_everything_runs_and_says_so_once(tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(file.read_text())
     code = """
+import sys
+sys.modules["triton"] = None
 import torch, fused_ops
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN
 for _ in range(2):
@@ -96,7 +117,7 @@ print(fused_ops.__file__, list(fused_ops.OPS["rms_norm"].backends), q.dequantize
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout
-    assert "['reference']" in done.stdout
+    assert "['reference', 'triton']" in done.stdout
     assert done.stderr.count("no compiled kernels found") == 1
 
 

@@ -38,7 +38,8 @@ def same(a, b, context=""):
 
 @pytest.mark.parametrize("backend", OP.backends)
 def test_it_is_two_norms_bit_for_bit(backend):
-    for args in pairwise.sample(OP.cases("cpu")):
+    step = 40 if backend == "triton" else 1  # which is interpreted
+    for args in pairwise.sample(OP.cases("cpu"))[::step]:
         zero_points = args[11:] or (None, None)
         sides = zip(args[:2], args[2:4], args[4:6], args[7:9], args[9:11], zero_points, strict=True)
         with fused_ops.use_backend(backend):

@@ -1,0 +1,103 @@
+"""The vocabulary of kernels: rows in memory, values of S, sums whose order is their own.
+
+Everything here gives the same bits on every target and in Triton's interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INFINITY = tl.constexpr(0x7F800000)
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.constexpr_function
+def log2(n):
+    return n.bit_length() - 1
+
+
+@triton.jit
+def bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def from_bits(x):
+    return x.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_nan(x):
+    return (bits(x) & MAGNITUDE) > INFINITY
+
+
+@triton.jit
+def widen(x):
+    """float32 of bfloat16, float16 or float32."""
+    if x.dtype == tl.bfloat16:
+        return from_bits(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, S: tl.constexpr):
+    """x rounded to S, to nearest even."""
+    if S.name == "bf16" and INTERPRETED:  # whose cast truncates
+        b = bits(x)
+        b = tl.where(is_nan(x), 0x7FFF0000, b + 0x7FFF + ((b >> 16) & 1))
+        return (b >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(S)
+
+
+@triton.jit
+def round_to(x, S: tl.constexpr):
+    return widen(narrow(x, S))
+
+
+# --- rows ---
+
+
+@triton.jit
+def at(rows, sizes, row):
+    """Pointers to the first element of each of `row`, int64 numbers of rows [R].
+
+    rows: (pointer, a stride for each leading dimension). sizes: those dimensions, the same for every tensor of a call.
+    """
+    offset = row * 0
+    for i in tl.static_range(len(sizes) - 1):
+        d: tl.constexpr = len(sizes) - 1 - i
+        offset += row % sizes[d] * rows.strides[d]
+        row = row // sizes[d]
+    return rows.data + (offset + row * rows.strides[0])
+
+
+@triton.jit
+def load_rows(rows, sizes, row, column, valid):
+    """float32 [R, C] of these columns, zero where not `valid`."""
+    return widen(tl.load(at(rows, sizes, row)[:, None] + column, mask=valid, other=0.0))
+
+
+@triton.jit
+def store_rows(rows, sizes, row, column, valid, x):
+    pointer = at(rows, sizes, row)[:, None] + column
+    tl.store(pointer, narrow(x, pointer.dtype.element_ty), mask=valid)
+
+
+# --- over a row ---
+
+
+@triton.jit
+def row_sum(x):
+    """float32 [R, 1] of [R, C]: a tree of pairs, of neighbours among eight, then of halves.
+
+    Triton adds up an axis in an order that follows from how the compiler laid it out over threads, which changes with
+    alignment, key and neighbouring stages. An axis of two has one order only, since addition commutes. These are the
+    pairs of a thread's own eight elements, then of its registers, then of warps and lanes.
+    """
+    for _ in tl.static_range(min(3, log2(x.shape[1]))):
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
+    for _ in tl.static_range(log2(x.shape[1])):
+        x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), axis=1)
+    return x

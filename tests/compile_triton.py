@@ -1,0 +1,91 @@
+"""Compiles the Triton kernels that operations launch, for GPUs that aren't there, in a process without the interpreter.
+
+    python compile_triton.py sm_90=fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16 ...
+
+prints a JSON list: for each call its kernels, in order, as {"asm": assembly, "usage": what ptxas says of a CUDA one}.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import fused_ops
+from fused_ops import OPS
+from fused_ops._triton.launch import stages
+from quant import NAMED_KEYS, ScaleLayout
+
+LAYOUTS = {layout.name: layout for layout in ScaleLayout}
+
+
+class Driver:
+    """One that knows a target, and has no device: its number stands for the target where Triton caches kernels."""
+
+    def __init__(self, arch: str):
+        amd = arch.startswith("gfx")
+        torch.version.hip = arch if amd else None
+        self.target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return hash(self.target)
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def key_of(name: str):
+    name, *layout = name.split("/")
+    changes = {"layout": LAYOUTS[layout[0]]} if layout else {}
+    if layout == ["PACKED_UE8M0"]:
+        changes["power_of_two"] = True
+    return NAMED_KEYS[name].with_scale(**changes) if layout else NAMED_KEYS[name]
+
+
+def usage(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def kernels(arch: str, call: str) -> list[dict]:
+    triton.runtime.driver.set_active(Driver(arch))
+    stages.cache_clear()  # which depends on the vendor
+    name, key, cols, dtype = call.split(":")
+    op = OPS[name]
+    args = op.workload(16, int(cols), key_of(key) if key else None, getattr(torch, dtype), "cpu")
+    made = []
+
+    def compile(self, *args, grid, warmup, **options):
+        made.append(run(self, *args, grid=grid, warmup=True, **options).asm)
+
+    run, JITFunction.run = JITFunction.run, compile
+    try:
+        op.default(*args)
+    finally:
+        JITFunction.run = run
+    return [
+        {"asm": asm["ptx"], "usage": usage(asm["cubin"])} if "ptx" in asm else {"asm": asm["amdgcn"]} for asm in made
+    ]
+
+
+if __name__ == "__main__":
+    for op in OPS.values():
+        if "triton" in op.backends:
+            op.backend(replace(op.backends["triton"], devices=("CPU",)))
+    with fused_ops.use_backend("triton"):
+        print(json.dumps([kernels(*each.split("=")) for each in sys.argv[1:]]))
