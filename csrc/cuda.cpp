@@ -67,14 +67,12 @@ cuda::Row arguments_of(const Pipeline& p) {
   return row;
 }
 
-cuda::NormStage stage_of(const Norm& norm) {
-  cuda::NormStage stage = {};
+void set_stage(cuda::NormStage& stage, const Norm& norm) {
   stage.kind = static_cast<cuda::NormKind>(norm.kind);
   if (norm.weight) stage.weight = dtype_of_stage(norm.weight_dtype);
   if (norm.bias) stage.bias = dtype_of_stage(norm.bias_dtype);
   stage.round_before_weight = norm.round_before_weight && norm.weight;
   stage.weight_plus_one = norm.weight_plus_one && norm.weight;
-  return stage;
 }
 
 // s is all zeros, padding too, since its bytes are a key.
@@ -91,8 +89,8 @@ void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
   s.round_activation = p.round_activation;
   s.interleaved = p.load == Pipeline::kSwigluOai && !p.other;
   s.expert_bytes = !p.tokens_per_expert ? 0 : p.long_tokens ? 8 : 4;
-  s.post = stage_of(p.post);
-  s.norm = stage_of(p.norm);
+  set_stage(s.post, p.post);
+  set_stage(s.norm, p.norm);
   s.sum = static_cast<bool>(p.sum);
   s.y = static_cast<bool>(p.y);
   s.data = static_cast<bool>(p.data);
@@ -154,19 +152,21 @@ void* kernel_for(const Choice& choice, bool two) {
     if (found != known.end()) return found->second;
   }
   // Compiled without the lock, since Python may switch threads there.
-  void* const kernel =
-      driver.compile(text_of(choice.a).c_str(), two ? text_of(choice.b).c_str() : nullptr, choice.device);
-  STD_TORCH_CHECK(kernel, "the kernel could not be compiled");
+  void* kernel = nullptr;
+  const char* reason = "Python was interrupted";
+  driver.compile(text_of(choice.a).c_str(), two ? text_of(choice.b).c_str() : nullptr, choice.device, &kernel, &reason);
+  if (!kernel) throw std::runtime_error(std::string("fused_ops: a kernel could not be compiled: ") + reason);
   if (kernel == kNotNow) return nullptr;
   const std::lock_guard<std::mutex> lock(mutex);
   return known.emplace(choice, kernel).first->second;
 }
 
-// Rows that a layout completes its last unit of 128 with are written too, with zeros.
+// Rows that a layout completes its last unit of 128 with are written too, with zeros, and so is a scale that is the
+// tensor's where there are no rows.
 int64_t blocks_of(const Pipeline& p, const cuda::Stages& s) {
   const int64_t rows = p.scale.swizzled ? (p.rows + 127) / 128 * 128 : p.rows;
-  const int64_t per_block = s.block / s.threads;
-  return (rows + per_block - 1) / per_block;
+  const int64_t per_block = s.block / s.threads, least = p.scale && (s.by_tensor_amax || p.key.is_static());
+  return std::max((rows + per_block - 1) / per_block, least);
 }
 
 void launch(const Pipeline& a, const Pipeline* b = nullptr, bool by_tensor_amax = false) {
@@ -184,7 +184,6 @@ void launch(const Pipeline& a, const Pipeline* b = nullptr, bool by_tensor_amax 
     blocks = blocks_of_a + blocks_of(*b, choice.b);
     rows[1] = arguments_of(*b);
   }
-  if (a.scale && (by_tensor_amax || a.key.is_static())) blocks = std::max<int64_t>(blocks, 1);  // which writes the scale
   if (!blocks) return;
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, "too many rows for one launch");
   void* const kernel = kernel_for(choice, b);

@@ -26,26 +26,30 @@ struct Api {
   int (*pop_context)(void** context);
   int (*error_name)(int error, const char** name);
   int (*current_stream)(int device, void** stream);
-  const char* missing = nullptr;  // a name that isn't there
+  const char* missing = nullptr;
 
   template <class Function>
-  void find(void* library, const char* name, Function& function) {
+  void find(void* library, const char* name, Function& function, const char* otherwise) {
     function = library ? reinterpret_cast<Function>(dlsym(library, name)) : nullptr;
-    if (!function && !missing) missing = name;
+    if (!function && !missing) missing = otherwise;
   }
 
   Api() {
     void* const cuda = dlopen("libcuda.so.1", RTLD_LAZY);
-    find(cuda, "cuLaunchKernel", launch_kernel);
-    find(cuda, "cuLibraryLoadData", load_library);
-    find(cuda, "cuLibraryGetKernel", get_kernel);
-    find(cuda, "cuKernelGetFunction", get_function);
-    find(cuda, "cuDevicePrimaryCtxRetain", retain_context);
-    find(cuda, "cuCtxGetCurrent", get_context);
-    find(cuda, "cuCtxPushCurrent_v2", push_context);
-    find(cuda, "cuCtxPopCurrent_v2", pop_context);
-    find(cuda, "cuGetErrorName", error_name);
-    find(dlopen("libtorch_cuda.so", RTLD_LAZY), "aoti_torch_get_current_cuda_stream", current_stream);
+    const auto in_driver = [&](const char* name, auto& function) {
+      find(cuda, name, function, cuda ? "the driver's libcuda.so.1 is older than CUDA 12" : "there is no libcuda.so.1");
+    };
+    in_driver("cuLaunchKernel", launch_kernel);
+    in_driver("cuLibraryLoadData", load_library);
+    in_driver("cuLibraryGetKernel", get_kernel);
+    in_driver("cuKernelGetFunction", get_function);
+    in_driver("cuDevicePrimaryCtxRetain", retain_context);
+    in_driver("cuCtxGetCurrent", get_context);
+    in_driver("cuCtxPushCurrent_v2", push_context);
+    in_driver("cuCtxPopCurrent_v2", pop_context);
+    in_driver("cuGetErrorName", error_name);
+    find(dlopen("libtorch_cuda.so", RTLD_LAZY), "aoti_torch_get_current_cuda_stream", current_stream,
+         "libtorch_cuda.so has no aoti_torch_get_current_cuda_stream");
   }
 
   static const Api& get() {

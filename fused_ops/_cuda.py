@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,14 @@ from ._op import NO_KEY, OPS, Backend, Op
 HERE = Path(__file__).parent
 CSRC = next(path for path in (HERE / "csrc", HERE.parent / "csrc") if path.exists())  # installed, or a checkout
 
-Compile = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int)
+Compile = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(ctypes.c_char_p),
+)
 Launch = ctypes.CFUNCTYPE(
     ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
 )
@@ -37,7 +45,8 @@ class Driver(ctypes.Structure):
 
 
 class _Here(threading.local):
-    error: Exception | None = None  # why a kernel could not be made
+    error: BaseException | None = None  # why a kernel could not be made
+    reason: ctypes.c_char_p | None = None  # the same in words, which C++ reads
     listed: set[tuple[str, str]] | None = None  # kernels that a warm-up will compile together
 
 
@@ -75,33 +84,39 @@ def serve() -> None:
 
 def _supports(op: Op) -> Callable[..., bool]:
     keys = [i for i, name in enumerate(op.arguments) if name == "key" or name.endswith("_key")]
-    return lambda *args: (
-        args[0].device.type == "cuda"
-        and args[0].shape[-1] <= 16 * 8 * 1024 // args[0].element_size()  # a block's registers
-        and all(args[i] == NO_KEY or serves(args[i]) for i in keys)
-    )
+    up = op.argument("up")
+
+    def supports(*args) -> bool:
+        interleaved = up is not None and args[up] is None
+        cols = args[0].shape[-1] // (1 + interleaved)
+        most = 16 * 8 * 1024 // args[0].element_size()  # a block's registers
+        return cols <= most and all(args[i] == NO_KEY or serves(args[i]) for i in keys)
+
+    return supports
 
 
-def _failure() -> Exception | None:
-    """Why the last kernel that this thread asked for could not be made, once."""
+def _failure() -> BaseException | None:
+    """Why the kernel that this thread asked for last could not be made, once."""
     error, _here.error = _here.error, None
     return error
 
 
-def compile(stages: bytes, stages_of_b: bytes | None, device: int) -> int | None:
+def compile(stages: bytes, stages_of_b: bytes | None, device: int, kernel, reason) -> None:
+    """`Driver::compile`. Nothing may be raised through C++: the caller finds it in `_failure`."""
+    _here.error = None
     try:
         text, arch = source(stages, stages_of_b), architecture(*torch.cuda.get_device_capability(device))
         if _here.listed is not None:
             _here.listed.add((text, arch))
-            return NOT_NOW
+            kernel[0] = NOT_NOW
+            return
         error = ctypes.c_char_p()
-        kernel = library().fused_ops_load_kernel(cubin(text, arch), device, ctypes.byref(error))
+        kernel[0] = library().fused_ops_load_kernel(cubin(text, arch), device, ctypes.byref(error))
         if error.value:
-            raise RuntimeError(f"fused_ops: the CUDA driver can't load a kernel for {arch}: {error.value.decode()}")
-        return kernel
-    except Exception as error:  # ctypes would print it and go on
-        _here.error = error
-        return None
+            raise RuntimeError(f"fused_ops: a kernel for {arch} can't be loaded: {error.value.decode()}")
+    except BaseException as error:  # Ctrl-C as well
+        _here.error, _here.reason = error, ctypes.c_char_p(f"{type(error).__name__}: {error}".encode())
+        reason[0] = _here.reason
 
 
 def warmup(*calls: Callable[[], object]) -> int:
@@ -114,13 +129,14 @@ def warmup(*calls: Callable[[], object]) -> int:
 
         fused_ops.warmup(lambda: model(tokens[:1]), lambda: fused_ops.rms_norm(x[:1], weight, 1e-6))
     """
-    _here.listed = set()
+    outer, listed = _here.listed, set()
+    _here.listed = listed
     try:
         for call in calls:
             call()
-        listed, _here.listed = _here.listed, None
     finally:
-        _here.listed = None
+        _here.listed = outer
+    _nvrtc()
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda kernel: cubin(*kernel), listed))
     for call in calls:
@@ -174,19 +190,28 @@ def architecture(major: int, minor: int) -> str:
 OPTIONS = {"std": "c++20", "fma": False, "prec_div": True, "prec_sqrt": True, "ftz": False}
 
 
+_importing = threading.Lock()  # cuda.core can't be imported by two threads at once
+
+
+def _nvrtc():
+    with _importing:
+        try:
+            from cuda.bindings import nvrtc
+            from cuda.core import Program, ProgramOptions
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "fused_ops compiles its CUDA kernels by NVRTC: pip install 'fused-ops[cuda]', or run the Triton "
+                "kernels: fused_ops.use_backend('triton')"
+            ) from error
+    return nvrtc, Program, ProgramOptions
+
+
 def cubin(text: str, arch: str) -> bytes:
     """What NVRTC makes of `text` for an architecture such as "sm_90a"; from the disk where it was made before.
 
     Raises ImportError, with what to install, where there is no NVRTC.
     """
-    try:
-        from cuda.bindings import nvrtc
-        from cuda.core import Program, ProgramOptions
-    except ImportError as error:
-        raise ImportError(
-            "fused_ops compiles its CUDA kernels by NVRTC: pip install 'fused-ops[cuda]', or run the Triton kernels: "
-            "fused_ops.use_backend('triton')"
-        ) from error
+    nvrtc, Program, ProgramOptions = _nvrtc()
     version = nvrtc.nvrtcVersion()[1:]
     name = hashlib.sha256(repr((text, arch, OPTIONS, version)).encode() + headers()).hexdigest()[:32]
     path = cache_folder() / f"{arch}-{name}.cubin"
@@ -194,9 +219,12 @@ def cubin(text: str, arch: str) -> bytes:
         options = ProgramOptions(arch=arch, include_path=[str(CSRC / "cuda")], **OPTIONS)
         code = Program(text, "c++", options).compile("cubin").code
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as made:  # other processes see all or nothing
+        with tempfile.NamedTemporaryFile(dir=path.parent) as made:  # other processes see all or nothing
             made.write(code)
-        os.replace(made.name, path)
+            made.flush()
+            os.chmod(made.name, 0o644)  # a cache may be shared between users
+            with suppress(FileExistsError):
+                os.link(made.name, path)
     return path.read_bytes()
 
 

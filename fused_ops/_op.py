@@ -54,7 +54,7 @@ class Backend:
     supports: Callable[..., bool] = lambda *_: True
     limits: str = ""
     missing: Callable[[], str | None] = lambda: None
-    failure: Callable[[], Exception | None] = lambda: None
+    failure: Callable[[], BaseException | None] = lambda: None
 
 
 class Op:
@@ -243,7 +243,7 @@ def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | N
         backend = op.backends.get(name)
         if backend is None or device not in backend.devices:
             continue
-        if failure := backend.failure():
+        if "could not be compiled" in str(error) and (failure := backend.failure()):
             raise failure from error
         if not backend.supports(*args):
             raise ValueError(

@@ -1,6 +1,6 @@
 """What only a GPU can show of the CUDA and Triton kernels: `make gpu`.
 
-The rest of the suite for them, test_host_cuda.py and test_triton.py, runs there too, with FUSED_OPS_TEST_DEVICE=cuda.
+The rest of the suite for them, test_cuda.py and test_triton.py, runs there too, with FUSED_OPS_TEST_DEVICE=cuda.
 """
 
 import threading
@@ -40,7 +40,8 @@ def test_every_value_of_a_16_bit_dtype(backend, dtype):
 @BACKENDS
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_a_captured_graph_replays_with_new_inputs(backend, key):
-    x, r, w = torch.randn(2, 16, 4096, device="cuda").bfloat16().unbind() + (torch.randn(4096, device="cuda"),)
+    x, r = torch.randn(2, 16, 4096, device="cuda").bfloat16()
+    w = torch.randn(4096, device="cuda")
     with fused_ops.use_backend(backend):
         fused_ops.warmup(lambda: add_norm_quant(x, r, w, key))
         graph = torch.cuda.CUDAGraph()

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from compare import raw
+from compare import assert_same, raw
 from keys import EVERY_KEY, KEYS, given_tensors, layouts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import fused_ops
 from quant import (
     FP8_DYNAMIC_GROUP_128,
     INT8_DYNAMIC_TOKEN_ASYM,
@@ -133,3 +134,37 @@ def test_compiles_to_one_graph_for_any_number_of_rows(key):
         assert described(actual) == described(wanted)
         for a, w in zip(actual, wanted, strict=True):
             assert a is w is None or torch.equal(raw(a), raw(w))
+
+
+@EVERY_KEY
+@pytest.mark.parametrize("sign", [1, -1])
+def test_groups_of_one_sign(key, sign):
+    """A zero point's range includes zero. Rows of so many groups that several are worked on at once."""
+    x = sign * (torch.rand(3, 32 * 72) + 0.5)
+    for dtype in torch.bfloat16, torch.float32:
+        assert_as_the_reference(x.to(dtype), key, **given_tensors(key))
+
+
+@pytest.mark.parametrize("group", [16, 32, 96])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_short_asymmetric_groups_of_one_sign(group, sign):
+    key = KEYS["INT8_GROUP_ASYM"].with_scale(group_shape=(1, group))
+    assert_as_the_reference(sign * (torch.rand(3, 96 * 24) + 0.5), key)
+
+
+@pytest.mark.parametrize("scale2", [1e-3, 2e-37, 1e-37, 1e-38, 3e-39])
+def test_tiny_scale2(scale2):
+    """Its reciprocal, times a block's, reaches infinity."""
+    x = torch.randn(4, 1024) * torch.logspace(-45, 10, 1024)
+    x[:, ::5] = 0
+    assert_as_the_reference(x, NVFP4, scale2=torch.tensor([scale2]))
+
+
+def assert_as_the_reference(x, key, **given):
+    if not key.symmetric and key.per_tensor and not key.scale.static:
+        return  # no kernel serves it
+    actual = fused_ops.quantize(x, key, **given)
+    with fused_ops.use_backend("reference"):
+        expected = fused_ops.quantize(x, key, **given)
+    for name in "data", "scale", "zero_point":
+        assert_same(getattr(actual, name), getattr(expected, name), f"{name} {key}")

@@ -3,11 +3,13 @@
 import os
 import sys
 
+import promises
 import pytest
 import torch
 from compare import assert_close, assert_same
 from keys import EVERY_KEY, given_tensors, layouts
-from test_ops import ALL, BITWISE, as_tuple, cases, fresh, functional, outputs_for, results, terms_of, tokens_of
+from promises import DEVICE, on_device
+from test_ops import ALL, as_tuple, cases, fresh, functional, results
 from torch import Tensor
 
 import fused_ops
@@ -26,7 +28,6 @@ from quant import (
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-DEVICE = os.environ["FUSED_OPS_TEST_DEVICE"]
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 SERVED = [p for p in ALL if "triton" in p.values[0].backends]
 PER_OP = 4  # the interpreter takes hundredths of a second for a block of rows
@@ -44,10 +45,6 @@ def blocks(op, args) -> int:
     return args[0].shape[-1] * args[0].element_size() * (128 if swizzled else 1) // 1024
 
 
-def on_device(value):
-    return value.to(DEVICE) if isinstance(value, Tensor) else value
-
-
 def by_triton(op, args) -> dict[str, Tensor]:
     with fused_ops.use_backend("triton"):
         return {name: out.cpu() for name, out in results(op, tuple(map(on_device, args))).items()}
@@ -57,35 +54,14 @@ def test_it_serves_every_row_operation_and_rope():
     assert {p.id for p in ALL} - {p.id for p in SERVED} == {"scaled_linear"}
 
 
-QUANTIZED_NORMS = [p for p in SERVED if "norm" in p.id and "_quant" in p.id]  # what they quantize differs by a step
-
-
-@pytest.mark.parametrize("op", [p for p in SERVED if p not in QUANTIZED_NORMS and p.id != "dual_rms_norm"])
+@pytest.mark.parametrize("op", SERVED)
 def test_results_are_the_cpus(op):
-    """Promise 4: what rounds nothing in another order is bitwise the same, sums differ by a step."""
-    for args in some(op):
-        expected, actual = results(op, args), by_triton(op, args)
-        for name in outputs_for(op, args):
-            a, e, context = actual[name], expected[name], f"{op.name} {name} {describe(args, op)}"
-            if op.name in BITWISE or "norm" not in op.name or (name == "residual" and op.name.startswith("fused_add")):
-                assert_same(a, e, context)
-            else:
-                assert_close(a, e, context, roundings=2, terms=terms_of(op, args))
+    promises.results_are_the_cpus(by_triton, op, some(op))
 
 
-@pytest.mark.parametrize("op", QUANTIZED_NORMS)
+@pytest.mark.parametrize("op", [p for p in SERVED if "norm" in p.id and "_quant" in p.id])
 def test_fused_is_unfused(op):
-    """Promise 1."""
-    plain, quantize = OPS[op.name.removesuffix("_quant")], OPS["quantize"]
-    n = plain.required
-    for args in some(op):
-        if tokens_of(op, args) is None:
-            fused = by_triton(op, args)
-            first, *others = by_triton(plain, (*args[:n], *args[n + 3 :])).values()
-            expected = by_triton(quantize, (first, *args[n : n + 3]))
-            expected |= {"unquantized": first, **dict(zip(op.outputs[2:-2], others, strict=True))}
-            for name, value in expected.items():
-                assert_same(fused[name], value, f"{op.name} {name} {describe(args, op)}")
+    promises.fused_is_unfused(by_triton, op, some(op))
 
 
 def test_dual_rms_norm_is_two_norms():
@@ -273,10 +249,10 @@ def test_without_triton_asking_for_it_says_what_to_install(monkeypatch):
 def test_a_cpu_needs_the_interpreter(monkeypatch):
     with monkeypatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "0")
-        _triton.register()
+        _triton.load()
         with (
             fused_ops.use_backend("triton"),
             pytest.raises(ValueError, match="there is no backend 'triton' for CPU on this machine"),
         ):
             fused_ops.relu2(torch.ones(1, 8))
-    _triton.register()
+    _triton.load()

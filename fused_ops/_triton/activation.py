@@ -7,7 +7,7 @@ from .platform import bits, from_bits, load_rows, round_to
 
 
 @triton.jit
-def one_plus_exp_minus(g, rest):
+def one_plus_exp_minus(g, rest, S: tl.constexpr):
     """1 + e^-(g + rest) to about an ulp, where rest is less than an ulp of g. NaN gives anything.
 
     e^-g = 2^n * e^r with |r| <= ln(2) / 2 and a polynomial for e^r; it is kept at half its size until the last step, so
@@ -20,14 +20,15 @@ def one_plus_exp_minus(g, rest):
     g = inside
     shifted = tl.fma(g, -1.44269504, MAGIC)
     n = shifted - MAGIC
-    r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, -g)) - rest
-    p = tl.fma(r, 1.9875691500e-4, 1.3981999507e-3)
-    p = tl.fma(p, r, 8.3334519073e-3)
-    p = tl.fma(p, r, 4.1665795894e-2)
-    p = tl.fma(p, r, 1.6666665459e-1)
-    p = tl.fma(p, r, 5.0000001201e-1)
-    p = tl.fma(p, r, 1.0)
-    p = tl.fma(p, r, 1.0)
+    if S.name == "fp32":
+        r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, -g)) - rest
+    else:
+        r = tl.fma(n, -0.693147182, -g) - rest
+    r2 = r * r
+    q = tl.fma(r, 8.36874545e-3, 4.1668389e-2)
+    q = tl.fma(r2, 1.38145406e-3, q)
+    q = tl.fma(r2, q, tl.fma(r, 0.166665211, 0.49999994))
+    p = tl.fma(r2, q, r) + 1.0
     return tl.fma(from_bits(bits(p) + (bits(shifted) << 23)), 2.0, 1.0)
 
 
@@ -53,14 +54,14 @@ def gelu_exponent(g, S: tl.constexpr):
 def activate(g, alpha, S: tl.constexpr, K: tl.constexpr):
     """round_S(act(g)), or, unless K.round_activation, act(g)."""
     if K.load == "silu":
-        a = tl.div_rn(g, one_plus_exp_minus(g, 0.0))
+        a = tl.div_rn(g, one_plus_exp_minus(g, 0.0, S))
     elif K.load == "gelu_tanh":
         exponent, rest = gelu_exponent(g, S)
-        a = tl.div_rn(g, one_plus_exp_minus(exponent, rest))
+        a = tl.div_rn(g, one_plus_exp_minus(exponent, rest, S))
     elif K.round_activation:
         a = g * round_to(tl.div_rn(1.0, one_plus_exp_minus(round_to(g * alpha, S), 0.0)), S)
     else:
-        a = tl.div_rn(g, one_plus_exp_minus(g * alpha, 0.0))
+        a = tl.div_rn(g, one_plus_exp_minus(g * alpha, 0.0, S))
     if K.round_activation:
         a = round_to(a, S)
     return a

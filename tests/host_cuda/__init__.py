@@ -45,10 +45,10 @@ def _fibers() -> ctypes.CDLL:
     return _build('#include "fibers.cpp"', ctypes.RTLD_GLOBAL)  # kernels find it there
 
 
-def compile(stages: bytes, stages_of_b: bytes | None, device: int) -> int | None:
+def compile(stages: bytes, stages_of_b: bytes | None, device: int, kernel, reason) -> None:
     text = '#include "fibers.h"\n' + _cuda.source(stages, stages_of_b) + FOOTER
     library = _build(text)
-    return ctypes.cast(library.entry, ctypes.c_void_p).value
+    kernel[0] = ctypes.cast(library.entry, ctypes.c_void_p).value
 
 
 @contextmanager

@@ -1,26 +1,32 @@
-"""The CUDA backend's kernels, executed on the host: see tests/host_cuda."""
+"""The CUDA backend: its kernels on the host (tests/host_cuda), or with FUSED_OPS_TEST_DEVICE=cuda on a GPU."""
+
+from contextlib import contextmanager
 
 import host_cuda
+import promises
 import pytest
 import torch
 from compare import assert_close, assert_same
-from test_ops import ALL, BITWISE, cases, outputs_for, results, terms_of, tokens_of
+from promises import DEVICE, on_device
+from test_ops import ALL, cases, results
 
 import fused_ops
-from fused_ops._op import OPS, describe
+from fused_ops import OPS
 from quant import (
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
     INT8_DYNAMIC_TOKEN_ASYM,
     MXFP8,
     NVFP4,
+    QuantizedActivation,
     ScaleLayout,
 )
 
 ROW_OPS = [p for p in ALL if p.id not in ("rope", "scaled_linear")]
-PER_OP = 6  # kernels to compile take a third of a second each
+PER_OP = 6 if DEVICE == "cpu" else 60  # kernels to compile take a third of a second each
 
 
 def some(op) -> list[tuple]:
@@ -28,37 +34,26 @@ def some(op) -> list[tuple]:
     return every[:: max(1, len(every) // PER_OP)]
 
 
+@contextmanager
+def by_cuda():
+    """On a GPU, or on the host."""
+    with host_cuda.on_host() if DEVICE == "cpu" else fused_ops.use_backend("cuda"):
+        yield
+
+
+def run(op, args) -> dict[str, torch.Tensor]:
+    with by_cuda():
+        return {name: out.cpu() for name, out in results(op, tuple(map(on_device, args))).items()}
+
+
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_results_are_the_cpus(op):
-    """Promise 4: what rounds nothing in another order is bitwise the same, sums differ by a step."""
-    for args in some(op):
-        expected = results(op, args)
-        with host_cuda.on_host():
-            actual = results(op, args)
-        for name in outputs_for(op, args):
-            a, e, context = actual[name], expected[name], f"{op.name} {name} {describe(args)}"
-            if op.name in BITWISE or "norm" not in op.name:
-                assert_same(a, e, context)
-            elif "_quant" not in op.name and op.name != "dual_rms_norm":  # what they quantize differs by a step
-                assert_close(a, e, context, roundings=2, terms=terms_of(op, args))
+    promises.results_are_the_cpus(run, op, some(op))
 
 
 @pytest.mark.parametrize("op", [p for p in ROW_OPS if p.id.endswith("_quant")])
 def test_fused_is_unfused(op):
-    """Promise 1."""
-    plain, quantize = OPS[op.name.removesuffix("_quant")], OPS["quantize"]
-    for args in some(op):
-        n = plain.required
-        if tokens_of(op, args) is not None:
-            continue
-        with host_cuda.on_host():
-            fused = results(op, args)
-            y = results(plain, (*args[:n], *args[n + 3 :]))
-            first, *others = y.values()
-            expected = results(quantize, (first, *args[n : n + 3]))
-        expected |= {"unquantized": first, **dict(zip(op.outputs[2:-2], others, strict=True))}
-        for name, value in expected.items():
-            assert_same(fused[name], value, f"{op.name} {name} {describe(args)}")
+    promises.fused_is_unfused(run, op, some(op))
 
 
 KEYS = [
@@ -81,8 +76,8 @@ def test_quantize_at_every_row_length(key, cols):
     x[2, cols // 2] = float("nan")
     options = {"scale2": torch.tensor([0.01])} if key.scale2 else {}
     expected = fused_ops.quantize(x, key, **options)
-    with host_cuda.on_host():
-        actual = fused_ops.quantize(x, key, **options)
+    with by_cuda():
+        actual = fused_ops.quantize(on_device(x), key, **{k: on_device(v) for k, v in options.items()}).to("cpu")
     for name in "data", "scale", "zero_point":
         assert_same(getattr(actual, name), getattr(expected, name), name)
 
@@ -91,9 +86,11 @@ def test_quantize_at_every_row_length(key, cols):
 def test_rows_that_no_pack_divides(cols):
     x, r, w = torch.randn(5, cols), torch.randn(5, cols), torch.randn(cols)
     expected = fused_ops.fused_add_rms_norm_quant(x, r, w, 1e-6, INT8_DYNAMIC_TOKEN, keep_unquantized=True)
-    with host_cuda.on_host():
-        actual = fused_ops.fused_add_rms_norm_quant(x, r, w, 1e-6, INT8_DYNAMIC_TOKEN, keep_unquantized=True)
-        again = fused_ops.quantize(actual[0].unquantized, INT8_DYNAMIC_TOKEN)
+    with by_cuda():
+        moved = map(on_device, (x, r, w))
+        actual = fused_ops.fused_add_rms_norm_quant(*moved, 1e-6, INT8_DYNAMIC_TOKEN, keep_unquantized=True)
+        again = fused_ops.quantize(actual[0].unquantized, INT8_DYNAMIC_TOKEN).to("cpu")
+        actual = actual[0].to("cpu"), actual[1].cpu()
     assert_same(actual[1], expected[1])
     assert_close(actual[0].unquantized, expected[0].unquantized)
     assert_same(actual[0].data, again.data)
@@ -104,10 +101,10 @@ def test_rows_that_no_pack_divides(cols):
 def test_a_row_depends_on_nothing_but_itself(dtype):
     """Promise 2: alone, in a batch, at an odd address, with gaps between rows."""
     cols = 576
-    x, w = torch.randn(9, cols).to(dtype), torch.randn(cols)
-    shifted = torch.empty(9 * (cols + 3) + 1, dtype=dtype)[1:].view(9, cols + 3)[:, :cols]
+    x, w = on_device(torch.randn(9, cols).to(dtype)), on_device(torch.randn(cols))
+    shifted = on_device(torch.empty(9 * (cols + 3) + 1, dtype=dtype))[1:].view(9, cols + 3)[:, :cols]
     shifted.copy_(x)
-    with host_cuda.on_host():
+    with by_cuda():
         whole = fused_ops.rms_norm(x, w, 1e-6)
         for i in 0, 4, 8:
             assert_same(fused_ops.rms_norm(x[i : i + 1], w, 1e-6), whole[i : i + 1])
@@ -115,6 +112,23 @@ def test_a_row_depends_on_nothing_but_itself(dtype):
 
 
 def test_rows_too_long_for_a_block_are_refused():
-    x = torch.zeros(1, 65536 + 8, dtype=torch.bfloat16)
-    with host_cuda.on_host(), pytest.raises(ValueError, match="the cuda backend serves rows of up to 65536 columns"):
+    x = on_device(torch.zeros(1, 65536 + 8, dtype=torch.bfloat16))
+    with by_cuda(), pytest.raises(ValueError, match="the cuda backend"):
         fused_ops.relu2(x)
+
+
+def test_without_rows_a_static_scale_is_returned_all_the_same():
+    x, scales = on_device(torch.zeros(0, 64)), on_device(torch.tensor([0.25, 0.5]))
+    with by_cuda():
+        one = fused_ops.rms_norm_quant(x, None, 1e-6, FP8_STATIC_TENSOR, scale=scales[:1])
+        args = (x, x.clone(), None, None, 1e-6, 1e-6, 0, *[FP8_STATIC_TENSOR.code] * 2, scales[:1], scales[1:])
+        _, q_scale, _, kv_scale = OPS["dual_rms_norm"].default(*args)
+    assert (one.scale.item(), q_scale.item(), kv_scale.item()) == (0.25, 0.25, 0.5)
+
+
+def test_a_given_scale_must_not_lie_in_the_output():
+    """Every block reads it while others write."""
+    x, scale = on_device(torch.randn(64, 128)), on_device(torch.ones(64, 1))
+    out = QuantizedActivation(torch.empty_like(x, dtype=torch.float8_e4m3fn), scale, FP8_DYNAMIC_TOKEN, x.dtype)
+    with by_cuda(), pytest.raises(ValueError, match="overlaps another argument in memory"):
+        fused_ops.quantize(x, FP8_DYNAMIC_TOKEN, scale_ub=scale[0], out=out)

@@ -1,0 +1,42 @@
+"""What backends for GPUs promise, each by a function `by(op, args)` that returns an operation's results on the CPU."""
+
+import os
+
+import torch
+from compare import assert_close, assert_same
+from test_ops import BITWISE, outputs_for, results, terms_of, tokens_of
+
+from fused_ops._op import OPS, describe
+
+DEVICE = os.environ["FUSED_OPS_TEST_DEVICE"]
+
+
+def on_device(value):
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def results_are_the_cpus(by, op, every) -> None:
+    """Promise 4: what rounds nothing in another order is bitwise the same, sums differ by a step."""
+    for args in every:
+        expected, actual = results(op, args), by(op, args)
+        for name in outputs_for(op, args):
+            a, e, context = actual[name], expected[name], f"{op.name} {name} {describe(args, op)}"
+            if op.name in BITWISE or "norm" not in op.name or (name == "residual" and op.name.startswith("fused_add")):
+                assert_same(a, e, context)
+            elif "_quant" not in op.name and op.name != "dual_rms_norm":  # what they quantize differs by a step
+                assert_close(a, e, context, roundings=2, terms=terms_of(op, args))
+
+
+def fused_is_unfused(by, op, every) -> None:
+    """Promise 1."""
+    plain, quantize = OPS[op.name.removesuffix("_quant")], OPS["quantize"]
+    n = plain.required
+    for args in every:
+        if tokens_of(op, args) is not None:
+            continue
+        fused = by(op, args)
+        first, *others = by(plain, (*args[:n], *args[n + 3 :])).values()
+        expected = by(quantize, (first, *args[n : n + 3]))
+        expected |= {"unquantized": first, **dict(zip(op.outputs[2:-2], others, strict=True))}
+        for name, value in expected.items():
+            assert_same(fused[name], value, f"{op.name} {name} {describe(args, op)}")
