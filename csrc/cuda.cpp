@@ -121,11 +121,12 @@ std::string text_of(const cuda::Stages& s) {
     return out;
   };
   char post[96], last[96];
-  std::snprintf(text, sizeof(text),
-                "{(Dtype)%d, %d, %d, %d, %d, %d, (Load)%d, %d, %d, %d, %d, %s, %s, %d, %d, %d, %d, %d, %d, %lld, %d, %d}",
-                s.dtype, s.cols, s.threads, s.block, s.aligned, s.flat, s.load, s.multiplied, s.round_activation, s.interleaved,
-                s.expert_bytes, norm(s.post, post), norm(s.norm, last), s.sum, s.y, s.data, s.scale, s.zero_point,
-                s.y_cols, s.key, s.collect_amax, s.by_tensor_amax);
+  std::snprintf(
+      text, sizeof(text),
+      "{(Dtype)%d, %d, %d, %d, %d, %d, (Load)%d, %d, %d, %d, %d, %s, %s, %d, %d, %d, %d, %d, %d, %lld, %d, %d}",
+      s.dtype, s.cols, s.threads, s.block, s.aligned, s.flat, s.load, s.multiplied, s.round_activation, s.interleaved,
+      s.expert_bytes, norm(s.post, post), norm(s.norm, last), s.sum, s.y, s.data, s.scale, s.zero_point, s.y_cols,
+      s.key, s.collect_amax, s.by_tensor_amax);
   return text;
 }
 
@@ -189,8 +190,7 @@ void launch(const Pipeline& a, const Pipeline* b = nullptr, bool by_tensor_amax 
   void* const kernel = kernel_for(choice, b);
   if (!kernel) return;
   void* arguments[] = {&rows[0], &rows[1], &blocks_of_a};
-  const char* const error =
-      driver.launch(a.x.device, kernel, static_cast<unsigned>(blocks), choice.a.block, arguments);
+  const char* const error = driver.launch(a.x.device, kernel, static_cast<unsigned>(blocks), choice.a.block, arguments);
   if (error) throw std::runtime_error(std::string("fused_ops: a kernel could not be launched: ") + error);
 }
 

@@ -8,7 +8,8 @@ struct Driver {
   const char* (*launch)(int device, void* kernel, unsigned blocks, unsigned threads, void** arguments) = nullptr;
   // Makes the kernel of these stages, or of two choices of them, or says why not. kNotNow where kernels are only being
   // listed, to be compiled together: nothing is to be launched then.
-  void (*compile)(const char* stages, const char* stages_of_b, int device, void** kernel, const char** reason) = nullptr;
+  void (*compile)(const char* stages, const char* stages_of_b, int device, void** kernel,
+                  const char** reason) = nullptr;
   bool for_cpu = false;  // tensors on the CPU too, in tests
 };
 

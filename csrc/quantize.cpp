@@ -9,8 +9,6 @@ struct Quantize {
 
 }  // namespace
 
-void implement_quantize(Library& m) {
-  implement_quantized<RowOp<Quantize, Inputs<const Tensor&>>>(m, "quantize");
-}
+void implement_quantize(Library& m) { implement_quantized<RowOp<Quantize, Inputs<const Tensor&>>>(m, "quantize"); }
 
 }  // namespace fused_ops

@@ -82,10 +82,12 @@ std::array<Named, 5> outputs(const Pipeline& p) {
 
 std::array<Named, 6> read_by_every_row(const Pipeline& p) {
   const auto vector = [&](const void* data, ScalarType dtype) { return memory(data, p.cols, byte_size(dtype), ""); };
-  return {vector(p.norm.weight, p.norm.weight_dtype), vector(p.norm.bias, p.norm.bias_dtype),
+  return {vector(p.norm.weight, p.norm.weight_dtype),
+          vector(p.norm.bias, p.norm.bias_dtype),
           vector(p.post.weight, p.post.weight_dtype),
           memory(p.tokens_per_expert, p.rows_per_expert ? p.rows / p.rows_per_expert : 0, p.long_tokens ? 8 : 4, ""),
-          memory(p.given, p.given ? 1 : 0, 4, ""), memory(p.given_zero, p.given_zero ? 1 : 0, 4, "")};
+          memory(p.given, p.given ? 1 : 0, 4, ""),
+          memory(p.given_zero, p.given_zero ? 1 : 0, 4, "")};
 }
 
 }  // namespace

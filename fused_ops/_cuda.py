@@ -35,6 +35,7 @@ Compile = ctypes.CFUNCTYPE(
 Launch = ctypes.CFUNCTYPE(
     ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
 )
+LIMITS = "rows of up to 65536 columns of 16 bits, 32768 of 32, and keys in groups of 16 or multiples of 32"
 NOT_NOW = 1  # in the place of a kernel: nothing is to be launched
 
 
@@ -79,7 +80,7 @@ def serve() -> None:
     library().fused_ops_implement_rows(b"CUDA")
     for op in OPS.values():
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op.name}", "CUDA"):
-            op.backend(Backend("cuda", None, ("CUDA",), _supports(op), _failure))
+            op.backend(Backend("cuda", None, ("CUDA",), _supports(op), LIMITS, failure=_failure))
 
 
 def _supports(op: Op) -> Callable[..., bool]:

@@ -246,8 +246,9 @@ def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | N
         if "could not be compiled" in str(error) and (failure := backend.failure()):
             raise failure from error
         if not backend.supports(*args):
+            limits = backend.limits and f" but {backend.limits}"
             raise ValueError(
-                f"{op.name}: the {name} backend does not serve these arguments yet: {describe(args, op)}; "
+                f"{op.name}: the {name} backend does not serve these arguments yet: {describe(args, op)}{limits}; "
                 "`with fused_ops.use_backend('reference')` does"
             ) from error
     if refusal := re.search(r"csrc\S*:\d+, (.*)", str(error)):

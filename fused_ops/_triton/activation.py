@@ -59,7 +59,7 @@ def activate(g, alpha, S: tl.constexpr, K: tl.constexpr):
         exponent, rest = gelu_exponent(g, S)
         a = tl.div_rn(g, one_plus_exp_minus(exponent, rest, S))
     elif K.round_activation:
-        a = g * round_to(tl.div_rn(1.0, one_plus_exp_minus(round_to(g * alpha, S), 0.0)), S)
+        a = g * round_to(tl.div_rn(1.0, one_plus_exp_minus(round_to(g * alpha, S), 0.0, S)), S)
     else:
         a = tl.div_rn(g, one_plus_exp_minus(g * alpha, 0.0, S))
     if K.round_activation:

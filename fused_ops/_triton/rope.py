@@ -80,7 +80,7 @@ def rope_kernel(
         position = tl.load(positions + token).to(tl.int64)
     i = tl.arange(0, K.places)[None, :]
     # A position outside the table is read from nowhere, and what it rotates is NaN.
-    within = (i < K.half) & (position >= 0) & (position < table_rows)
+    within = i < tl.where((position >= 0) & (position < table_rows), K.half, 0)
     cos = tl.load(table + position * table_stride + i, mask=within, other=float("nan"))
     sin = tl.load(table + position * table_stride + K.half + i, mask=within, other=float("nan"))
     if K.round_products:
