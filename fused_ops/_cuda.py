@@ -130,7 +130,8 @@ def warmup(*calls: Callable[[], object]) -> int:
 
         fused_ops.warmup(lambda: model(tokens[:1]), lambda: fused_ops.rms_norm(x[:1], weight, 1e-6))
     """
-    outer, listed = _here.listed, set()
+    outer = _here.listed
+    listed: set[tuple[str, str]] = set()
     _here.listed = listed
     try:
         for call in calls:
