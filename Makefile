@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
 
-.PHONY: demo test test-full fuzz sanitize bench gpu lint format build clean
+.PHONY: demo test test-full fuzz sanitize bench gpu gpu-compile lint format build clean
 
 demo: .venv/models
 	$(BIN)/python -m bench.demo
@@ -44,6 +44,10 @@ gpu:
 	$(GPU_PYTHON) -m bench.gpu $(if $(OUT),--output $(OUT)/gpu.json)
 	FUSED_OPS_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q tests/test_cuda.py tests/test_triton.py
 	FUSED_OPS_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -x tests/test_cuda.py -k depends
+
+# Every CUDA kernel of the tests for every architecture, where `make test` compiles a sample; no GPU is needed.
+gpu-compile: .venv/tests
+	$(BIN)/python -m pytest -q --full tests/test_cuda_compile.py
 
 lint: .venv/lint .venv/built
 	$(BIN)/ruff check .

@@ -1,7 +1,12 @@
 """The CUDA kernels of real model sizes compile, by NVRTC, for every architecture: no GPU and no driver is needed."""
 
+import collections
 import itertools
+import re
+import subprocess
+from pathlib import Path
 
+import pairwise
 import pytest
 import torch
 
@@ -72,24 +77,45 @@ def kernels_of(call) -> list[str]:
     return asked
 
 
+def instructions(code: bytes, folder: Path) -> collections.Counter:
+    """How many of each the machine code has, by the disassembler that Triton brings along."""
+    triton = pytest.importorskip("triton", reason="its disassembler is needed")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    (folder / "kernel").write_bytes(code)
+    done = subprocess.run([tool, "-sass", folder / "kernel"], capture_output=True, text=True, check=True)
+    (folder / "kernel").unlink()
+    return collections.Counter(re.findall(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)[^/]*;", done.stdout))
+
+
+def check_machine_code(found: collections.Counter) -> None:
+    """Rows move 16 bytes at a time, registers hold them, and nothing is contracted or approximated."""
+    wide = found["LDG.E.128"] + found["LDG.E.128.CONSTANT"]
+    loads = sum(count for name, count in found.items() if name.startswith("LDG"))
+    assert wide >= 2
+    assert loads - wide <= 2, found  # a given scale, an amax
+    assert not any(name.startswith(("LDL", "STL")) for name in found), found
+    assert not any(name.startswith("F2F.BF16") for name in found), "converted one by one"
+
+
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_kernels_compile(key, tmp_path, monkeypatch):
-    """Every key for every architecture, with sizes, dtypes and operations in turns."""
-    monkeypatch.setenv("FUSED_OPS_CACHE", str(tmp_path))
-    turns = itertools.cycle(
-        [
-            lambda: add_norm(7168, torch.bfloat16, key),
-            lambda: silu(14336, torch.bfloat16, key),
-            lambda: add_norm(2880, torch.float16, key),
-            lambda: add_norm(576, torch.float32, key),
-            lambda: dual(0, torch.bfloat16, key if not key.per_tensor or key.scale.static else MXFP8),
-        ]
-    )
-    for _ in range(KEYS.index(key) % 5):
-        next(turns)
-    for arch in ARCHITECTURES:
-        (text,) = kernels_of(next(turns))
+    """Every key for every architecture, with sizes, dtypes and operations in turns; with --full, each with all."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("FUSED_OPS_CACHE", str(cache))
+    calls = [
+        lambda: add_norm(7168, torch.bfloat16, key),
+        lambda: silu(14336, torch.bfloat16, key),
+        lambda: add_norm(2880, torch.float16, key),
+        lambda: add_norm(576, torch.float32, key),
+        lambda: dual(0, torch.bfloat16, key if not key.per_tensor or key.scale.static else MXFP8),
+    ]
+    every = list(itertools.product(ARCHITECTURES, range(len(calls))))
+    turns = [(arch, (KEYS.index(key) + i) % len(calls)) for i, arch in enumerate(ARCHITECTURES)]
+    chosen = every if pairwise.everything else turns
+    for arch, call in chosen:
+        (text,) = kernels_of(calls[call])
         code = _cuda.cubin(text, arch)
         assert code[:4] == b"\x7fELF"
+        check_machine_code(instructions(code, tmp_path))
         assert _cuda.cubin(text, arch) == code  # from the disk
-    assert len(list(tmp_path.iterdir())) == len(ARCHITECTURES)
+    assert len(list(cache.iterdir())) == len(chosen)
