@@ -22,7 +22,7 @@ from ._cpu import library_path, serves
 from ._op import NO_KEY, OPS, Backend, Op
 
 HERE = Path(__file__).parent
-CSRC = next(path for path in (HERE / "csrc", HERE.parent / "csrc") if path.exists())  # installed, or a checkout
+CSRC = HERE / "csrc" if (HERE / "csrc").exists() else HERE.parent / "csrc"  # installed, or in a checkout
 
 Compile = ctypes.CFUNCTYPE(
     None,

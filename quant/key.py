@@ -145,19 +145,9 @@ class QuantKey:
         return plain and self.dtype in (FP8, FP8_FNUZ)
 
     @staticmethod
-    @lru_cache(4096)
     def from_code(code: int) -> QuantKey:
         """The key whose `code` this is. Raises ValueError where there is none."""
-        group = PER_TENSOR if code >> 7 & 1 else GroupShape(1, code >> 16 or -1)
-        try:
-            dtype, scale_dtype = list(_FORMATS)[code & 15], _SCALE_DTYPES[code >> 8 & 3]
-        except IndexError:
-            raise ValueError(f"QuantKey: no key has the code {code}") from None
-        scale = ScaleDesc(scale_dtype, bool(code >> 4 & 1), group, bool(code >> 6 & 1), ScaleLayout(code >> 12 & 7))
-        key = QuantKey(dtype, scale, _SCALE2 if scale_dtype == FP8 else None, symmetric=not code >> 5 & 1)
-        if key.code != code:
-            raise ValueError(f"QuantKey: no key has the code {code}")
-        return key
+        return _from_code(code) if torch.compiler.is_compiling() else _remembered(code)  # Dynamo warns of caches
 
     def __str__(self) -> str:
         plain = self.with_scale(power_of_two=False, layout=ScaleLayout.ROW_MAJOR)
@@ -170,6 +160,22 @@ class QuantKey:
         group = "tensor" if self.per_tensor else f"{rows}x{'row' if cols == -1 else cols}"
         options = ["asymmetric"] * (not self.symmetric) + options
         return f"{self.dtype}, {kind} {scale.dtype} per {group}" + (f" [{', '.join(options)}]" if options else "")
+
+
+def _from_code(code: int) -> QuantKey:
+    group = PER_TENSOR if code >> 7 & 1 else GroupShape(1, code >> 16 or -1)
+    try:
+        dtype, scale_dtype = list(_FORMATS)[code & 15], _SCALE_DTYPES[code >> 8 & 3]
+    except IndexError:
+        raise ValueError(f"QuantKey: no key has the code {code}") from None
+    scale = ScaleDesc(scale_dtype, bool(code >> 4 & 1), group, bool(code >> 6 & 1), ScaleLayout(code >> 12 & 7))
+    key = QuantKey(dtype, scale, _SCALE2 if scale_dtype == FP8 else None, symmetric=not code >> 5 & 1)
+    if key.code != code:
+        raise ValueError(f"QuantKey: no key has the code {code}")
+    return key
+
+
+_remembered = lru_cache(4096)(_from_code)
 
 
 _SCALE_DTYPES = (torch.float32, E8M0, FP8)
