@@ -200,7 +200,9 @@ def _nvrtc():
         try:
             from cuda.bindings import nvrtc
             from cuda.core import Program, ProgramOptions
-        except ModuleNotFoundError as error:
+
+            nvrtc.nvrtcVersion()  # which loads the library
+        except (ModuleNotFoundError, RuntimeError) as error:
             raise ImportError(
                 "fused_ops compiles its CUDA kernels by NVRTC: pip install 'fused-ops[cuda]', or run the Triton "
                 "kernels: fused_ops.use_backend('triton')"

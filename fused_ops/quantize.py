@@ -223,13 +223,17 @@ def run_quant(
     return q if op.returns == 2 else (q, result[2])
 
 
+_DEFAULTS: dict[str, Any] = {"keep_unquantized": False, "pad_rows": 1}  # of other options None
+
+
 def asked(op_name: str, quant: QuantOptions) -> list[str]:
     """The options that differ from their defaults; TypeError for what is none."""
     names = []
     for name, value in quant.items():
         if name not in QuantOptions.__annotations__:
             raise TypeError(f"{op_name}: got an unexpected keyword argument {name!r}")
-        if value is not None and value is not False and not (type(value) is int and value == 1):
+        default = _DEFAULTS.get(name)
+        if value is not default and not (type(value) is type(default) and value == default):
             names.append(name)
     return names
 

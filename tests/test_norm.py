@@ -329,3 +329,11 @@ def test_denormals_are_kept_where_the_caller_flushes_them():
     assert expected[1].count_nonzero() == x.numel()
     for a, e in zip(actual, expected, strict=True):
         assert_same(a, e)
+
+
+@pytest.mark.parametrize(
+    "option", [{"keep_unquantized": 1}, {"out": 1}, {"out": False}, {"zero_point": 1}, {"pad_rows": False}], ids=str
+)
+def test_options_of_a_wrong_kind_are_not_taken_for_absent(option):
+    with pytest.raises((TypeError, ValueError), match=next(iter(option))):
+        fused_ops.rms_norm_quant(torch.randn(4, 64), None, 1e-6, FP8_DYNAMIC_TOKEN, **option)
