@@ -9,7 +9,7 @@ import torch
 
 from quant import QuantKey
 
-from ._op import NO_KEY, OPS, Backend, Op
+from ._op import OPS, Backend, Op
 
 
 def load() -> None:
@@ -45,5 +45,4 @@ def serves(code: int) -> bool:
 
 
 def _supports(op: Op):
-    keys = [i for i, name in enumerate(op.arguments) if name == "key" or name.endswith("_key")]
-    return lambda *args: args[0].device.type == "cpu" and all(args[i] == NO_KEY or serves(args[i]) for i in keys)
+    return lambda *args: args[0].device.type == "cpu" and all(map(serves, op.keys(args)))

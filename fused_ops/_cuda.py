@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ._cpu import library_path, serves
-from ._op import NO_KEY, OPS, Backend, Op
+from ._op import OPS, Backend, Op
 
 HERE = Path(__file__).parent
 CSRC = HERE / "csrc" if (HERE / "csrc").exists() else HERE.parent / "csrc"  # installed, or in a checkout
@@ -84,14 +84,13 @@ def serve() -> None:
 
 
 def _supports(op: Op) -> Callable[..., bool]:
-    keys = [i for i, name in enumerate(op.arguments) if name == "key" or name.endswith("_key")]
     up = op.argument("up")
 
     def supports(*args) -> bool:
         interleaved = up is not None and args[up] is None
         cols = args[0].shape[-1] // (1 + interleaved)
         most = 16 * 8 * 1024 // args[0].element_size()  # a block's registers
-        return cols <= most and all(args[i] == NO_KEY or serves(args[i]) for i in keys)
+        return cols <= most and all(map(serves, op.keys(args)))
 
     return supports
 

@@ -120,6 +120,11 @@ class Op:
         """Where the argument `name` stands, or None."""
         return self.arguments.index(name) if name in self.arguments else None
 
+    def keys(self, args: tuple) -> list[int]:
+        """The codes of the keys among the arguments that quantize."""
+        named = zip(self.arguments, args, strict=False)
+        return [code for name, code in named if (name == "key" or name.endswith("_key")) and code != NO_KEY]
+
     def backend(self, backend: Backend) -> None:
         self.backends[backend.name] = backend
 

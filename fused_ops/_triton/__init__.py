@@ -15,7 +15,7 @@ from torch.library import Library
 
 from quant import QuantKey
 
-from .._op import NO_KEY, OPS, Backend, Op, kernels_of
+from .._op import OPS, Backend, Op, kernels_of
 
 MAX_COLS = 65536  # of a row: its elements stay in the registers of one block
 LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static or by token or group"
@@ -62,15 +62,13 @@ def _runs(op: Op) -> Callable:
 
 
 def _supports(op: Op) -> Callable[..., bool]:
-    keys = [i for i, name in enumerate(op.arguments) if name == "key" or name.endswith("_key")]
     rows = [i for i, name in enumerate(op.arguments) if name in ("x", "gate", "q", "kv")]
     halves = op.argument("up")
 
     def supports(*args) -> bool:
         interleaved = halves is not None and args[halves] is None
-        return all(args[i].shape[-1] <= MAX_COLS * (1 + interleaved) for i in rows) and all(
-            args[i] == NO_KEY or serves(args[i]) for i in keys
-        )
+        short = all(args[i].shape[-1] <= MAX_COLS * (1 + interleaved) for i in rows)
+        return short and all(map(serves, op.keys(args)))
 
     return supports
 
