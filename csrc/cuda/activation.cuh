@@ -43,17 +43,10 @@ DEVICE void load_gated(const Row& p, long long r, Held<K>& held) {
 template <Stages K>
 DEVICE void load_relu2(const Row& p, long long r, Held<K>& held) {
   load_rows(p.x, r, held);
-#pragma unroll
-  for (int i = 0; i < Held<K>::kPacks; ++i) {
-    float v[Held<K>::kPack];
-    held.floats(i, v);
-#pragma unroll
-    for (float& x : v) {
-      const float positive = x < 0.0f ? 0.0f : x;
-      x = positive * positive;
-    }
-    held.keep(i, v);
-  }
+  held.each([](float x, int, int) {
+    const float positive = x < 0.0f ? 0.0f : x;
+    return positive * positive;
+  });
 }
 
 }  // namespace fused_ops

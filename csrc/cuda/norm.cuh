@@ -30,18 +30,12 @@ DEVICE void rms_norm(Held<K>& held, const void* weight, float eps, Scratch& scra
   const Columns<K, NORM.weight> w(held, weight);  // on its way while the sum is made
   const float sum = sum_of<K, SLOT>(held, scratch, [](float x, int, int) { return x * x; });
   const float rstd = 1.0f / sqrtf(sum / (float)K.cols + eps);
-#pragma unroll
-  for (int i = 0; i < Held<K>::kPacks; ++i) {
-    float v[Held<K>::kPack];
-    held.floats(i, v);
-#pragma unroll
-    for (int j = 0; j < Held<K>::kPack; ++j) {
-      v[j] = v[j] * rstd;
-      if constexpr (NORM.round_before_weight && NORM.weight != kNothing) v[j] = round_to<T>(v[j]);
-      if constexpr (NORM.weight != kNothing) v[j] *= NORM.weight_plus_one ? w(i, j) + 1.0f : w(i, j);
-    }
-    held.keep(i, v);
-  }
+  held.each([&](float x, int i, int j) {
+    x = x * rstd;
+    if constexpr (NORM.round_before_weight && NORM.weight != kNothing) x = round_to<T>(x);
+    if constexpr (NORM.weight != kNothing) x *= NORM.weight_plus_one ? w(i, j) + 1.0f : w(i, j);
+    return x;
+  });
 }
 
 // y = round_S((x - mean) * rstd * w + b), the variance being about the mean.
@@ -55,18 +49,12 @@ DEVICE void layer_norm(Held<K>& held, const void* weight, const void* bias, floa
     return j < held.count(i) ? apart * apart : 0.0f;
   });
   const float rstd = 1.0f / sqrtf(squares / (float)K.cols + eps);
-#pragma unroll
-  for (int i = 0; i < Held<K>::kPacks; ++i) {
-    float v[Held<K>::kPack];
-    held.floats(i, v);
-#pragma unroll
-    for (int j = 0; j < Held<K>::kPack; ++j) {
-      v[j] = (v[j] - mean) * rstd;
-      if constexpr (NORM.weight != kNothing) v[j] *= w(i, j);
-      if constexpr (NORM.bias != kNothing) v[j] += b(i, j);
-    }
-    held.keep(i, v);
-  }
+  held.each([&](float x, int i, int j) {
+    x = (x - mean) * rstd;
+    if constexpr (NORM.weight != kNothing) x *= w(i, j);
+    if constexpr (NORM.bias != kNothing) x += b(i, j);
+    return x;
+  });
 }
 
 }  // namespace fused_ops

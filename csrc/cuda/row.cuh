@@ -76,6 +76,18 @@ struct Held {
     }
     if (K.aligned && !n) packs[i] = P{};
   }
+  // Every element becomes f(element, pack, place in it), rounded to S.
+  template <class F>
+  DEVICE void each(const F& f) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float v[kPack];
+      floats(i, v);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) v[j] = f(v[j], i, j);
+      keep(i, v);
+    }
+  }
 };
 
 template <Stages K>
