@@ -147,7 +147,7 @@ def work(p, block, token, tokens, table, table_stride, place, inside, slot, exis
     active = token < tokens
     if p.y is None and K.codes is None:
         active = active & exists  # it goes into the cache only
-    heads = block.to(tl.int64) * K.rows + tl.arange(0, K.rows)
+    heads = (block - K.first).to(tl.int64) * K.rows + tl.arange(0, K.rows)
     head = heads[:, None]
     column, within = columns(K, 1)
     valid = active & (head < K.heads) & within
@@ -198,13 +198,10 @@ def heads_kernel(
     if slot_mapping is not None:
         slot, exists, known = slot_of(slot_mapping, mapped, token, block_size, slots)
         exists, inside = exists & inside, inside & known
+    place = (time, height, width)
     for i in tl.static_range(len(parts)):
-        part: tl.constexpr = K[i]
-        if (block >= part.first) & (block < part.first + part.blocks):
-            place = (time, height, width)
-            work(
-                parts[i], block - part.first, token, tokens, table, table_stride, place, inside, slot, exists, eps, part
-            )
+        if (block >= K[i].first) & (block < K[i].first + K[i].blocks):
+            work(parts[i], block, token, tokens, table, table_stride, place, inside, slot, exists, eps, K[i])
 
 
 @dataclass
