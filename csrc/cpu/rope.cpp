@@ -35,9 +35,9 @@ void run_on_cpu(Rope& p) {
     widest = std::max(widest, heads->cols * (p.whole_vector ? heads->count : 1));
   }
   parallel_rows(p.tokens, elements, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kOnStack = 4096;
+    constexpr int64_t kOnStack = 8192;
     alignas(64) float small[kOnStack];
-    const int64_t padded = (widest + kLanes - 1) / kLanes * kLanes, needed = 4 * padded + 2 * kLanes;
+    const int64_t padded = (widest + kLanes - 1) / kLanes * kLanes, needed = 7 * padded + 12 * kLanes;
     std::unique_ptr<float[]> large(needed > kOnStack ? new float[needed] : nullptr);
     run(p, begin, end, large ? large.get() : small, padded);
   });
