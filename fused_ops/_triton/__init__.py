@@ -21,10 +21,10 @@ from ..rope import WHOLE_VECTOR
 
 MAX_COLS = 65536  # of a row: its elements stay in the registers of one block
 LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static or by token or group"
-ELSEWHERE = ("scaled_linear",)
-MAX_PLACES = 16384  # of a head, or of all of a token's that are normed as one: counts and columns as powers of two
+MAX_PLACES = 16384  # of a head, with a power of two for its columns, or of all of a token's that are one row
 HEADS_LIMITS = f"heads of up to {MAX_PLACES} columns, all of a token's together where they are normed as one row"
 HEADS = ("q", "k", "v", "gate", "q_pe", "k_pe", "kv_c")
+ELSEWHERE = ("scaled_linear",)
 _defaults: list[Library] = []
 
 
@@ -82,15 +82,15 @@ def _of_heads(op: Op) -> bool:
 
 
 def _supports_heads(op: Op) -> Callable[..., bool]:
-    def places(x: Tensor, whole: int) -> int:
-        heads, cols = x.shape[-2:] if whole else (1, x.shape[-1])
-        return (1 << (heads - 1).bit_length()) * (1 << (cols - 1).bit_length())
+    def places(x: Tensor, together: bool) -> int:
+        heads = x.shape[-2] if together else 1
+        return (1 << (heads - 1).bit_length()) * (1 << (x.shape[-1] - 1).bit_length())
 
     def supports(*args) -> bool:
         named = dict(zip(op.arguments, args, strict=False))
-        heads = {name: named[name] for name in HEADS if named.get(name) is not None}
-        whole = named["flags"] & WHOLE_VECTOR
-        fits = all(places(x, whole and name in ("q", "k")) <= MAX_PLACES for name, x in heads.items())
+        given = {name: named[name] for name in HEADS if named.get(name) is not None}
+        whole = bool(named["flags"] & WHOLE_VECTOR)
+        fits = all(places(x, whole and name in "qk") <= MAX_PLACES for name, x in given.items())
         return fits and all(map(serves, op.keys(args)))
 
     return supports

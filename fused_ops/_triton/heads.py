@@ -109,24 +109,25 @@ def normed(x, rstd, weight, head, column, within, valid, S: tl.constexpr, K: tl.
 
 
 @triton.jit
-def load(p, token, active, head, column, within, eps, S: tl.constexpr, K: tl.constexpr):
-    """The heads, and the other elements of their pairs where those lie apart: from memory, whose L1 cache has them,
-    since that is faster than from another thread.
+def load(p, token, active, head, column, within, valid, eps, S: tl.constexpr, K: tl.constexpr):
+    """The heads, normed, and where a pair's elements lie apart the other ones: from memory once more, which is the L1
+    cache, since each thread reads vectors of both and none has to ask another.
     """
-    R: tl.constexpr = K.rotation
-    valid = active & (head < K.heads) & within
+    APART: tl.constexpr = K.rotation is not None and K.rotation.apart
     held = load_heads(p.x, token, head, column, valid)
-    other = held
-    across, paired = column, valid
-    if R is not None and R.is_neox and R.half > 0:
-        across, paired = partner(column, R), valid & (column < 2 * R.half)
+    if APART:
+        across, paired = partner(column, K.rotation), valid & (column < 2 * K.rotation.half)
         other = load_heads(p.x, token, head, across, paired)
     if K.norm != "":
         rstd = rstd_of_heads(p.x, held, token, active, eps, K)
         held = normed(held, rstd, p.weight, head, column, within, valid, S, K)
-        other = normed(other, rstd, p.weight, head, across, within, paired, S, K)
+        if APART:
+            other = normed(other, rstd, p.weight, head, across, within, paired, S, K)
     tl.debug_barrier()  # results may lie in the inputs' place, and no thread writes before all have read
-    return held, other
+    if APART:
+        return held, other
+    else:
+        return held, held
 
 
 @triton.jit
@@ -152,11 +153,11 @@ def work(p, block, token, tokens, table, table_stride, place, inside, slot, exis
     column, within = columns(K, 1)
     valid = active & (head < K.heads) & within
 
-    held, other = load(p, token, active, head, column, within, eps, S, K)
+    held, other = load(p, token, active, head, column, within, valid, eps, S, K)
     if R is not None:
         if R.half > 0:
             if not R.is_neox:
-                other = swapped(held)
+                other = swapped(other)
             cos, sin = angles(table, table_stride, place, K.block, S, R)
             held = rotate(held, other, column, cos, sin, S, R)
         held = tl.where(valid & ~inside, float("nan"), held)
@@ -167,11 +168,11 @@ def work(p, block, token, tokens, table, table_stride, place, inside, slot, exis
     if p.cache is not None:
         write(p.cache, p.cache_scale, slot, head, column, valid & exists, held, K)
     if K.codes is not None:
-        row = token * K.heads + heads
+        rows, row = tokens.to(tl.int64) * K.heads, token * K.heads + heads
         codes = None
         if p.data is not None:
             codes = p.data.data + token * p.data.strides[0] + heads * p.data.strides[1]
-        quantize(held, tokens * K.heads, row, active & (heads < K.heads), codes, p.given, None, p.scale, None, None, K)
+        quantize(held, rows, row, active & (heads < K.heads), codes, p.given, None, p.scale, None, None, K)
 
 
 @triton.jit(do_not_specialize=["tokens", "axis_stride", "table_rows", "mapped", "slots"])

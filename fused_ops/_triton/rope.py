@@ -16,6 +16,11 @@ class Rotation:
     sections: tuple[int, ...]  # of the pairs, that turn by time, height and width; none: all turn by one position
     alternating: bool
 
+    @property
+    def apart(self) -> bool:
+        """Whether the elements of a pair aren't neighbours."""
+        return self.is_neox and self.half > 0
+
 
 @triton.jit
 def positions_of(positions, stride, token, tokens, table_rows, R: tl.constexpr):
@@ -30,8 +35,8 @@ def positions_of(positions, stride, token, tokens, table_rows, R: tl.constexpr):
     inside = active & (time >= 0) & (time < table_rows)
     height, width = time, time
     if len(R.sections) > 0:
-        height = tl.load(positions + stride + token, mask=active, other=-1).to(tl.int64)
-        width = tl.load(positions + 2 * stride + token, mask=active, other=-1).to(tl.int64)
+        height = tl.load(positions + (token + stride), mask=active, other=-1).to(tl.int64)
+        width = tl.load(positions + (token + stride + stride), mask=active, other=-1).to(tl.int64)
         inside = inside & (height >= 0) & (height < table_rows) & (width >= 0) & (width < table_rows)
     return tl.where(inside, time, 0), tl.where(inside, height, 0), tl.where(inside, width, 0), inside
 
