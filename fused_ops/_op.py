@@ -314,6 +314,18 @@ def check_inputs_survive(op: Op, args: tuple, outs: dict[str, Tensor]) -> None:
                 raise ValueError(f"{op.name}: {where} overlaps another argument in memory, {name}")
 
 
+def check_written(op: Op, args: tuple) -> None:
+    """Raise where an input that is written lies over another: what `op.check` finds by more than the tensors' kinds."""
+    if not op.written:
+        return
+    inputs = {name: t for name, t in zip(op.arguments, args, strict=False) if isinstance(t, Tensor)}
+    storages = {name: t.untyped_storage().data_ptr() for name, t in inputs.items()}
+    for written in op.written:
+        for name, storage in storages.items():
+            if name != written and storage == storages[written] and overlap(inputs[name], inputs[written]):
+                raise ValueError(f"{op.name}: {written} shares memory with {name}")
+
+
 _READ_FIRST = ("x", "residual", "gate", "up")
 # Outputs as callers know them; others are the argument `..._out`.
 _OUTPUTS = {"y": "out"} | {name: f"out.{name}" for name in ("data", "scale", "zero_point", "unquantized")}
@@ -442,6 +454,7 @@ def kernels_of(op: Op, backend: Backend) -> list[tuple[str, Callable]]:
     def check(args: tuple) -> None:
         kinds = tuple(map(_kind, args))
         if kinds in checked:
+            check_written(op, args)
             return
         op.check(*args)
         if not backend.supports(*args):
