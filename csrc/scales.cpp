@@ -127,7 +127,7 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const Optio
   } else {
     STD_TORCH_CHECK(!key.is_static(), "key: static scales are per tensor");
     STD_TORCH_CHECK(columns == 0 || columns % 32 == 0 || columns == 16,
-                    "key: groups of 16 or a multiple of 32 columns are served");
+                    "key: groups of ", columns, " columns, expected 16 or a multiple of 32");
     const bool divides = scale != Key::kFloat;
     STD_TORCH_CHECK(!divides || (columns && p.cols % columns == 0), "key: expected a row of whole groups");
     STD_TORCH_CHECK(columns != 16 || p.cols % 16 == 0, "key: expected a row of whole groups of 16");

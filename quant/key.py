@@ -59,7 +59,7 @@ class ScaleDesc:
         if not isinstance(group, tuple) or len(group) != 2 or not all(type(n) is int for n in group):
             raise TypeError(f"ScaleDesc: group_shape is {group!r}, expected (rows, columns)")
         if layout not in list(ScaleLayout):
-            raise ValueError(f"ScaleDesc: layout is {layout!r}, expected one of {', '.join(map(str, ScaleLayout))}")
+            raise ValueError(f"ScaleDesc: layout is {layout!r}, expected one of {', '.join(ScaleLayout.__members__)}")
         for name in "static", "power_of_two":
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"ScaleDesc: {name} is {getattr(self, name)!r}, expected a bool")
