@@ -106,6 +106,15 @@ def blocks(scale: Tensor, rows: int) -> Tensor:
 
 @pytest.fixture
 def decoded(monkeypatch):
+    """Products by their meaning, with the rules that they have on a GPU."""
+
+    def int_mm(x: Tensor, w: Tensor) -> Tensor:
+        assert x.shape[0] > 16
+        assert not any(size % 8 for size in w.shape)
+        return real(x, w)
+
+    real = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
     monkeypatch.setattr(linear_gpu, "SCALED_MM", Decoded())
 
 
@@ -146,14 +155,14 @@ def exact(layer: QuantLinear, x: QuantizedActivation) -> tuple[Tensor, Tensor]:
     return (y, size) if layer.bias is None else (y + layer.bias.double(), size + layer.bias.double().abs())
 
 
-def check(y: Tensor, layer: QuantLinear, x: QuantizedActivation, context: str) -> None:
-    """Of the float64 result, rounded, at most one step of a 16-bit dtype beside what float32's own error makes."""
-    check_close(y, *exact(layer, x), context)
+def check(y: Tensor, layer: QuantLinear, x: QuantizedActivation, context: str, error: float = 2.0**-20) -> None:
+    """Of the float64 result, rounded, at most one step of a 16-bit dtype beside what the sum's own error makes."""
+    check_close(y, *exact(layer, x), context, error)
 
 
-def check_close(y: Tensor, expected: Tensor, size: Tensor, context: str) -> None:
+def check_close(y: Tensor, expected: Tensor, size: Tensor, context: str, error: float = 2.0**-20) -> None:
     step = torch.finfo(y.dtype).eps * expected.abs() if y.dtype != torch.float32 else 0
-    assert ((y.double() - expected).abs() <= step + 2.0**-20 * size).all(), context
+    assert ((y.double() - expected).abs() <= step + error * size).all(), context
 
 
 # --- which ---
@@ -292,6 +301,17 @@ def test_no_rows(shape, pretend):
         pretend(arch)
         y = quantized(scheme, stock())[0](torch.randn(shape).bfloat16())
         assert (y.shape, y.dtype) == ((*shape[:-1], OUTS), torch.bfloat16)
+
+
+@each_scheme
+def test_compiled(scheme, pretend, decoded):
+    """The padding survives what a compiler makes of the graph."""
+    torch._dynamo.reset()
+    pretend(ON[scheme])
+    x = torch.randn(5, COLS).bfloat16()
+    layer = quantized(scheme, stock(), x)[0]
+    with torch.no_grad():
+        assert_same(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
 # --- refusals ---
