@@ -83,7 +83,7 @@ _ROWS = (PER_TOKEN, PER_TENSOR)
 _ONE, _ROW, _LONG = [ScalingType.TensorWise], [ScalingType.RowWise], [ScalingType.BlockWise1x128]
 _SQUARE, _MX = [ScalingType.BlockWise128x128], [ScalingType.BlockWise1x32]
 _NV = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
-_FP8 = "FP8 tensor cores: sm_89 and later, gfx950"
+_FP8 = "tensor cores for float8_e4m3fn: sm_89 and later, gfx950"
 _BLACKWELL = "Blackwell's block scales: sm_100, sm_103, sm_120, sm_121"
 SWIZZLED = ScaleLayout.SWIZZLED_128X4
 PRODUCTS = {
@@ -105,8 +105,8 @@ PRODUCTS = {
     )
 }  # fmt: skip
 _BLOCKS = ("tensor", "row", "mxfp8", "nvfp4")
-# What a device has; what is missing is said by `Product.needs`. sm_103 has hardly any INT8 left. gfx942 multiplies
-# float8_e4m3fnuz only, which `scaled_linear` doesn't take. MXFP4 times MXFP4 is in no build of torch's own.
+# What a device has; `Product.needs` says what the others lack. sm_103 has hardly any INT8 left; gfx942 multiplies
+# float8_e4m3fnuz only, which `scaled_linear` doesn't take; torch's MXFP4 (sm_100) rounds before there is a bias.
 DEVICES = {
     "sm_80": ("int8",),
     "sm_86": ("int8",),
@@ -146,9 +146,9 @@ def product_of(x: QuantKey, w: QuantKey, arch: str) -> Product:
     product = next((p for p in PRODUCTS.values() if p.takes(x, w)), None)
     has = available(arch)
     if product is None or product.name not in has:
-        lacks = f"needs {product.needs}" if product else "is none of torch's"
-        names = f"has {', '.join(has)}" if has else "has none"
-        raise ValueError(f"the product of {x} with a weight of {w} {lacks}; {arch} {names}")
+        needs = f", which needs {product.needs}" if product else ""
+        names = ", ".join(has) or "none"
+        raise ValueError(f"{arch} has no product of {x} with a weight of {w}{needs}; it has {names}")
     return product
 
 
@@ -234,7 +234,7 @@ def multiply(args: tuple, out: Tensor | None = None) -> Tensor:
         y = _scaled(o, product, out.view(count, outs) if direct and out is not None and out.is_contiguous() else None)
     y = y[:count].view(shape)
     if out is None:
-        return y
+        return y.to(o.out_dtype)
     return out if y.data_ptr() == out.data_ptr() else out.copy_(y)
 
 
@@ -267,15 +267,16 @@ def _memory(tensor: Tensor, name: str, shape: tuple[int, int], strides: tuple[in
 
 
 def _scaled(o: Operands, product: Product, out: Tensor | None) -> Tensor:
-    """By `scaled_mm`. A bias of the result's dtype is added by the product, another one to a float32 result."""
+    """By `scaled_mm`; unrounded, in float32, where the product can't add the bias or make the result's dtype."""
     fused = o.bias is None or o.bias.dtype == o.out_dtype == torch.bfloat16
     dtype = o.out_dtype if fused else torch.float32
-    if product.name == "row" and dtype == torch.float32:  # which not every device makes in this product
+    if product.name == "row" and (dtype == torch.float32 or (torch.version.hip and dtype != torch.bfloat16)):
+        dtype = torch.float32  # which not every device makes of scales by row, but of one scale
         one = [torch.ones(1, device=o.data.device)]
         return _rescaled(_scaled_mm(o, (one, one), (_ONE, _ONE), None, dtype, None), o)
     added = None if fused else o.bias
     y = _scaled_mm(o, _scales(o, product), product.recipe, o.bias if fused else None, dtype, out if fused else None)
-    return y if added is None else (y + added).to(o.out_dtype)
+    return y if added is None else y + added
 
 
 def _scales(o: Operands, product: Product) -> tuple[list[Tensor], list[Tensor]]:
@@ -315,9 +316,9 @@ def _int8(o: Operands, count: int) -> Tensor:
 
 
 def _rescaled(sums: Tensor, o: Operands) -> Tensor:
-    """round_out(sums * (x_scale * w_scale) + bias)."""
+    """sums * (x_scale * w_scale) + bias, in float32."""
     y = sums * (o.scale.reshape(-1, 1) * o.weight_scale.reshape(1, -1))
-    return (y if o.bias is None else y + o.bias).to(o.out_dtype)
+    return y if o.bias is None else y.add_(o.bias)
 
 
 # --- the backend ---

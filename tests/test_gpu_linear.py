@@ -47,7 +47,7 @@ def test_the_table_is_this_devices():
         if scheme in served():
             quantized(scheme, stock().cuda(), torch.randn(4, 640, device="cuda"))
         else:
-            with pytest.raises(ValueError, match=f"the product of .*; {architecture()} has"):
+            with pytest.raises(ValueError, match=f"{architecture()} has no product of "):
                 quantized(scheme, stock().cuda(), torch.randn(4, 640, device="cuda"))
 
 

@@ -216,7 +216,7 @@ class QuantLinear(nn.Module):
                 errors.append(f"{prefix}{name} is {loaded.dtype}, expected {buffer.dtype} as {self.input_quant_key}")
                 return
         name = f"{prefix}weight_scale"
-        if name in state_dict:
+        if name in state_dict and state_dict[name].ndim == 2:
             state_dict[name] = self.method.from_checkpoint(self, state_dict[name])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if (sums := self._buffers.get("weight_sums")) is not None:
