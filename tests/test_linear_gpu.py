@@ -176,9 +176,7 @@ def test_a_layer_is_built_or_refused_with_what_would_work(arch, pretend):
         if scheme in SERVED[arch]:
             quantized(scheme, model)
             continue
-        with pytest.raises(
-            ValueError, match=f"quantize_model: 0: the product of .*; {arch} has .*; schemes"
-        ) as refused:
+        with pytest.raises(ValueError, match=f"quantize_model: 0: {arch} has no product of .*; it has .*;") as refused:
             quantized(scheme, model)
         named = str(refused.value).rpartition("there: ")[2]
         assert set(named.split(", ")) == (SERVED[arch] or {"none"})
