@@ -308,6 +308,9 @@ def scaled_linear(
 ) -> Tensor:
     """`y = round_out(sum_k(x_k * w_k) + bias)` of an activation and a weight that are both quantized.
 
+    On a GPU by the products that torch has there (`fused_ops.linear_gpu`), whose operands are laid out as a `QuantLinear`
+    asks for and stores them; others are refused.
+
     Args:
         activation: logical shape [..., K], of any key and layout but fnuz codes; float32 scales of groups of 32, 64,
             128, 256 or 512 columns, rows, or the tensor; zero points within [-128, 127].
