@@ -308,7 +308,7 @@ def scaled_linear(
 ) -> Tensor:
     """`y = round_out(sum_k(x_k * w_k) + bias)` of an activation and a weight that are both quantized.
 
-    On a GPU by the products that torch has there (`fused_ops.linear_gpu`), whose operands are laid out as a `QuantLinear`
+    On a GPU by the products that torch has there (`fused_ops.linear_gpu`), of operands laid out as a `QuantLinear`
     asks for and stores them; others are refused.
 
     Args:

@@ -45,6 +45,9 @@ SERVED = {
     "gfx950": ROWWISE,
 }
 ON = {scheme: next(a for a in ("sm_90", "sm_100") if scheme in SERVED[a]) for scheme in SERVED["sm_90"] | BLACKWELL}
+needs_products = pytest.mark.skipif(
+    not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"), reason="torch 2.11 has none here"
+)
 each_scheme = pytest.mark.parametrize("scheme", sorted(ON))
 
 
@@ -256,6 +259,7 @@ def test_what_layers_ask_for(pretend):
         assert layer.input_quant()["pad_rows"] == rows.get(scheme, 1)
 
 
+@needs_products
 @pytest.mark.parametrize("scheme", sorted(ROWWISE))
 def test_torchs_own_product_on_the_cpu(scheme, pretend):
     pretend("sm_90")
@@ -265,6 +269,7 @@ def test_torchs_own_product_on_the_cpu(scheme, pretend):
         check(layer(q), layer, q, str(dtype))
 
 
+@needs_products
 def test_one_scale_for_either_side(pretend):
     """The tensor product; and mixed with scales of rows."""
     pretend("sm_89")
