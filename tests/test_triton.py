@@ -241,6 +241,9 @@ def test_a_cpu_needs_the_interpreter(monkeypatch):
     with monkeypatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "0")
         _triton.load()
+        with pytest.raises(ValueError, match="name is 'triton', which serves GPUs, and there is none on this machine"):
+            fused_ops.use_backend("triton")
+        environment.setattr(torch.cuda, "is_available", lambda: True)
         with (
             fused_ops.use_backend("triton"),
             pytest.raises(ValueError, match="there is no backend 'triton' for CPU on this machine"),
