@@ -18,6 +18,8 @@ from torch.library import Library
 
 from quant import QuantKey
 
+from ._memory import check_inputs_survive, check_outputs, check_written
+
 OPS: dict[str, Op] = {}  # every declared operation; tests and benchmarks iterate it
 DEVICES = ("CPU", "CUDA")  # dispatch keys that a forced backend overrides
 
@@ -271,105 +273,6 @@ def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | N
             raise ValueError(backend.refusal(op, args)) from error
     if refusal := re.search(r"csrc\S*:\d+, (.*)", str(error)):
         raise ValueError(f"{op.name}: {refusal[1]}") from error
-
-
-def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
-    """Raise unless every given output has the shape and dtype of `op.empty(*args)`, with rows of its own."""
-    expected = op.empty(*args)
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    checked: dict[str, Tensor] = {}
-    also_written = {name: args[op.arguments.index(name)] for name in op.written}
-    for output, want in zip(op.outputs, expected, strict=True):
-        got, name = outs.get(f"{output}_out"), _OUTPUTS.get(output, f"{output}_out")
-        if got is None:
-            continue
-        if want is None:
-            raise ValueError(f"{op.name}: {name} is given, but these arguments produce none")
-        if not isinstance(got, Tensor) or got.dtype != want.dtype:
-            kind = got.dtype if isinstance(got, Tensor) else type(got).__name__
-            raise TypeError(f"{op.name}: {name} is {kind}, expected {want.dtype}")
-        if got.layout != want.layout:
-            raise TypeError(f"{op.name}: {name} is {got.layout}, expected {want.layout}")
-        if got.shape != want.shape or got.device != want.device:
-            raise ValueError(
-                f"{op.name}: {name} is {list(got.shape)} on {got.device}, expected {list(want.shape)} on {want.device}"
-            )
-        exact = output.endswith(("scale", "zero_point"))  # their strides are part of the key
-        wrong = got.stride() != want.stride() if exact else got.shape[-1] > 1 and got.stride(-1) != 1
-        if wrong and got.numel():
-            expected_strides = want.stride() if exact else "a contiguous last dimension"
-            raise ValueError(f"{op.name}: {name} has strides {got.stride()}, expected {expected_strides}")
-        if rows_overlap(got):
-            raise ValueError(f"{op.name}: {name} has strides {got.stride()}: its rows share memory")
-        for other, tensor in {**checked, **also_written}.items():
-            if overlap(got, tensor):
-                raise ValueError(f"{op.name}: {name} shares memory with {other}")
-        checked[name] = got
-
-
-def check_inputs_survive(op: Op, args: tuple, outs: dict[str, Tensor]) -> None:
-    """Raise where an output lies over an input, unless in the very place of one whose row is read before."""
-    for output, out in outs.items():
-        for name, tensor in zip(op.arguments, args, strict=False):
-            if not isinstance(tensor, Tensor) or not overlap(out, tensor):
-                continue
-            in_place = name in _READ_FIRST or name == output
-            same = (out.data_ptr(), out.shape, out.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride())
-            if not (in_place and same and out.dtype == tensor.dtype):
-                where = _OUTPUTS.get(output, f"{output}_out")
-                raise ValueError(f"{op.name}: {where} overlaps another argument in memory, {name}")
-
-
-def check_written(op: Op, args: tuple) -> None:
-    """Raise where an input that is written lies over another: what `op.check` finds by more than the tensors' kinds."""
-    if not op.written:
-        return
-    inputs = {name: t for name, t in zip(op.arguments, args, strict=False) if isinstance(t, Tensor)}
-    storages = {name: t.untyped_storage().data_ptr() for name, t in inputs.items()}
-    for written in op.written:
-        for name, storage in storages.items():
-            if name != written and storage == storages[written] and overlap(inputs[name], inputs[written]):
-                raise ValueError(f"{op.name}: {written} shares memory with {name}")
-
-
-_READ_FIRST = ("x", "residual", "gate", "up")
-# Outputs as callers know them; others are the argument `..._out`.
-_OUTPUTS = {"y": "out"} | {name: f"out.{name}" for name in ("data", "scale", "zero_point", "unquantized")}
-
-
-def _span(tensor: Tensor, dims: list[tuple[int, int]]) -> int:
-    """Bytes from the first to behind the last element of these (stride, size)."""
-    return (1 + sum((size - 1) * stride for stride, size in dims)) * tensor.element_size()
-
-
-def _dims(tensor: Tensor) -> list[tuple[int, int]]:
-    """(stride, size), outermost first."""
-    return sorted(((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1), reverse=True)
-
-
-def _in_memory(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.numel() > 0 and tensor.device.type != "meta"
-
-
-def rows_overlap(tensor: Tensor) -> bool:
-    """Whether two elements are the same memory."""
-    dims = _dims(tensor)
-    return _in_memory(tensor) and any(
-        stride * tensor.element_size() < _span(tensor, dims[i + 1 :]) for i, (stride, _) in enumerate(dims)
-    )
-
-
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors may share memory; rows of one may lie between those of the other, in steps of one stride."""
-    if not (_in_memory(a) and _in_memory(b)) or a.device != b.device:
-        return False
-    dims, gap = (_dims(a), _dims(b)), b.data_ptr() - a.data_ptr()
-    if gap >= _span(a, dims[0]) or -gap >= _span(b, dims[1]):
-        return False
-    if all(dims) and (step := dims[0][0][0] * a.element_size()) == dims[1][0][0] * b.element_size():
-        gap %= step
-        return not (gap >= _span(a, dims[0][1:]) and gap + _span(b, dims[1][1:]) <= step)
-    return True
 
 
 def describe(args: tuple, op: Op | None = None) -> str:

@@ -23,7 +23,8 @@ from quant import FP8_STATIC_TENSOR, NAMED_KEYS, QuantizedActivation, QuantKey, 
 from quant.key import FP8, FP8_FNUZ
 
 from ._check import FLOATS, INDICES, boolean, check, check_key
-from ._op import NO_KEY, Op, Written, invoke, op, overlap, refuse_backward_of, refused, rows_overlap
+from ._memory import overlap, rows_overlap
+from ._op import NO_KEY, Op, Written, invoke, op, refuse_backward_of, refused
 from .quantize import key_inputs, quantized
 from .rope import (
     IS_NEOX,
@@ -225,7 +226,7 @@ def caches_for(k: Tensor, v: Tensor, dtype: torch.dtype, order: int = 0) -> tupl
             return torch.zeros(blocks, heads, block, cols, device=k.device).to(dtype).transpose(1, 2)
         return torch.zeros(blocks, block, heads, cols, device=k.device).to(dtype)
 
-    if order == 2 and k.shape == v.shape:  # both in one
+    if order in (2, 3) and k.shape == v.shape:  # both in one
         both = torch.zeros(blocks, block, 2, heads, k.shape[-1], device=k.device).to(dtype)
         k_cache, v_cache = both.unbind(2)
     else:

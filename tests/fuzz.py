@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 import fused_ops
-from fused_ops._op import NO_KEY, OPS, Op, _dims, describe, rows_overlap
+from fused_ops._memory import dims_of, rows_overlap
+from fused_ops._op import NO_KEY, OPS, Op, describe
 from fused_ops.rope import IS_NEOX, NORM_V, ROUND_PRODUCTS, WHOLE_VECTOR, sections_of
 from quant import INT8_DYNAMIC_TOKEN, QuantizedActivation, QuantKey
 
@@ -291,7 +292,7 @@ def call(seed: int, number: int) -> str:
         with fused_ops.use_backend("reference"):
             expected = function(**words)
         for a, b in zip(tensors(result), tensors(expected), strict=True):
-            kinds = [(t.shape, t.dtype, _dims(t) if t.numel() else None) for t in (a, b)]
+            kinds = [(t.shape, t.dtype, dims_of(t) if t.numel() else None) for t in (a, b)]
             promise(kinds[0] == kinds[1], f"unlike the reference: {text}")
             same = op.name not in BITWISE or torch.equal(*(without_payloads(t).view(torch.uint8) for t in (a, b)))
             promise(same, f"not the reference's bits: {text}")
