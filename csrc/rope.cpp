@@ -1,5 +1,6 @@
 #include "rope.h"
 
+#include "memory.h"
 #include "row_op.h"
 
 namespace fused_ops {
@@ -19,46 +20,6 @@ Place place_of(T tensor, const char* name) {
   const int64_t bytes = static_cast<int64_t>(tensor.element_size());
   return {static_cast<char*>(tensor.data_ptr()), strides[0] * bytes, dims == 3 ? strides[1] * bytes : 0};
 }
-
-// What a call reads and writes, so that nothing that is read is lost.
-class Memory {
- public:
-  void reads(OptionalT tensor, const char* name) {
-    if (tensor) add(*tensor, name, nullptr, false);
-  }
-  void writes(T tensor, const char* name, const Tensor* in_place_of = nullptr) { add(tensor, name, in_place_of, true); }
-
-  void check() const {
-    for (int i = 0; i < count_; ++i) {
-      const Named& out = named_[i];
-      if (!out.written) continue;
-      check_output(out.rows, out.bytes, out.name);
-      for (int j = 0; j < count_; ++j) {
-        const Named& other = named_[j];
-        if (i == j || (other.written && j < i)) continue;
-        check_overlap(out.rows, out.bytes, other.rows, other.bytes, other.rows.data == out.in_place_of, out.name);
-      }
-    }
-  }
-
- private:
-  struct Named {
-    Rows rows;
-    int64_t bytes;
-    const char *name, *in_place_of;
-    bool written;
-  };
-
-  void add(T tensor, const char* name, const Tensor* in_place_of, bool written) {
-    STD_TORCH_CHECK(count_ < kMost, "too many tensors");
-    const char* const data = in_place_of ? static_cast<const char*>(in_place_of->data_ptr()) : nullptr;
-    named_[count_++] = {rows_of(tensor, name), static_cast<int64_t>(tensor.element_size()), name, data, written};
-  }
-
-  static constexpr int kMost = 24;
-  Named named_[kMost];
-  int count_ = 0;
-};
 
 void check_one_of(const Rope& p, T tensor, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(dtype_of(tensor) == dtype && device_of(tensor, name) == p.device, name,
@@ -257,122 +218,133 @@ void set_codes(Rope& p, T q, int64_t key, OptionalT given, OptionalT data, Optio
   set_quantized(p.codes, q, data, scale, {}, {});
 }
 
-void run(Rope& p) { on_cuda(p.device) ? run_on_cuda(p) : run_on_cpu(p); }
-
 constexpr int64_t kRotary = Rope::kIsNeox | Rope::kRoundProducts, kNorms = 3 | Rope::kWholeVector;
 
-// What q, k and the rest of a call read and write.
-Memory memory_of(T q, T k, OptionalT positions, T table) {
+// A call: what it does, and what it reads and writes.
+struct Call {
+  Rope p;
   Memory memory;
-  memory.reads(q, "q");
-  memory.reads(k, "k");
-  memory.reads(positions, "positions");
-  memory.reads(table, "cos_sin_cache");
-  return memory;
-}
 
-void write_caches(Memory& memory, T v, T k_cache, T v_cache, T slots, OptionalT k_scale, OptionalT v_scale) {
-  memory.reads(v, "v");
-  memory.writes(k_cache, "k_cache");
-  memory.writes(v_cache, "v_cache");
-  memory.reads(slots, "slot_mapping");
-  memory.reads(k_scale, "k_scale");
-  memory.reads(v_scale, "v_scale");
-}
+  Call(T q, T k, OptionalT positions, T table, int64_t flags, int64_t mrope, int64_t known, int64_t k_dims = 3)
+      : p(rope_of(q, k, positions, table, flags, mrope, known, k_dims)) {
+    memory.reads(q, "q");
+    memory.reads(k, "k");
+    memory.reads(positions, "positions");
+    memory.reads(table, "cos_sin_cache");
+  }
 
-void write_outs(Memory& memory, T q, T k, OptionalT q_out, OptionalT k_out) {
-  if (q_out) memory.writes(*q_out, "q_out", &q);
-  if (k_out) memory.writes(*k_out, "k_out", &k);
-}
+  void norms(OptionalT q_weight, OptionalT k_weight, double eps, int64_t flags) {
+    set_norms(p, q_weight, k_weight, eps, flags);
+    memory.reads(q_weight, "q_weight");
+    memory.reads(k_weight, "k_weight");
+  }
 
-std::tuple<Tensor, Tensor> run_new(Rope& p, T q, T k) {
-  Tensor q_out = new_out(p, p.q, q), k_out = new_out(p, p.k, k);
-  run(p);
-  return {std::move(q_out), std::move(k_out)};
-}
+  void caches(T v, T k_cache, T v_cache, T slots, OptionalT k_scale, OptionalT v_scale) {
+    set_caches(p, v, k_cache, v_cache, slots, k_scale, v_scale);
+    memory.reads(v, "v");
+    memory.writes(k_cache, "k_cache");
+    memory.writes(v_cache, "v_cache");
+    memory.reads(slots, "slot_mapping");
+    memory.reads(k_scale, "k_scale");
+    memory.reads(v_scale, "v_scale");
+  }
+
+  // Of MLA: k is the one rotated head, v the latent, side by side in a row of the cache.
+  void latents(T kv_c, T kv_cache, T slots, OptionalT kv_scale) {
+    STD_TORCH_CHECK(kv_c.dim() == 2 && kv_cache.dim() == 3, "kv_c, kv_cache: unexpected shape");
+    set_heads(p.v, p, kv_c, "kv_c");
+    STD_TORCH_CHECK(kv_cache.size(2) == p.v.cols + p.k.cols, "kv_cache: unexpected shape");
+    set_cache(p, p.k, kv_cache, kv_scale, p.v.cols, "kv_cache");
+    set_cache(p, p.v, kv_cache, kv_scale, 0, "kv_cache");
+    set_slots(p, slots, kv_cache);
+    memory.reads(kv_c, "kv_c");
+    memory.writes(kv_cache, "kv_cache");
+    memory.reads(slots, "slot_mapping");
+    memory.reads(kv_scale, "kv_scale");
+  }
+
+  void gate(OptionalT gate, OptionalT out) {
+    set_gate(p, gate, out);
+    memory.reads(gate, "gate");
+    if (out) memory.writes(*out, "gate_out");
+  }
+
+  void outs(T q, OptionalT q_out, const Tensor* k = nullptr, OptionalT k_out = {}, int64_t key = kNoKey,
+            OptionalT given = {}, OptionalT scale_out = {}) {
+    set_codes(p, q, key, given, q_out, scale_out);
+    if (q_out) memory.writes(*q_out, "q_out", &q);
+    if (k_out) set_out(p, p.k, k_out, *k, "k_out");
+    if (k_out) memory.writes(*k_out, "k_out", k);
+    memory.reads(given, "q_scale");
+    if (scale_out) memory.writes(*scale_out, "q_scale_out");
+  }
+
+  void run() {
+    memory.check();
+    on_cuda(p.device) ? run_on_cuda(p) : run_on_cpu(p);
+  }
+  Tensor run_for_q(T q) {
+    Tensor out = new_out(p, p.q, q);
+    run();
+    return out;
+  }
+  std::tuple<Tensor, Tensor> run_for_both(T q, T k) {
+    Tensor q_out = new_out(p, p.q, q), k_out = new_out(p, p.k, k);
+    run();
+    return {std::move(q_out), std::move(k_out)};
+  }
+};
 
 std::tuple<Tensor, Tensor> rope(T q, T k, OptionalT positions, T table, int64_t flags, int64_t mrope) {
-  Rope p = rope_of(q, k, positions, table, flags, mrope, kRotary);
-  return run_new(p, q, k);
+  return Call(q, k, positions, table, flags, mrope, kRotary).run_for_both(q, k);
 }
 
 void rope_out(T q, T k, OptionalT positions, T table, int64_t flags, int64_t mrope, OptionalT q_out, OptionalT k_out) {
-  Rope p = rope_of(q, k, positions, table, flags, mrope, kRotary);
-  set_out(p, p.q, q_out, q, "q_out");
-  set_out(p, p.k, k_out, k, "k_out");
-  Memory memory = memory_of(q, k, positions, table);
-  write_outs(memory, q, k, q_out, k_out);
-  memory.check();
-  run(p);
+  Call call(q, k, positions, table, flags, mrope, kRotary);
+  call.outs(q, q_out, &k, k_out);
+  call.run();
 }
 
 std::tuple<Tensor, Tensor> qk_norm_rope(T q, T k, OptionalT positions, T table, OptionalT q_weight, OptionalT k_weight,
                                         double eps, int64_t flags, int64_t mrope) {
-  Rope p = rope_of(q, k, positions, table, flags, mrope, kRotary | kNorms);
-  set_norms(p, q_weight, k_weight, eps, flags);
-  return run_new(p, q, k);
+  Call call(q, k, positions, table, flags, mrope, kRotary | kNorms);
+  call.norms(q_weight, k_weight, eps, flags);
+  return call.run_for_both(q, k);
 }
 
 void qk_norm_rope_out(T q, T k, OptionalT positions, T table, OptionalT q_weight, OptionalT k_weight, double eps,
                       int64_t flags, int64_t mrope, OptionalT gate, OptionalT q_out, OptionalT k_out,
                       OptionalT gate_out) {
-  Rope p = rope_of(q, k, positions, table, flags, mrope, kRotary | kNorms);
-  set_norms(p, q_weight, k_weight, eps, flags);
-  set_out(p, p.q, q_out, q, "q_out");
-  set_out(p, p.k, k_out, k, "k_out");
-  set_gate(p, gate, gate_out);
-  Memory memory = memory_of(q, k, positions, table);
-  memory.reads(q_weight, "q_weight");
-  memory.reads(k_weight, "k_weight");
-  memory.reads(gate, "gate");
-  write_outs(memory, q, k, q_out, k_out);
-  if (gate_out) memory.writes(*gate_out, "gate_out");
-  memory.check();
-  run(p);
+  Call call(q, k, positions, table, flags, mrope, kRotary | kNorms);
+  call.norms(q_weight, k_weight, eps, flags);
+  call.gate(gate, gate_out);
+  call.outs(q, q_out, &k, k_out);
+  call.run();
 }
 
 Tensor rope_kv_cache_write(T q, T k, T v, OptionalT positions, T table, T k_cache, T v_cache, T slots,
                            OptionalT k_scale, OptionalT v_scale, int64_t flags, int64_t mrope) {
-  Rope p = rope_of(q, k, positions, table, flags, mrope, kRotary);
-  set_caches(p, v, k_cache, v_cache, slots, k_scale, v_scale);
-  Memory memory = memory_of(q, k, positions, table);
-  write_caches(memory, v, k_cache, v_cache, slots, k_scale, v_scale);
-  memory.check();
-  Tensor out = new_out(p, p.q, q);
-  run(p);
-  return out;
+  Call call(q, k, positions, table, flags, mrope, kRotary);
+  call.caches(v, k_cache, v_cache, slots, k_scale, v_scale);
+  return call.run_for_q(q);
 }
 
 void rope_kv_cache_write_out(T q, T k, T v, OptionalT positions, T table, T k_cache, T v_cache, T slots,
                              OptionalT k_scale, OptionalT v_scale, int64_t flags, int64_t mrope, int64_t q_key,
                              OptionalT q_given, OptionalT q_out, OptionalT k_out, OptionalT q_scale_out) {
-  Rope p = rope_of(q, k, positions, table, flags, mrope, kRotary);
-  set_caches(p, v, k_cache, v_cache, slots, k_scale, v_scale);
-  set_codes(p, q, q_key, q_given, q_out, q_scale_out);
-  set_out(p, p.k, k_out, k, "k_out");
-  Memory memory = memory_of(q, k, positions, table);
-  write_caches(memory, v, k_cache, v_cache, slots, k_scale, v_scale);
-  memory.reads(q_given, "q_scale");
-  write_outs(memory, q, k, q_out, k_out);
-  if (q_scale_out) memory.writes(*q_scale_out, "q_scale_out");
-  memory.check();
-  run(p);
+  Call call(q, k, positions, table, flags, mrope, kRotary);
+  call.caches(v, k_cache, v_cache, slots, k_scale, v_scale);
+  call.outs(q, q_out, &k, k_out, q_key, q_given, q_scale_out);
+  call.run();
 }
 
 Tensor qk_norm_rope_kv_cache_write(T q, T k, T v, OptionalT positions, T table, OptionalT q_weight, OptionalT k_weight,
                                    double eps, T k_cache, T v_cache, T slots, OptionalT k_scale, OptionalT v_scale,
                                    int64_t flags, int64_t mrope) {
-  Rope p = rope_of(q, k, positions, table, flags, mrope, kRotary | kNorms | Rope::kNormV);
-  set_caches(p, v, k_cache, v_cache, slots, k_scale, v_scale);
-  set_norms(p, q_weight, k_weight, eps, flags);
-  Memory memory = memory_of(q, k, positions, table);
-  write_caches(memory, v, k_cache, v_cache, slots, k_scale, v_scale);
-  memory.reads(q_weight, "q_weight");
-  memory.reads(k_weight, "k_weight");
-  memory.check();
-  Tensor out = new_out(p, p.q, q);
-  run(p);
-  return out;
+  Call call(q, k, positions, table, flags, mrope, kRotary | kNorms | Rope::kNormV);
+  call.caches(v, k_cache, v_cache, slots, k_scale, v_scale);
+  call.norms(q_weight, k_weight, eps, flags);
+  return call.run_for_q(q);
 }
 
 void qk_norm_rope_kv_cache_write_out(T q, T k, T v, OptionalT positions, T table, OptionalT q_weight,
@@ -380,59 +352,27 @@ void qk_norm_rope_kv_cache_write_out(T q, T k, T v, OptionalT positions, T table
                                      OptionalT v_scale, int64_t flags, int64_t mrope, int64_t q_key, OptionalT q_given,
                                      OptionalT gate, OptionalT q_out, OptionalT k_out, OptionalT q_scale_out,
                                      OptionalT gate_out) {
-  Rope p = rope_of(q, k, positions, table, flags, mrope, kRotary | kNorms | Rope::kNormV);
-  set_caches(p, v, k_cache, v_cache, slots, k_scale, v_scale);
-  set_norms(p, q_weight, k_weight, eps, flags);
-  set_codes(p, q, q_key, q_given, q_out, q_scale_out);
-  set_out(p, p.k, k_out, k, "k_out");
-  set_gate(p, gate, gate_out);
-  Memory memory = memory_of(q, k, positions, table);
-  write_caches(memory, v, k_cache, v_cache, slots, k_scale, v_scale);
-  for (OptionalT in : {std::cref(q_weight), std::cref(k_weight), std::cref(q_given), std::cref(gate)})
-    memory.reads(in, "input");
-  write_outs(memory, q, k, q_out, k_out);
-  if (q_scale_out) memory.writes(*q_scale_out, "q_scale_out");
-  if (gate_out) memory.writes(*gate_out, "gate_out");
-  memory.check();
-  run(p);
-}
-
-// Of MLA: k is the one rotated head, v the latent, side by side in a row of the cache.
-Rope mla_of(T q_pe, T k_pe, T kv_c, OptionalT positions, T table, T kv_cache, T slots, OptionalT kv_scale,
-            int64_t flags, Memory& memory) {
-  STD_TORCH_CHECK(k_pe.dim() == 2 && kv_c.dim() == 2 && kv_cache.dim() == 3, "k_pe, kv_c, kv_cache: unexpected shape");
-  Rope p = rope_of(q_pe, k_pe, positions, table, flags, 0, kRotary, 2);
-  set_heads(p.v, p, kv_c, "kv_c");
-  STD_TORCH_CHECK(kv_cache.size(2) == p.v.cols + p.k.cols, "kv_cache: unexpected shape");
-  set_cache(p, p.k, kv_cache, kv_scale, p.v.cols, "kv_cache");
-  set_cache(p, p.v, kv_cache, kv_scale, 0, "kv_cache");
-  set_slots(p, slots, kv_cache);
-  memory = memory_of(q_pe, k_pe, positions, table);
-  memory.reads(kv_c, "kv_c");
-  memory.reads(slots, "slot_mapping");
-  memory.reads(kv_scale, "kv_scale");
-  memory.writes(kv_cache, "kv_cache");
-  return p;
+  Call call(q, k, positions, table, flags, mrope, kRotary | kNorms | Rope::kNormV);
+  call.caches(v, k_cache, v_cache, slots, k_scale, v_scale);
+  call.norms(q_weight, k_weight, eps, flags);
+  call.gate(gate, gate_out);
+  call.outs(q, q_out, &k, k_out, q_key, q_given, q_scale_out);
+  call.run();
 }
 
 Tensor mla_rope_kv_cache_concat(T q_pe, T k_pe, T kv_c, OptionalT positions, T table, T kv_cache, T slots,
                                 OptionalT kv_scale, int64_t flags) {
-  Memory memory;
-  Rope p = mla_of(q_pe, k_pe, kv_c, positions, table, kv_cache, slots, kv_scale, flags, memory);
-  memory.check();
-  Tensor out = new_out(p, p.q, q_pe);
-  run(p);
-  return out;
+  Call call(q_pe, k_pe, positions, table, flags, 0, kRotary, 2);
+  call.latents(kv_c, kv_cache, slots, kv_scale);
+  return call.run_for_q(q_pe);
 }
 
 void mla_rope_kv_cache_concat_out(T q_pe, T k_pe, T kv_c, OptionalT positions, T table, T kv_cache, T slots,
                                   OptionalT kv_scale, int64_t flags, OptionalT out) {
-  Memory memory;
-  Rope p = mla_of(q_pe, k_pe, kv_c, positions, table, kv_cache, slots, kv_scale, flags, memory);
-  set_out(p, p.q, out, q_pe, "q_pe_out");
-  if (out) memory.writes(*out, "q_pe_out", &q_pe);
-  memory.check();
-  run(p);
+  Call call(q_pe, k_pe, positions, table, flags, 0, kRotary, 2);
+  call.latents(kv_c, kv_cache, slots, kv_scale);
+  call.outs(q_pe, out);
+  call.run();
 }
 
 }  // namespace
