@@ -81,6 +81,7 @@ _PACKED_MLP = replace(_MLP, linears=("gate_up_proj",))
 _LLAMA_NORM = Norm(stock.LlamaNorm, round_before_weight=True)
 _OLMO2_NORM = Norm(stock.Olmo2Norm)
 _GEMMA_NORM = Norm(stock.GemmaNorm, eps="eps", weight_bias=1.0)
+NORMS = (_LLAMA_NORM, _OLMO2_NORM, _GEMMA_NORM)
 
 _GATED = Gated(stock.GatedMLP, gated_mlp, activation="act_fn")
 _PACKED = Gated(stock.PackedMLP, packed_mlp, activation="activation_fn")
@@ -163,26 +164,26 @@ def mismatch(module: nn.Module, expected: type, role: str) -> str | None:
         if name.startswith("__"):
             continue
         if isinstance(value, FunctionType):
-            known = _computes(getattr(type(module), name, None), formula(value))
+            known = computes(getattr(type(module), name, None), formula(value))
         else:
             known = _same(getattr(module, name, None), value)
         if not known:
-            return f"{type(module).__name__}.{name} of {_version()} is not a known {role}"
+            return f"{type(module).__name__}.{name} of {version()} is not a known {role}"
     return None
 
 
 def mismatch_layer(layer: nn.Module, family: Family) -> str | None:
     """Why the fused body can't take the place of a decoder layer's forward; None where it can."""
-    if _computes(type(layer).forward, family.layer):
+    if computes(type(layer).forward, family.layer):
         return None
-    return f"{type(layer).__name__}.forward of {_version()} is not a known layer"
+    return f"{type(layer).__name__}.forward of {version()} is not a known layer"
 
 
 def mismatch_loop(model: nn.Module, family: Family) -> str | None:
     """Why decoder layers of `model` can't hand each other anything but tensors; None where they can."""
     if reads(type(model).forward, "hidden_states") == family.loop:
         return None
-    return f"{type(model).__name__}.forward of {_version()} is not a known loop over layers"
+    return f"{type(model).__name__}.forward of {version()} is not a known loop over layers"
 
 
 def activation_of(module: nn.Module) -> tuple[Callable | None, str | None]:
@@ -200,7 +201,8 @@ def passes_on(module: nn.Module, linears: tuple[str, ...]) -> bool:
     return allowed.issuperset(reads(type(module).forward, argument) or ("unknown",))
 
 
-def _computes(function: Any, expected: str | None) -> bool:
+def computes(function: Any, expected: str | None) -> bool:
+    """Whether the formula of `function`, where there is one, is this."""
     found = None if function is None else formula(function)
     return found is not None and found == expected
 
@@ -212,7 +214,8 @@ def _same(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-def _version() -> str:
+def version() -> str:
+    """Which transformers this is, for messages."""
     try:
         return f"transformers {metadata.version('transformers')}"
     except metadata.PackageNotFoundError:
