@@ -18,7 +18,9 @@ from .activation import (
     swiglu_oai_mul_quant,
 )
 from .dual_norm import dual_rms_norm
+from .kv_cache import qk_norm_rope_kv_cache_write, rope_kv_cache_write
 from .linear import scaled_linear
+from .mla import mla_rope_kv_cache_concat
 from .norm import (
     fused_add_rms_norm,
     fused_add_rms_norm_pad,
@@ -30,7 +32,7 @@ from .norm import (
 )
 from .post_norm import rms_norm_add, rms_norm_add_rms_norm_quant
 from .quantize import QuantOptions, quantize
-from .rope import rope
+from .rope import RotaryOptions, qk_norm_rope, rope
 
 _load_cpu()
 _load_cuda()
@@ -41,6 +43,7 @@ if _name := _os.environ.get("FUSED_OPS_BACKEND"):
 __all__ = [
     "OPS",
     "QuantOptions",
+    "RotaryOptions",
     "dual_rms_norm",
     "fused_add_rms_norm",
     "fused_add_rms_norm_pad",
@@ -49,6 +52,9 @@ __all__ = [
     "gelu_tanh_mul_quant",
     "layer_norm",
     "layer_norm_quant",
+    "mla_rope_kv_cache_concat",
+    "qk_norm_rope",
+    "qk_norm_rope_kv_cache_write",
     "quantize",
     "relu2",
     "relu2_quant",
@@ -57,6 +63,7 @@ __all__ = [
     "rms_norm_add_rms_norm_quant",
     "rms_norm_quant",
     "rope",
+    "rope_kv_cache_write",
     "scaled_linear",
     "silu_mul",
     "silu_mul_quant",

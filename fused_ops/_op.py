@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ DEVICES = ("CPU", "CUDA")  # dispatch keys that a forced backend overrides
 
 NO_KEY = -1  # in the place of a key's code: the result isn't quantized
 
+Written = Annotated[Tensor, "written"]  # an input that the operation writes into, such as a cache
+
 _library = Library("fused_ops", "DEF")
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    Written: "Tensor(%s!)",
     float: "float",
     int: "int",
     bool: "bool",
@@ -63,6 +66,7 @@ class Op:
     Two overloads come from its signature:
         name(inputs that have no default) -> the first `returns` outputs, freshly allocated
         name.out(all inputs, *, Tensor(a!)? each output) -> ()     writes the outputs that are not None
+    Inputs annotated as `Written` are written by both.
     `check` raises on bad arguments, `empty` allocates outputs; the fake implementations are made of the two.
     """
 
@@ -77,19 +81,22 @@ class Op:
         self.workload: Callable[..., tuple] = _undeclared
         self.store: Callable[..., None] = lambda args, name, target, value: target.copy_(value)
 
-        hints = typing.get_type_hints(reference)
+        hints = typing.get_type_hints(reference, include_extras=True)
         parameters = inspect.signature(reference).parameters.values()
-        inputs = [
-            f"{_SCHEMA_TYPES[hints[p.name]]} {p.name}" + ("" if p.default is p.empty else f"={p.default}")
-            for p in parameters
-        ]
-        required = ", ".join(text for text in inputs if "=" not in text)
-        result = ", ".join(["Tensor"] * self.returns)
-        _library.define(f"{self.name}({required}) -> {result if self.returns == 1 else f'({result})'}")
-        written = [f"Tensor({a}!)? {o}_out=None" for a, o in zip(string.ascii_lowercase, self.outputs, strict=False)]
-        _library.define(f"{self.name}.out({', '.join(inputs)}, *, {', '.join(written)}) -> ()")
         self.arguments = [p.name for p in parameters]
+        self.written = [name for name in self.arguments if hints[name] == Written]
         self.required = sum(p.default is p.empty for p in parameters)
+
+        aliases = iter(string.ascii_lowercase)
+        types = [_SCHEMA_TYPES[hints[name]] for name in self.arguments]
+        types = [kind % next(aliases) if "%" in kind else kind for kind in types]
+        defaults = ["" if p.default is p.empty else f"={p.default}" for p in parameters]
+        inputs = [f"{kind} {name}{value}" for kind, name, value in zip(types, self.arguments, defaults, strict=True)]
+        result = ", ".join(["Tensor"] * self.returns)
+        result = result if self.returns == 1 else f"({result})"
+        _library.define(f"{self.name}({', '.join(inputs[: self.required])}) -> {result}")
+        outs = [f"Tensor({next(aliases)}!)? {output}_out=None" for output in self.outputs]
+        _library.define(f"{self.name}.out({', '.join(inputs)}, *, {', '.join(outs)}) -> ()")
 
         packet = getattr(torch.ops.fused_ops, self.name)
         self.default, self.out = packet.default, packet.out

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.norm import ROUND_BEFORE_WEIGHT
+from fused_ops.rope import ROUND_PRODUCTS
 from quant import QuantKey, formats
 
 
@@ -99,8 +100,8 @@ def _quantized(operation: Callable[..., tuple]) -> Callable[..., tuple]:
     return run
 
 
-def rope(q, k, positions, cos_sin_cache, is_neox, round_products):
-    dtype = q.dtype if round_products else torch.float32
+def rope(q, k, positions, cos_sin_cache, flags, mrope):
+    dtype = q.dtype if flags & ROUND_PRODUCTS else torch.float32
     cos, sin = cos_sin_cache[positions].to(dtype).unsqueeze(1).chunk(2, dim=-1)
     cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 

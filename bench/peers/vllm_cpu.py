@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fused_ops.rope import IS_NEOX
 from quant import INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR
 
 from ..cache import cached
@@ -97,10 +98,12 @@ def _pair(first, second):
     return second and both
 
 
-def _rope(q, k, positions, cos_sin_cache, is_neox, round_products, *, outs):
+def _rope(q, k, positions, cos_sin_cache, flags, mrope, *, outs):
     dim = q.shape[-1]
     flat = (q.flatten(1).clone(), k.flatten(1).clone())
-    return partial(torch.ops._C.rotary_embedding, positions, *flat, dim, cos_sin_cache.to(q.dtype), is_neox)
+    return partial(
+        torch.ops._C.rotary_embedding, positions, *flat, dim, cos_sin_cache.to(q.dtype), bool(flags & IS_NEOX)
+    )
 
 
 FUNCTIONS: dict[str, Callable] = {

@@ -10,8 +10,8 @@
 namespace fused_ops {
 namespace {
 
-Rope rope_of(const Tensor& q, const Tensor& k, const OptionalTensor& positions, const Tensor& cos_sin, bool is_neox,
-             bool round_products) {
+Rope rope_of(const Tensor& q, const Tensor& k, const OptionalTensor& positions, const Tensor& cos_sin, int64_t flags,
+             int64_t mrope) {
   Rope p;
   p.dtype = dtype_of(q);
   STD_TORCH_CHECK(is_float(p.dtype), "q: expected bfloat16, float16 or float32");
@@ -27,8 +27,9 @@ Rope rope_of(const Tensor& q, const Tensor& k, const OptionalTensor& positions, 
                   "cos_sin_cache: expected float32 of an even width up to q's");
   p.cos_sin = table.at<const float>(0);
   p.cos_sin_stride = cos_sin.stride(0);
-  p.is_neox = is_neox;
-  p.round_products = round_products;
+  STD_TORCH_CHECK(mrope == 0, "mrope");
+  p.is_neox = flags & 4;
+  p.round_products = flags & 8;
   p.positions = nullptr;
   p.wide_positions = false;
   if (!positions) {
@@ -56,16 +57,16 @@ void run(const Rope& p, int64_t tokens) {
 }
 
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const OptionalTensor& positions,
-                                const Tensor& cos_sin, bool is_neox, bool round_products) {
-  Rope p = rope_of(q, k, positions, cos_sin, is_neox, round_products);
+                                const Tensor& cos_sin, int64_t flags, int64_t mrope) {
+  Rope p = rope_of(q, k, positions, cos_sin, flags, mrope);
   Tensor q_out = empty_rows(q, p.head_dim, p.dtype, p.q.out), k_out = empty_rows(k, p.head_dim, p.dtype, p.k.out);
   run(p, q.size(0));
   return {std::move(q_out), std::move(k_out)};
 }
 
-void rope_out(const Tensor& q, const Tensor& k, const OptionalTensor& positions, const Tensor& cos_sin, bool is_neox,
-              bool round_products, const OptionalTensor& q_out, const OptionalTensor& k_out) {
-  Rope p = rope_of(q, k, positions, cos_sin, is_neox, round_products);
+void rope_out(const Tensor& q, const Tensor& k, const OptionalTensor& positions, const Tensor& cos_sin, int64_t flags,
+              int64_t mrope, const OptionalTensor& q_out, const OptionalTensor& k_out) {
+  Rope p = rope_of(q, k, positions, cos_sin, flags, mrope);
   STD_TORCH_CHECK(q_out && k_out, "q_out, k_out: expected both");
   p.q.out = rows_like(*q_out, "q_out", q, p.head_dim, p.dtype);
   p.k.out = rows_like(*k_out, "k_out", k, p.head_dim, p.dtype);

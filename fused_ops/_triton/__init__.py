@@ -19,7 +19,13 @@ from .._op import OPS, Backend, Op, kernels_of
 
 MAX_COLS = 65536  # of a row: its elements stay in the registers of one block
 LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static or by token or group"
-ELSEWHERE = ("scaled_linear",)
+ELSEWHERE = (
+    "scaled_linear",
+    "qk_norm_rope",
+    "rope_kv_cache_write",
+    "qk_norm_rope_kv_cache_write",
+    "mla_rope_kv_cache_concat",
+)
 _defaults: list[Library] = []
 
 

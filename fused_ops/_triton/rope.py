@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..rope import IS_NEOX, ROUND_PRODUCTS
 from .launch import OPTIONS, next_power_of_two, on_device, warps_of
 from .platform import narrow, round_to, widen
 from .row import Rows
@@ -102,7 +103,8 @@ def kernel_of(head_dim: int, half: int, heads: int, is_neox: bool, round_product
 
 
 def rope(args: tuple, outs: dict[str, Any]) -> None:
-    q, k, positions, table, is_neox, round_products = args
+    q, k, positions, table, flags, _ = args
+    is_neox, round_products = bool(flags & IS_NEOX), bool(flags & ROUND_PRODUCTS)
     tokens, q_heads, head_dim = q.shape
     k_heads, half = k.shape[1], table.shape[1] // 2
     kernel = kernel_of(head_dim, half, max(q_heads, k_heads), is_neox, round_products)

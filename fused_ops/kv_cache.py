@@ -1,0 +1,437 @@
+"""Rotary embedding and what follows it: keys and values go straight into a paged cache.
+
+    slot = slot_mapping[t];  k_cache[slot // block_size, slot % block_size] = k[t]       likewise v
+
+A cache is logically [blocks, block_size, kv_heads, D], in any memory order: another one is a permuted view. It holds S,
+or codes with a static scale, as `quantize` makes them: sat(round(k * (1 / scale))).
+
+A token with slot -1, and one beyond the end of `slot_mapping` (padding), is rotated and not written. No two tokens have
+the same slot. A slot outside the cache is an error on the CPU; on a GPU that token's q and k become NaN, and nothing is
+written for it, nor for one whose position is outside the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from quant import FP8_STATIC_TENSOR, NAMED_KEYS, QuantizedActivation, QuantKey, formats
+from quant.key import FP8, FP8_FNUZ
+
+from ._check import FLOATS, INDICES, boolean, check, check_key
+from ._op import NO_KEY, Op, Written, invoke, op, overlap, refuse_backward_of, refused, rows_overlap
+from .quantize import key_inputs, quantized
+from .rope import (
+    IS_NEOX,
+    NORM_FLAGS,
+    NORM_V,
+    ROTARY_FLAGS,
+    RotaryOptions,
+    _qk_norm_rope,
+    _rope,
+    check_indices,
+    check_norms,
+    check_rope,
+    heads_workload,
+    normed,
+    poisoned,
+    positions_outside,
+    qk_norm_flags,
+    rotary_code,
+)
+from .rope import cases as rope_cases
+
+CODES = (FP8, FP8_FNUZ, torch.int8)  # what a cache holds besides S
+
+
+@op("q k q_scale", returns=1)
+def _rope_kv_cache_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    cos_sin_cache: Tensor,
+    k_cache: Written,
+    v_cache: Written,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    flags: int,
+    mrope: int,
+    q_key: int = NO_KEY,
+    q_given: Tensor | None = None,
+):
+    q, k = _rope.reference(q, k, positions, cos_sin_cache, flags, mrope)
+    q, k = (_without(x, k_cache, slot_mapping) for x in (q, k))
+    unwritten = positions_outside(positions, cos_sin_cache)
+    write(k_cache, k, slot_mapping, k_scale, unwritten)
+    write(v_cache, v, slot_mapping, v_scale, unwritten)
+    if q_key == NO_KEY:
+        return q, k, None
+    data, scale, *_ = quantized(q, q_key, q_given, None)
+    return data, k, scale
+
+
+@op("q k q_scale gate", returns=1)
+def _qk_norm_rope_kv_cache_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    cos_sin_cache: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    k_cache: Written,
+    v_cache: Written,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    flags: int,
+    mrope: int,
+    q_key: int = NO_KEY,
+    q_given: Tensor | None = None,
+    gate: Tensor | None = None,
+):
+    q, k = normed(q, q_weight, eps, flags), normed(k, k_weight, eps, flags)
+    v = normed(v, None, eps, 0) if flags & NORM_V else v
+    caches = (k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    made = _rope_kv_cache_write.reference(q, k, v, positions, cos_sin_cache, *caches, flags, mrope, q_key, q_given)
+    return *made, None if gate is None else gate.sigmoid()
+
+
+def write(cache: Tensor, rows: Tensor, slots: Tensor, scale: Tensor | None, unwritten: Tensor | None) -> None:
+    """The reference of a cache write; tokens in `unwritten` aren't."""
+    rows = rows[: slots.shape[0]]
+    keep = (slots >= 0) & (slots < cache.shape[0] * cache.shape[1])
+    if unwritten is not None:
+        keep &= ~unwritten[: slots.shape[0]]
+    rows, slots = rows[keep], slots[keep].long()
+    if scale is not None:
+        rows = formats.encode(rows.float() * (1 / scale).view(-1, 1), cache.dtype)
+        cache = cache.view(torch.uint8)
+    cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
+
+
+def _without(x: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+    """x, poisoned where a token's slot isn't in the cache."""
+    outside = x.new_zeros(x.shape[0], dtype=torch.bool)
+    outside[: slots.shape[0]] = (slots < -1) | (slots >= cache.shape[0] * cache.shape[1])
+    return poisoned(x, outside)
+
+
+def check_write(name: str, tokens: int, caches: dict[str, tuple], slots: Tensor, inputs: dict[str, Any]) -> None:
+    """Check slots, and caches given as name: (cache, its spec as `check` takes it, its scale's name, its scale).
+
+    inputs: those of the operation, by name, of which the first has S.
+    """
+    q = next(iter(inputs.values()))
+    like = {"q": (q, "T H D", FLOATS)}
+    check(name, **like, slot_mapping=(slots, "S", INDICES))
+    if slots.shape[0] > tokens:
+        raise ValueError(f"{name}: slot_mapping is {list(slots.shape)}, expected at most {tokens}, one a token")
+    for cache_name, (cache, spec, scale_name, scale) in caches.items():
+        check(name, **like, **{cache_name: (cache, spec, (q.dtype, *CODES))})
+        if cache.dtype not in CODES:
+            if scale is not None:
+                raise ValueError(f"{name}: {scale_name} is given, but {cache_name} is {cache.dtype}, which takes none")
+        else:
+            check(name, **like, **{scale_name: (scale, "S", torch.float32)})
+            if scale.shape[0] not in (1, cache.shape[-2] if cache.ndim == 4 else 1):
+                raise ValueError(f"{name}: {scale_name} is {list(scale.shape)}, expected one, or one for each head")
+        if rows_overlap(cache):
+            raise ValueError(f"{name}: {cache_name} has strides {cache.stride()}: its rows share memory")
+        for input_name, tensor in {**inputs, "slot_mapping": slots, scale_name: scale}.items():
+            if tensor is not None and overlap(cache, tensor):
+                raise ValueError(f"{name}: {cache_name} shares memory with {input_name}")
+    check_indices(name, "slot_mapping", slots, -1, cache.shape[0] * cache.shape[1] - 1)
+
+
+@_rope_kv_cache_write.declares("check")
+def _check(
+    q, k, v, positions, cos_sin_cache, k_cache, v_cache, slot_mapping, k_scale, v_scale, flags, mrope,
+    q_key=NO_KEY, q_given=None, *, name, takes=ROTARY_FLAGS, gate=None, **inputs,
+):  # fmt: skip
+    more = {"gate": (gate, "T H G ?", "q")}
+    more |= {"v": (v, "T K V", "q"), "k_cache": (k_cache, "B P K D", (*FLOATS, *CODES))}
+    sizes = check_rope(q, k, positions, cos_sin_cache, flags, mrope, name=name, takes=takes, **more)
+    blocks, block_size, heads, _ = k_cache.shape
+    caches = {
+        "k_cache": (k_cache, "B P K D", "k_scale", k_scale),
+        "v_cache": (v_cache, f"{blocks} {block_size} {heads} {v.shape[-1]}", "v_scale", v_scale),
+    }
+    inputs = {"q": q, "k": k, "v": v, "positions": positions, "cos_sin_cache": cos_sin_cache, **inputs}
+    check_write(name, sizes["T"], caches, slot_mapping, inputs)
+    if v_cache.dtype != k_cache.dtype:
+        raise TypeError(f"{name}: v_cache is {v_cache.dtype}, expected {k_cache.dtype} as k_cache")
+    if overlap(k_cache, v_cache):
+        raise ValueError(f"{name}: v_cache shares memory with k_cache")
+    if q_key != NO_KEY:
+        key = check_key(name, q_key, sizes["D"], q_given, q.device)
+        if not key.symmetric or (key.per_tensor and not key.scale.static):
+            raise ValueError(f"{name}: q_quant_key is {key}, expected a symmetric one, static or with scales by head")
+    elif q_given is not None:
+        raise ValueError(f"{name}: q_scale is given, but q_quant_key is None")
+    return sizes
+
+
+@_qk_norm_rope_kv_cache_write.declares("check")
+def _(
+    q, k, v, positions, cos_sin_cache, q_weight, k_weight, eps, k_cache, v_cache, slot_mapping, k_scale, v_scale, flags,
+    mrope, q_key=NO_KEY, q_given=None, gate=None, *, name,
+):  # fmt: skip
+    takes = ROTARY_FLAGS | NORM_FLAGS | NORM_V
+    caches = (k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    more = {"takes": takes, "gate": gate, "q_weight": q_weight, "k_weight": k_weight}
+    sizes = _check(q, k, v, positions, cos_sin_cache, *caches, flags, mrope, q_key, q_given, name=name, **more)
+    check_norms(name, sizes, q, q_weight, k_weight, eps, flags)
+
+
+@_rope_kv_cache_write.declares("empty")
+def _(q, k, *rest):
+    return _empty(q, k, rest[10] if len(rest) > 10 else NO_KEY)
+
+
+@_qk_norm_rope_kv_cache_write.declares("empty")
+def _(q, k, *rest):
+    given = tuple(rest[13:])
+    code, _, gate = given + (NO_KEY, None, None)[len(given) :]
+    return *_empty(q, k, code), None if gate is None else gate.new_empty(gate.shape)
+
+
+def _empty(q: Tensor, k: Tensor, code: int) -> tuple:
+    if code == NO_KEY:
+        return q.new_empty(q.shape), k.new_empty(k.shape), None
+    data, scale, _ = formats.empty(q.shape, QuantKey.from_code(code), q.device)
+    return data, k.new_empty(k.shape), scale
+
+
+def caches_for(k: Tensor, v: Tensor, dtype: torch.dtype, order: int = 0) -> tuple:
+    """(k_cache, v_cache, slot_mapping, k_scale, v_scale) in one of several memory orders, for tests."""
+    tokens, heads = k.shape[:2]
+    block, blocks = (16, 5, 1)[order % 3], tokens + 3
+
+    def cache(cols: int) -> Tensor:
+        if order % 2:  # heads outermost in a block
+            return torch.zeros(blocks, heads, block, cols, device=k.device).to(dtype).transpose(1, 2)
+        return torch.zeros(blocks, block, heads, cols, device=k.device).to(dtype)
+
+    if order == 2 and k.shape == v.shape:  # both in one
+        both = torch.zeros(blocks, block, 2, heads, k.shape[-1], device=k.device).to(dtype)
+        k_cache, v_cache = both.unbind(2)
+    else:
+        k_cache, v_cache = cache(k.shape[-1]), cache(v.shape[-1])
+    slots = torch.randperm(blocks * block, device=k.device)[: tokens - tokens // 8]
+    slots[1::7] = -1
+    if dtype not in CODES:
+        return k_cache, v_cache, slots, None, None
+    scales = torch.rand(2, heads, device=k.device) / 8 + 0.01
+    return k_cache, v_cache, slots.int(), scales[0], scales[1, :1]
+
+
+Q_KEYS = [NO_KEY, *(key.code for key in NAMED_KEYS.values() if key.symmetric and key.scale2 is None)]
+
+
+def _q_key(i: int, dim: int, device: str) -> tuple:
+    """(code, given) of one of the keys that serve heads of `dim`."""
+    key = None if Q_KEYS[i % len(Q_KEYS)] == NO_KEY else QuantKey.from_code(Q_KEYS[i % len(Q_KEYS)])
+    if key is None or (key.per_tensor and not key.scale.static) or dim % 32:
+        return ()
+    return key_inputs(key, device)[:2]
+
+
+def write_cases(device: str) -> Iterator[tuple]:
+    for i, (q, k, positions, table, flags, mrope) in enumerate(rope_cases(device)):
+        v = torch.randn(*k.shape[:2], k.shape[2] // 2 if i % 4 == 3 else k.shape[2], device=device).to(k.dtype)
+        dtype = (k.dtype, FP8, torch.int8, k.dtype, FP8_FNUZ)[i % 5]
+        yield q, k, v, positions, table, caches_for(k, v, dtype, i % 6), flags, mrope
+
+
+@_rope_kv_cache_write.declares("cases")
+def _(device: str) -> Iterator[tuple]:
+    for i, (*inputs, caches, flags, mrope) in enumerate(write_cases(device)):
+        yield *inputs, *caches, flags, mrope, *(_q_key(i, inputs[0].shape[-1], device) if i % 3 == 0 else ())
+
+
+@_qk_norm_rope_kv_cache_write.declares("cases")
+def _(device: str) -> Iterator[tuple]:
+    for i, (args, write) in enumerate(zip(_qk_norm_rope.cases(device), write_cases(device), strict=True)):
+        q, k, positions, table, q_weight, k_weight, eps, flags, mrope, *gate = args
+        v, caches = write[2], write[5]
+        flags |= NORM_V * (i % 2)
+        more = _q_key(i, q.shape[-1], device) if i % 3 == 0 else ()
+        more = (*(more or (NO_KEY, None)), *gate) if gate else more
+        yield q, k, v, positions, table, q_weight, k_weight, eps, *caches, flags, mrope, *more
+
+
+def _workload(tokens: int, cols: int, key: QuantKey | None, dtype: torch.dtype, device: str) -> tuple:
+    q, k, positions, table = heads_workload(tokens, cols, dtype, device)
+    v = torch.randn(k.shape, device=device).to(dtype)
+    blocks, held = -(-tokens // 16), FP8 if key == FP8_STATIC_TENSOR else dtype
+    caches = [torch.zeros(blocks, 16, *k.shape[1:], device=device).to(held) for _ in range(2)]
+    scales = [None if held is dtype else torch.full((1,), 0.02, device=device)] * 2
+    return q, k, v, positions, table, *caches, torch.randperm(blocks * 16, device=device)[:tokens], *scales
+
+
+@_rope_kv_cache_write.declares("workload")
+def _(tokens: int, cols: int, key: QuantKey | None, dtype: torch.dtype, device: str) -> tuple:
+    return *_workload(tokens, cols, key, dtype, device), IS_NEOX, 0
+
+
+@_qk_norm_rope_kv_cache_write.declares("workload")
+def _(tokens: int, cols: int, key: QuantKey | None, dtype: torch.dtype, device: str) -> tuple:
+    *inputs, k_cache, v_cache, slots, k_scale, v_scale = _workload(tokens, cols, key, dtype, device)
+    weight = torch.ones(128, dtype=dtype, device=device)
+    return *inputs, weight, weight, 1e-6, k_cache, v_cache, slots, k_scale, v_scale, IS_NEOX, 0
+
+
+def rope_kv_cache_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    cos_sin_cache: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    q_quant_key: QuantKey | None = None,
+    q_scale: Tensor | None = None,
+    return_key: bool = False,
+    out: Any = None,
+    **rotary: Unpack[RotaryOptions],
+) -> Any:
+    """`rope` of q and k, and k and v into a paged cache, in one launch; see the module for the formula.
+
+    Args:
+        q, k, positions, cos_sin_cache, **rotary: as in `rope`.
+        v: [T, kv_heads, Dv] in S.
+        k_cache, v_cache: [blocks, block_size, kv_heads, D] and [.., Dv] in S, FP8 or int8; written. Rows of D elements
+            are contiguous, whatever the order of the rest; the two may be views of one tensor.
+        slot_mapping: int64 or int32, one for each of the first tokens; -1 writes nothing.
+        k_scale, v_scale: float32 [1], or [kv_heads], of FP8 and int8 caches.
+        q_quant_key: how q is quantized, rows being its heads: any symmetric key but FP8_DYNAMIC_TENSOR.
+        q_scale: float32 [1], of a static q_quant_key.
+        return_key: also return the rotated k, in S.
+        out: q (and k, in a tuple, with return_key) to write instead of fresh tensors; may be the inputs.
+
+    Returns:
+        q [T, heads, D] in S or as a `QuantizedActivation`; with return_key (q, k).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or (on the CPU) a position or a slot is out of range;
+            nothing is written.
+    """
+    flags, mrope = rotary_code("rope_kv_cache_write", **rotary)
+    caches = (k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    args = (q, k, v, positions, cos_sin_cache, *caches, flags, mrope)
+    return _run(_rope_kv_cache_write, args, q_quant_key, q_scale, return_key, out)
+
+
+def qk_norm_rope_kv_cache_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor | None,
+    cos_sin_cache: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    whole_vector: bool = False,
+    weight_bias: float = 0.0,
+    round_before_weight: bool = False,
+    norm_v: bool = False,
+    gate: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    q_quant_key: QuantKey | None = None,
+    q_scale: Tensor | None = None,
+    return_key: bool = False,
+    out: Any = None,
+    **rotary: Unpack[RotaryOptions],
+) -> Any:
+    """`qk_norm_rope`, then what `rope_kv_cache_write` does, in one launch; bit for bit what the calls do.
+
+    Args:
+        q_weight, k_weight, eps, whole_vector, weight_bias, round_before_weight, gate: as in `qk_norm_rope`.
+        norm_v: norm every head of v too, without a weight (Gemma 4).
+        The others: as in `rope_kv_cache_write`.
+
+    Returns:
+        What `rope_kv_cache_write` does; with a gate its sigmoid behind that: (q, gate) or (q, k, gate).
+
+    Raises:
+        TypeError, ValueError: as `rope_kv_cache_write`.
+    """
+    name = "qk_norm_rope_kv_cache_write"
+    boolean(name, norm_v=norm_v)
+    flags, mrope = rotary_code(name, **rotary)
+    flags |= qk_norm_flags(name, whole_vector, weight_bias, round_before_weight) | NORM_V * norm_v
+    caches = (k_cache, v_cache, slot_mapping, k_scale, v_scale)
+    args = (q, k, v, positions, cos_sin_cache, q_weight, k_weight, eps, *caches, flags, mrope)
+    return _run(_qk_norm_rope_kv_cache_write, args, q_quant_key, q_scale, return_key, out, gate)
+
+
+def _run(
+    op: Op,
+    args: tuple,
+    key: QuantKey | None,
+    q_scale: Tensor | None,
+    return_key: bool,
+    out: Any,
+    gate: Tensor | None = None,
+) -> Any:
+    """The functional overload where q alone is asked for, in S; else the other one."""
+    if key is q_scale is out is gate is None and return_key is False:
+        return invoke(op, args)
+    boolean(op.name, return_key=return_key)
+    if key is not None and type(key) is not QuantKey:
+        raise TypeError(f"{op.name}: q_quant_key is {type(key).__name__}, expected a QuantKey or None")
+    args = (*args, NO_KEY if key is None else key.code, q_scale, *([] if gate is None else [gate]))
+    outs: dict[str, Tensor | None] = {}
+    try:
+        op.check(*args)
+        q, k = _given(op.name, key, return_key, out)
+        fresh = dict(zip(op.outputs, op.empty(*args), strict=True))
+        dynamic = key is not None and not key.scale.static
+        data, scale = (q.data, q.scale) if isinstance(q, QuantizedActivation) else (q, None)
+        outs = {"q": fresh["q"] if data is None else data}
+        outs |= {"k": fresh["k"] if k is None else k} if return_key else {}
+        outs |= {"q_scale": fresh["q_scale"] if scale is None else scale} if dynamic else {}
+        outs |= {} if gate is None else {"gate": fresh["gate"]}
+        written = {f"{name}_out": tensor for name, tensor in outs.items()}
+        op.out(*args, **written)
+    except RuntimeError as error:
+        refused(op, args, error, written)
+        raise
+    refuse_backward_of(op.name, args, outs.values())
+    q = outs["q"]
+    if key is not None:
+        q = QuantizedActivation(q, outs["q_scale"] if dynamic else q_scale, key, args[0].dtype)
+    results = (q, *([outs["k"]] if return_key else []), *([outs["gate"]] if gate is not None else []))
+    return results[0] if len(results) == 1 else results
+
+
+def _given(op_name: str, key: QuantKey | None, return_key: bool, out: Any) -> tuple[Any, Any]:
+    """(q, k) of `out`, each or None."""
+    if out is None:
+        return None, None
+    q: Any
+    q, *k = out if return_key and isinstance(out, (tuple, list)) and len(out) == 2 else (out,)
+    kind = Tensor if key is None else QuantizedActivation
+    if not isinstance(q, kind) or len(k) != return_key:
+        expected = f"(a {kind.__name__}, k)" if return_key else f"a {kind.__name__}"
+        raise TypeError(f"{op_name}: out is {type(out).__name__}, expected {expected}")
+    if isinstance(q, QuantizedActivation) and q.quant_key != key:
+        raise ValueError(f"{op_name}: out is {q.quant_key}, expected {key}")
+    return (q, *k) if k else (q, None)
