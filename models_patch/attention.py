@@ -1,4 +1,4 @@
-"""The fused forwards of attention: what is between its projections and the attention function, in one call.
+"""The fused forwards of attention: what lies between its projections and the attention function, in one call.
 
 Modules are `Any` here, since torch types whatever hangs on a module as `Tensor | Module`.
 """
@@ -10,24 +10,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fused_ops import rope
+from fused_ops import qk_norm_rope, qk_norm_rope_kv_cache_write, rope, rope_kv_cache_write
 from quant import QuantizedActivation
 
+from .caches import slots_of
 from .roles import Attention
 
 
-def table(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def table(self: Any, x: Tensor, *args: Any, repeats: bool, **kwargs: Any) -> Tensor:
     """The model's cosines and sines as `fused_ops.rope` takes them: float32 [tokens, rotary_dim], a row a token.
 
-    x: [batch, length, hidden_size]. The other arguments are those of the stock forward, which is called for float32;
-    it may repeat each angle, and have one row for all sequences of a batch.
+    x: [batch, length, hidden_size]. The other arguments are those of the stock forward, which is called for float32.
+    repeats: whether that has each angle twice. It may have one row for all sequences of a batch.
     """
     cos, sin = type(self).forward(self, torch.empty(0, device=x.device), *args, **kwargs)
-    if self.repeats:
-        cos, sin = (half.chunk(2, dim=-1)[0] for half in (cos, sin))
-    rows = torch.cat((cos, sin), dim=-1)
-    return rows.expand(*x.shape[:-1], -1).flatten(0, 1)
+    if repeats:
+        cos, sin = (both.chunk(2, dim=-1)[0] for both in (cos, sin))
+    return torch.cat((cos, sin), dim=-1).expand(*x.shape[:-1], -1).flatten(0, 1)
 
 
 def attention(
@@ -46,43 +47,65 @@ def attention(
     hidden_states: [batch, length, hidden_size]. position_embeddings: what `table` returns.
     role: what the stock forward does. eager: the attention function for `attn_implementation="eager"`.
     """
-    batch = hidden_states.shape[0]
+    shape = hidden_states.shape[:-1]
     q, k, v = _heads(self, hidden_states, role)
-    q, k = rope(q, k, None, position_embeddings, **role.rotation.options)
-    q, k, v = (_by_sequence(x, batch) for x in (q, k, v))
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, self.layer_idx)
-    dropout = self.attention_dropout if self.training else 0.0
-    options = {name: _at(self, path) for name, path in role.options}
-    attend = _attention_function(self, eager)
-    output, weights = attend(
-        self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **options, **kwargs
-    )
-    return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+    keys, values = _by_sequence(k, shape), _by_sequence(v, shape)
+    slots = slots_of(past_key_values, self.layer_idx, keys, values, kwargs)
+    if slots is not None:
+        q = _rotate_and_write(self, role, q, k, v, position_embeddings, slots)
+        keys, values = slots.read()
+        kwargs |= slots.options
+    else:
+        q, k = _rotate(self, role, q, k, position_embeddings)
+        keys = _by_sequence(k, shape)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+    options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+    options |= {name: _at(self, path) for name, path in role.options}
+    output, weights = attend(self, _by_sequence(q, shape), keys, values, attention_mask, **options, **kwargs)
+    return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
 
 def _heads(module: Any, x: Tensor | QuantizedActivation, role: Attention) -> tuple[Tensor, ...]:
     """Queries, keys and values, [tokens, heads, head_dim] each."""
-    if not role.packed:
-        parts = module.q_proj(x), module.k_proj(x), module.v_proj(x)
-    else:
+    if role.packed:
         qkv, keys = module.qkv_proj(x), module.num_key_value_heads * module.head_dim
         parts = qkv.split((qkv.shape[-1] - 2 * keys, keys, keys), dim=-1)
+    else:
+        parts = module.q_proj(x), module.k_proj(x), module.v_proj(x)
     return tuple(part.flatten(0, 1).unflatten(-1, (-1, module.head_dim)) for part in parts)
 
 
-def _by_sequence(x: Tensor, batch: int) -> Tensor:
+def _rotate(module: Any, role: Attention, q: Tensor, k: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    if role.norm is None:
+        return rope(q, k, None, rows, **role.rotation.options)
+    weights, options = _norms(module, role)
+    return qk_norm_rope(q, k, None, rows, *weights, **options)
+
+
+def _rotate_and_write(module: Any, role: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Any, slots: Any) -> Tensor:
+    caches = slots.k_cache, slots.v_cache, slots.slot_mapping
+    scales = {"k_scale": slots.k_scale, "v_scale": slots.v_scale}
+    if role.norm is None:
+        return rope_kv_cache_write(q, k, v, None, rows, *caches, **scales, **role.rotation.options)
+    weights, options = _norms(module, role)
+    return qk_norm_rope_kv_cache_write(q, k, v, None, rows, *weights, *caches, **scales, **options)
+
+
+def _norms(module: Any, role: Attention) -> tuple[tuple, dict[str, Any]]:
+    """((q_weight, k_weight, eps), options) of the operations that norm."""
+    options = role.norm.of(module.k_norm)
+    weights = module.q_norm.weight, options.pop("weight"), options.pop("eps")
+    return weights, {"whole_vector": role.whole_vector, **options, **role.rotation.options}
+
+
+def _by_sequence(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[tokens, heads, head_dim] as [batch, heads, length, head_dim]."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+    return x.unflatten(0, shape).transpose(1, 2)
 
 
 def _at(module: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         module = getattr(module, name)
     return module
-
-
-def _attention_function(module: Any, eager: Callable) -> Callable:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # needed by those who have a model only
-
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)

@@ -46,7 +46,7 @@ ROTATIONS = (
     Rotation(stock.PartialHalves, (stock.TwiceInS,)),
     Rotation(stock.PartialPairs, (stock.TwiceInS,), is_neox=False),
     Rotation(stock.Float32Halves, (stock.TwiceInFloat32,), round_products=False),
-    Rotation(stock.ChunkedHalves, (stock.OnceInS,)),
+    Rotation(stock.ChunkedHalves, (stock.OnceInS,), repeats=False),
 )
 _USUAL = ("dropout", "scaling", None)  # keywords of every attention function; None: **kwargs
 

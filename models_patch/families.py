@@ -18,7 +18,7 @@ from torch import nn
 from fused_ops import gelu_tanh_mul_quant, silu_mul_quant
 
 from . import stock
-from .forwards import experts_gate, gated_mlp, packed_mlp
+from .forwards import experts_gate, gated_mlp, oai_experts_gate, packed_mlp
 from .roles import Norm, Sublayer
 from .source import first_argument, formula, reads
 
@@ -45,23 +45,15 @@ class Family:
     """How the models of a family are made.
 
     attention, mlp: the two halves of a decoder layer. norm: the kind of its norms and the model's last one.
-    gated: the MLP's activation.
-    output: what the model's forward returns the last norm's result in.
+    gated: the activations in the MLP, where a layer has them.
     left: (module of a layer, why) for the report.
     """
 
     attention: Sublayer
     mlp: Sublayer
     norm: Norm
-    gated: Gated
-    output: str = "BaseModelOutputWithPast"
-    left: tuple[tuple[str, str], ...] = (("self_attn", "attention, rotary embedding and cache are the model's own"),)
-
-    @property
-    def loop(self) -> tuple[str, ...]:
-        """What the model's forward does with `hidden_states`, as `source.reads` tells it."""
-        calls = ("self.rotary_emb", "decoder_layer", "self.norm", self.output)
-        return tuple(f"{call}(hidden_states)" for call in calls)
+    gated: tuple[Gated, ...]
+    left: tuple[tuple[str, str], ...] = ()
 
     @property
     def layer(self) -> str:
@@ -83,13 +75,19 @@ _OLMO2_NORM = Norm(stock.Olmo2Norm)
 _GEMMA_NORM = Norm(stock.GemmaNorm, eps="eps", weight_bias=1.0)
 NORMS = (_LLAMA_NORM, _OLMO2_NORM, _GEMMA_NORM)
 
-_GATED = Gated(stock.GatedMLP, gated_mlp, activation="act_fn")
-_PACKED = Gated(stock.PackedMLP, packed_mlp, activation="activation_fn")
-_EXPERTS = Gated(stock.Experts, experts_gate, path="mlp.experts", method="_apply_gate", operation="swiglu_oai_mul")
-
-_QK_NORM = (("self_attn", "attention, q/k norms, rotary embedding and cache are the model's own"),)
+_GATED = (Gated(stock.GatedMLP, gated_mlp, activation="act_fn"),)
+_PACKED = (Gated(stock.PackedMLP, packed_mlp, activation="activation_fn"),)
+_IN_EXPERTS: dict[str, Any] = {"path": "mlp.experts", "method": "_apply_gate"}
+_OAI_EXPERTS = (Gated(stock.Experts, oai_experts_gate, operation="swiglu_oai_mul", **_IN_EXPERTS),)
+_EXPERTS = (
+    *_GATED,
+    replace(_GATED[0], path="mlp.shared_experts"),
+    Gated(stock.PackedExperts, experts_gate, activation="act_fn", **_IN_EXPERTS),
+)
+_ROUTED = (("mlp", "the router and the products of the experts are the model's own"),)
 
 PRE_NORM = Family(_ATTENTION, _MLP, _LLAMA_NORM, _GATED)
+MOE = replace(PRE_NORM, gated=_EXPERTS)
 GRANITE = replace(
     PRE_NORM,
     attention=replace(_ATTENTION, multiplier="residual_multiplier"),
@@ -113,34 +111,35 @@ GEMMA2 = Family(
     _GEMMA_NORM,
     _GATED,
 )
-GEMMA3 = replace(GEMMA2, left=_QK_NORM)
 OLMO2 = Family(
     replace(_ATTENTION, before=None, after="post_attention_layernorm"),
     replace(_MLP, before=None, after="post_feedforward_layernorm"),
     _OLMO2_NORM,
     _GATED,
-    left=_QK_NORM,
 )
 GPT_OSS = Family(
     _ATTENTION,
     replace(_MLP, call="self.mlp({})[0]", linears=()),
     _OLMO2_NORM,
-    _EXPERTS,
-    output="MoeModelOutputWithPast",
-    left=(*PRE_NORM.left, ("mlp", "the router and the products of the experts are the model's own")),
+    _OAI_EXPERTS,
+    left=_ROUTED,
 )
 
-# A model whose forwards compute the same is one line. SmolLM and SmolLM2 are Llamas.
+# A model whose forwards compute the same is one line; one that isn't here is recognised by them. SmolLM and SmolLM2 are
+# Llamas.
 MODELS = {
     "LlamaModel": PRE_NORM,
     "MistralModel": PRE_NORM,
     "Qwen2Model": PRE_NORM,
+    "Qwen3Model": PRE_NORM,
+    "Qwen3MoeModel": MOE,
     "SmolLM3Model": PRE_NORM,
     "GraniteModel": GRANITE,
     "Phi3Model": PHI3,
     "Glm4Model": GLM4,
+    "Glm4MoeModel": MOE,
     "Gemma2Model": GEMMA2,
-    "Gemma3TextModel": GEMMA3,
+    "Gemma3TextModel": GEMMA2,
     "Olmo2Model": OLMO2,
     "GptOssModel": GPT_OSS,
 }
@@ -153,9 +152,19 @@ ACTIVATIONS = (
 )
 
 
+# What a model's forward does with `hidden_states` before it returns them, as `source.reads` tells it.
+_LOOP = ("self.rotary_emb(hidden_states)", "decoder_layer(hidden_states)", "self.norm(hidden_states)")
+
+
 def family_of(module: nn.Module) -> Family | None:
-    """The family of a model without head, by the name of its class or of the nearest base class that has one."""
-    return next((MODELS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in MODELS), None)
+    """The family of a model without head, by the name of its class or of the nearest base class that has one.
+
+    A model that isn't listed is of the family whose loop, layers and norms it has.
+    """
+    listed = next((MODELS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in MODELS), None)
+    if listed is not None or not isinstance(getattr(module, "layers", None), nn.ModuleList):
+        return listed
+    return next((family for family in dict.fromkeys(MODELS.values()) if mismatch_stream(module, family) is None), None)
 
 
 def mismatch(module: nn.Module, expected: type, role: str) -> str | None:
@@ -179,9 +188,22 @@ def mismatch_layer(layer: nn.Module, family: Family) -> str | None:
     return f"{type(layer).__name__}.forward of {version()} is not a known layer"
 
 
-def mismatch_loop(model: nn.Module, family: Family) -> str | None:
+def mismatch_stream(model: Any, family: Family) -> str | None:
+    """Why the additions between the layers of `model` can't be fused; None where they can."""
+    norms = [*family.attention.norms, *family.mlp.norms]
+    problems = [mismatch_loop(model)]
+    for layer in model.layers:
+        problems.append(mismatch_layer(layer, family))
+        if problems[-1] is None:
+            problems += [mismatch(getattr(layer, name), family.norm.stock, "norm") for name in norms]
+    problems.append(mismatch(model.norm, family.norm.stock, "norm") if hasattr(model, "norm") else "there is no last norm")
+    return next(filter(None, problems), None)
+
+
+def mismatch_loop(model: nn.Module) -> str | None:
     """Why decoder layers of `model` can't hand each other anything but tensors; None where they can."""
-    if reads(type(model).forward, "hidden_states") == family.loop:
+    *calls, output = reads(type(model).forward, "hidden_states") or ("",)
+    if tuple(calls) == _LOOP and output.partition("(")[0].endswith("ModelOutputWithPast"):
         return None
     return f"{type(model).__name__}.forward of {version()} is not a known loop over layers"
 

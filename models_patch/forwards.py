@@ -89,9 +89,12 @@ def _down(mlp: Any, gate: Tensor, up: Tensor, activate: Callable, quantized: boo
     return mlp.down_proj(activate(gate, up, round_activation=True, **quant))
 
 
-def experts_gate(self: Any, gate_up: Tensor) -> Tensor:
-    """gpt-oss's activation, of gates and ups that alternate."""
+def experts_gate(self: Any, gate_up: Tensor, *, activate: Callable, quantized: bool) -> Tensor:
+    """The activation between the products of experts, of gates and then ups."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activate(gate, up, round_activation=True, **UNQUANTIZED)
+
+
+def oai_experts_gate(self: Any, gate_up: Tensor) -> Tensor:
+    """gpt-oss's, of gates and ups that alternate."""
     return swiglu_oai_mul(gate_up, None, alpha=self.alpha, limit=self.limit, round_activation=True)
-
-
-BODIES = (decoder_layer, last_norm, gated_mlp, packed_mlp, experts_gate)

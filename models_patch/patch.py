@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quant import QuantKey
 
+from .attention_family import attention_of, eager_of
 from .families import (
     MODELS,
     Family,
@@ -19,12 +20,13 @@ from .families import (
     activation_of,
     family_of,
     mismatch,
-    mismatch_layer,
-    mismatch_loop,
+    mismatch_stream,
     passes_on,
 )
-from .forwards import BODIES, UNQUANTIZED, decoder_layer, last_norm
+from .forwards import UNQUANTIZED, decoder_layer, last_norm
 from .report import Entry, Report
+from .roles import Attention
+from .source import reads
 
 METHODS = ("forward", "_apply_gate")  # what is bound in the place of a class's own
 DOWN = ("down_proj",)
@@ -33,11 +35,12 @@ DOWN = ("down_proj",)
 def patch(model: nn.Module) -> Report:
     """Let a Hugging Face model call fused operations; same weights, same bits as before on the `reference` backend.
 
-    The models of transformers 5 in `models_patch.families.MODELS`, with a head or without: Llama, Mistral, Qwen2,
-    SmolLM, Granite, Phi3, GLM4, Gemma2, Gemma3, OLMo2, gpt-oss. Additions of the residual are done by the norm that
-    follows, across layers too, and so are norms before the addition; norms and activations quantize for the linear
-    layers that take their result, once for those that take the same. Attention, experts' products and caches stay as
-    they are. What can't be fused, because a stock forward isn't one of those known, is left as it was, and the report
+    The models of transformers 5 in `models_patch.families.MODELS`, with a head or without, and those that aren't listed
+    but made of the same layers. Additions of the residual are done by the norm that follows, across layers too, and so
+    are norms before the addition; norms and activations quantize for the linear layers that take their result, once for
+    those that take the same. In attention, the norms of queries and keys, the rotation and, for a static cache, a
+    `PagedKVCache` and the one of `generate_batch`, the write into the cache are one call; the attention function is the
+    model's. What can't be fused, because a stock forward isn't one of those known, is left as it was, and the report
     says why.
 
     Forwards are bound to the modules of this model; weights and `state_dict` are untouched, nothing is global. A copy
@@ -51,7 +54,8 @@ def patch(model: nn.Module) -> Report:
     Between layers a patched model passes `Pending` instead of a tensor. A decoder layer with forward hooks, such as
     those of `output_hidden_states=True`, which transformers leaves in place, returns the tensor, and its addition stays
     unfused. Hooks on norms of decoder layers don't run; other forward pre-hooks may see a `Pending` or a
-    `QuantizedActivation`.
+    `QuantizedActivation`. The model's
+    `rotary_emb` returns the rows that `fused_ops.rope` takes, in the place of (cos, sin).
 
     Returns:
         `Report`: iterable, and a table when printed.
@@ -111,16 +115,42 @@ class _Plan:
         problem = _stream_problem(base, family)
         if problem is not None:
             self.leave(_join(path, "layers"), base.layers, problem)
+        attentions = self.plan_attentions(base)
         for index, layer in enumerate(base.layers):
             name = _join(path, f"layers.{index}")
             if problem is None:
-                self.add_layer(name, layer, family, first=index == 0)
-            self.add_gated(name, layer, family.gated)
+                self.add_layer(name, layer, family, *attentions[index], first=index == 0)
+            else:
+                self.add_attention(f"{name}.{family.attention.module}", layer, *attentions[index])
+            for gated in family.gated:
+                self.add_gated(name, layer, gated)
         if problem is None:
             self.bind(last_norm, base.norm, norm=family.norm)
             self.add_norm(_join(path, "norm"), base.norm, first=not len(base.layers))
 
-    def add_layer(self, path: str, layer: Any, family: Family, first: bool) -> None:
+    def plan_attentions(self, base: Any) -> list[tuple[Attention | None, str]]:
+        """(what it does, why it is left) of each layer's attention, and the model's table bound for those that rotate."""
+        attentions = _attentions(base)
+        rotations = [role.rotation for role, _ in attentions if role is not None and role.rotation is not None]
+        if rotations:
+            from .attention import table
+
+            self.bind(table, base.rotary_emb, repeats=rotations[0].repeats)
+        return attentions
+
+    def add_attention(self, path: str, layer: Any, role: Attention | None, note: str) -> None:
+        module = layer.get_submodule(path.rpartition(".")[2])
+        if role is None or role.rotation is None:
+            self.leave(path, module, note)
+        else:
+            from .attention import attention  # which imports transformers, here only
+
+            self.bind(attention, module, role=role, eager=eager_of(module))
+            self.call(path, module, role.operation, note=note)
+
+    def add_layer(
+        self, path: str, layer: Any, family: Family, attention: Attention | None, attention_note: str, first: bool
+    ) -> None:
         sublayers, quantized = (family.attention, family.mlp), []
         for sublayer in sublayers:
             module = getattr(layer, sublayer.module)
@@ -132,6 +162,8 @@ class _Plan:
                 self.add_norm(f"{path}.{sublayer.before}", norm, first, key, feeds, note)
             else:
                 self.add_sum(f"{path}.{sublayer.module}", module, key, feeds, note)
+            if sublayer is family.attention:
+                self.add_attention(f"{path}.{sublayer.module}", layer, attention, attention_note)
             for left, reason in family.left:
                 if left == sublayer.module:
                     self.leave(f"{path}.{left}", module, reason)
@@ -185,7 +217,7 @@ class _Plan:
             self.call(path, module, gated.operation)
         else:
             key, note = _agreed_key(module, DOWN)
-            self.bind(gated.body, module, activate=activate, quantized=key is not None)
+            self.bind(gated.body, module, gated.method, activate=activate, quantized=key is not None)
             name = activate.__name__ if key else activate.__name__.removesuffix("_quant")
             self.call(path, module, name, key, DOWN if key else (), note)
 
@@ -210,14 +242,51 @@ class _Plan:
 
 def _stream_problem(base: Any, family: Family) -> str | None:
     """Why the additions between the layers of `base` can't be fused; None where they can."""
-    norms = [*family.attention.norms, *family.mlp.norms]
-    problems = [_replaced(base, "forward") or mismatch_loop(base, family)]
-    for layer in base.layers:
-        problems.append(_replaced(layer, "forward") or mismatch_layer(layer, family))
-        if problems[-1] is None:
-            problems += [_problem(getattr(layer, name), family.norm.stock, "norm") for name in norms]
-    problems.append(_problem(base.norm, family.norm.stock, "norm"))
-    return next(filter(None, problems), None)
+    names = [*family.attention.norms, *family.mlp.norms]
+    norms = [getattr(layer, name) for layer in base.layers for name in names if hasattr(layer, name)]
+    replaced = [_replaced(module, *METHODS, "_norm") for module in (base, *base.layers, *norms, base.norm)]
+    return next(filter(None, replaced), None) or mismatch_stream(base, family)
+
+
+def _attentions(base: Any) -> list[tuple[Attention | None, str]]:
+    """What each layer's attention does; one that isn't known leaves all, since all get the same table of the model's."""
+    problem = _table_problem(base)
+    if problem is None:
+        found = [_attention(layer, base.rotary_emb) for layer in base.layers]
+        problem = next((note for role, note in found if role is None), None)
+    return found if problem is None else [(None, problem)] * len(base.layers)
+
+
+def _attention(layer: Any, table: nn.Module) -> tuple[Attention | None, str]:
+    module = layer.self_attn
+    norms = [getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)]
+    problem = next(filter(None, (_replaced(m, *METHODS, "_norm") for m in (layer, module, *norms))), None)
+    if problem is None and set(reads(type(layer).forward, "position_embeddings") or ()) - _HANDED_TO_ATTENTION:
+        problem = f"{type(layer).__name__}.forward reads position_embeddings elsewhere too"
+    if problem is not None:
+        return None, problem
+    role, problem = attention_of(module, table)
+    if role is not None and role.rotation is None:
+        return role, f"this {type(module).__name__} doesn't rotate: nothing to fuse"
+    return role, problem
+
+
+def _table_problem(base: Any) -> str | None:
+    """Why the model's cosines and sines can't be replaced by float32 rows; None where only attentions read them."""
+    table = getattr(base, "rotary_emb", None)
+    if table is None or not all(hasattr(layer, "self_attn") for layer in base.layers):
+        return f"{type(base).__name__} has no rotary_emb, or a layer no self_attn"
+    if set(reads(type(base).forward, "position_embeddings") or ("",)) - _HANDED_TO_LAYERS:
+        return f"{type(base).__name__}.forward reads position_embeddings elsewhere too"
+    return _replaced(base, "forward") or _replaced(table, "forward")
+
+
+_HANDED_TO_ATTENTION = {"self.self_attn(position_embeddings)"}
+_HANDED_TO_LAYERS = {
+    "decoder_layer(position_embeddings)",
+    "decoder_layer(position_embeddings[self.config.layer_types[i]])",
+    "position_embeddings[layer_type]",  # where the table of a type is put
+}
 
 
 def _problem(module: nn.Module, expected: type, role: str) -> str | None:
@@ -232,11 +301,12 @@ def _replaced(module: nn.Module, *methods: str) -> str | None:
 
 
 def _is_ours(method: Any) -> bool:
-    return isinstance(method, partial) and method.func in BODIES
+    return isinstance(method, partial) and method.func.__module__.rpartition(".")[0] == __package__
 
 
 def _shared_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
     """`_agreed_key` of linear layers that get their input through the stock forward of `module`."""
+    linears = linears if all(hasattr(module, name) for name in linears) else ()  # a layer's MLP may be of experts
     key, note = _agreed_key(module, linears) if linears else (None, "")
     if key is not None and (_replaced(module, "forward") or not passes_on(module, linears)):
         return None, f"{type(module).__name__}.forward reads its input elsewhere too, so each quantizes its input"

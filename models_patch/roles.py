@@ -65,12 +65,13 @@ class Rotation:
     """A form of rotary embedding.
 
     stock: the functions of it in the attention's module.
-    tables: what the model's module may be that makes cosines and sines.
+    tables: what the model's module may be that makes cosines and sines. repeats: whether these have each angle twice.
     is_neox, round_products: as in `fused_ops.rope`.
     """
 
     stock: type
     tables: tuple[type, ...]
+    repeats: bool = True
     is_neox: bool = True
     round_products: bool = True
 

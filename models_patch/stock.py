@@ -60,6 +60,12 @@ class Experts:
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
 
 
+class PackedExperts:
+    def _apply_gate(self, gate_up_out):
+        gate, up = gate_up_out.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
 # Activations: those of transformers, then torch's own.
 
 
