@@ -45,7 +45,7 @@ ROTATIONS = (
     Rotation(stock.Halves, (stock.TwiceInS, stock.TwiceInSForEachType)),
     Rotation(stock.PartialHalves, (stock.TwiceInS,)),
     Rotation(stock.PartialPairs, (stock.TwiceInS,), is_neox=False),
-    Rotation(stock.Float32Halves, (stock.TwiceInFloat32,), round_products=False),
+    Rotation(stock.Float32Halves, (stock.TwiceInFloat32, stock.TwiceInFloat32ForEachType), round_products=False),
     Rotation(stock.ChunkedHalves, (stock.OnceInS,), repeats=False),
 )
 _USUAL = ("dropout", "scaling", None)  # keywords of every attention function; None: **kwargs

@@ -25,16 +25,14 @@ from .source import first_argument, formula, reads
 
 @dataclass(frozen=True)
 class Gated:
-    """The gated activation of a family's MLPs.
+    """A kind of gated activation in an MLP.
 
-    stock, body: what is computed, and the fused function that takes its place.
-    path, method: the module in the layer that has it, and the method.
+    stock, body: what is computed, and the fused function that takes its place. method: the module's that has it.
     activation: the attribute that says which of `ACTIVATIONS` it is; None where it is always `operation`.
     """
 
     stock: type
     body: Callable
-    path: str = "mlp"
     method: str = "forward"
     activation: str | None = None
     operation: str = ""
@@ -45,15 +43,11 @@ class Family:
     """How the models of a family are made.
 
     attention, mlp: the two halves of a decoder layer. norm: the kind of its norms and the model's last one.
-    gated: the activations in the MLP, where a layer has them.
-    left: (module of a layer, why) for the report.
     """
 
     attention: Sublayer
     mlp: Sublayer
     norm: Norm
-    gated: tuple[Gated, ...]
-    left: tuple[tuple[str, str], ...] = ()
 
     @property
     def layer(self) -> str:
@@ -64,66 +58,58 @@ class Family:
 _ATTENTION = Sublayer(
     "self_attn",
     call="self.self_attn(hidden_states={}, **kwargs)[0]",
-    linears=("q_proj", "k_proj", "v_proj"),
+    linears=("q_proj", "k_proj", "v_proj", "qkv_proj"),
     before="input_layernorm",
 )
-_MLP = Sublayer("mlp", call="self.mlp({})", linears=("gate_proj", "up_proj"), before="post_attention_layernorm")
-_PACKED_MLP = replace(_MLP, linears=("gate_up_proj",))
+_MLP = Sublayer(
+    "mlp", call="self.mlp({})", linears=("gate_proj", "up_proj", "gate_up_proj"), before="post_attention_layernorm"
+)
 
 _LLAMA_NORM = Norm(stock.LlamaNorm, round_before_weight=True)
 _OLMO2_NORM = Norm(stock.Olmo2Norm)
 _GEMMA_NORM = Norm(stock.GemmaNorm, eps="eps", weight_bias=1.0)
 NORMS = (_LLAMA_NORM, _OLMO2_NORM, _GEMMA_NORM)
 
-_GATED = (Gated(stock.GatedMLP, gated_mlp, activation="act_fn"),)
-_PACKED = (Gated(stock.PackedMLP, packed_mlp, activation="activation_fn"),)
-_IN_EXPERTS: dict[str, Any] = {"path": "mlp.experts", "method": "_apply_gate"}
-_OAI_EXPERTS = (Gated(stock.Experts, oai_experts_gate, operation="swiglu_oai_mul", **_IN_EXPERTS),)
-_EXPERTS = (
-    *_GATED,
-    replace(_GATED[0], path="mlp.shared_experts"),
-    Gated(stock.PackedExperts, experts_gate, activation="act_fn", **_IN_EXPERTS),
-)
-_ROUTED = (("mlp", "the router and the products of the experts are the model's own"),)
+# Where in a layer an activation may be, and what it may be there.
+GATED = {
+    "mlp": (
+        Gated(stock.GatedMLP, gated_mlp, activation="act_fn"),
+        Gated(stock.PackedMLP, packed_mlp, activation="activation_fn"),
+    ),
+    "mlp.shared_experts": (Gated(stock.GatedMLP, gated_mlp, activation="act_fn"),),
+    "mlp.experts": (
+        Gated(stock.PackedExperts, experts_gate, "_apply_gate", activation="act_fn"),
+        Gated(stock.OaiExperts, oai_experts_gate, "_apply_gate", operation="swiglu_oai_mul"),
+    ),
+}
 
-PRE_NORM = Family(_ATTENTION, _MLP, _LLAMA_NORM, _GATED)
-MOE = replace(PRE_NORM, gated=_EXPERTS)
+PRE_NORM = Family(_ATTENTION, _MLP, _LLAMA_NORM)
 GRANITE = replace(
     PRE_NORM,
     attention=replace(_ATTENTION, multiplier="residual_multiplier"),
     mlp=replace(_MLP, multiplier="residual_multiplier"),
 )
-PHI3 = Family(
-    replace(_ATTENTION, linears=("qkv_proj",), dropout="resid_attn_dropout"),
-    replace(_PACKED_MLP, dropout="resid_mlp_dropout"),
-    _LLAMA_NORM,
-    _PACKED,
+PHI3 = replace(
+    PRE_NORM,
+    attention=replace(_ATTENTION, dropout="resid_attn_dropout"),
+    mlp=replace(_MLP, dropout="resid_mlp_dropout"),
 )
-GLM4 = Family(
-    replace(_ATTENTION, after="post_self_attn_layernorm"),
-    replace(_PACKED_MLP, after="post_mlp_layernorm"),
-    _LLAMA_NORM,
-    _PACKED,
+GLM4 = replace(
+    PRE_NORM,
+    attention=replace(_ATTENTION, after="post_self_attn_layernorm"),
+    mlp=replace(_MLP, after="post_mlp_layernorm"),
 )
 GEMMA2 = Family(
     replace(_ATTENTION, after="post_attention_layernorm"),
     replace(_MLP, before="pre_feedforward_layernorm", after="post_feedforward_layernorm"),
     _GEMMA_NORM,
-    _GATED,
 )
 OLMO2 = Family(
     replace(_ATTENTION, before=None, after="post_attention_layernorm"),
     replace(_MLP, before=None, after="post_feedforward_layernorm"),
     _OLMO2_NORM,
-    _GATED,
 )
-GPT_OSS = Family(
-    _ATTENTION,
-    replace(_MLP, call="self.mlp({})[0]", linears=()),
-    _OLMO2_NORM,
-    _OAI_EXPERTS,
-    left=_ROUTED,
-)
+GPT_OSS = Family(_ATTENTION, replace(_MLP, call="self.mlp({})[0]"), _OLMO2_NORM)
 
 # A model whose forwards compute the same is one line; one that isn't here is recognised by them. SmolLM and SmolLM2 are
 # Llamas.
@@ -132,12 +118,12 @@ MODELS = {
     "MistralModel": PRE_NORM,
     "Qwen2Model": PRE_NORM,
     "Qwen3Model": PRE_NORM,
-    "Qwen3MoeModel": MOE,
+    "Qwen3MoeModel": PRE_NORM,
     "SmolLM3Model": PRE_NORM,
     "GraniteModel": GRANITE,
     "Phi3Model": PHI3,
     "Glm4Model": GLM4,
-    "Glm4MoeModel": MOE,
+    "Glm4MoeModel": PRE_NORM,
     "Gemma2Model": GEMMA2,
     "Gemma3TextModel": GEMMA2,
     "Olmo2Model": OLMO2,
@@ -159,12 +145,13 @@ _LOOP = ("self.rotary_emb(hidden_states)", "decoder_layer(hidden_states)", "self
 def family_of(module: nn.Module) -> Family | None:
     """The family of a model without head, by the name of its class or of the nearest base class that has one.
 
-    A model that isn't listed is of the family whose loop, layers and norms it has.
+    A model that isn't listed is of the family whose loop and layers it has, with norms of any kind.
     """
     listed = next((MODELS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in MODELS), None)
     if listed is not None or not isinstance(getattr(module, "layers", None), nn.ModuleList):
         return listed
-    return next((family for family in dict.fromkeys(MODELS.values()) if mismatch_stream(module, family) is None), None)
+    known = (replace(family, norm=norm) for family in dict.fromkeys(MODELS.values()) for norm in NORMS)
+    return next((family for family in known if mismatch_stream(module, family) is None), None)
 
 
 def mismatch(module: nn.Module, expected: type, role: str) -> str | None:

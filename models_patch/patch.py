@@ -14,6 +14,7 @@ from quant import QuantKey
 
 from .attention_family import attention_of, eager_of
 from .families import (
+    GATED,
     MODELS,
     Family,
     Gated,
@@ -122,8 +123,8 @@ class _Plan:
                 self.add_layer(name, layer, family, *attentions[index], first=index == 0)
             else:
                 self.add_attention(f"{name}.{family.attention.module}", layer, *attentions[index])
-            for gated in family.gated:
-                self.add_gated(name, layer, gated)
+            for place, kinds in GATED.items():
+                self.add_gated(f"{name}.{place}", layer, place, kinds)
         if problem is None:
             self.bind(last_norm, base.norm, norm=family.norm)
             self.add_norm(_join(path, "norm"), base.norm, first=not len(base.layers))
@@ -151,12 +152,13 @@ class _Plan:
     def add_layer(
         self, path: str, layer: Any, family: Family, attention: Attention | None, attention_note: str, first: bool
     ) -> None:
-        sublayers, quantized = (family.attention, family.mlp), []
+        sublayers, fed = (family.attention, family.mlp), []
         for sublayer in sublayers:
             module = getattr(layer, sublayer.module)
-            key, note = _shared_key(module, sublayer.linears)
-            quantized.append(key is not None)
-            feeds = sublayer.linears if key else ()
+            linears = tuple(name for name in sublayer.linears if hasattr(module, name))
+            key, note = _shared_key(module, linears)
+            feeds = linears if key else ()
+            fed.append(feeds[0] if key else None)
             if sublayer.before is not None:
                 norm = getattr(layer, sublayer.before)
                 self.add_norm(f"{path}.{sublayer.before}", norm, first, key, feeds, note)
@@ -164,13 +166,10 @@ class _Plan:
                 self.add_sum(f"{path}.{sublayer.module}", module, key, feeds, note)
             if sublayer is family.attention:
                 self.add_attention(f"{path}.{sublayer.module}", layer, attention, attention_note)
-            for left, reason in family.left:
-                if left == sublayer.module:
-                    self.leave(f"{path}.{left}", module, reason)
             if sublayer.after is not None:
                 self.after = f"{path}.{sublayer.after}", getattr(layer, sublayer.after)
             first = False
-        self.bind(decoder_layer, layer, sublayers=sublayers, norm=family.norm, quantized=tuple(quantized))
+        self.bind(decoder_layer, layer, sublayers=sublayers, norm=family.norm, fed=tuple(fed))
 
     def add_norm(
         self,
@@ -198,14 +197,18 @@ class _Plan:
         elif note:
             self.leave(path, module, note)
 
-    def add_gated(self, path: str, layer: Any, gated: Gated) -> None:
+    def add_gated(self, path: str, layer: Any, place: str, kinds: tuple[Gated, ...]) -> None:
         try:
-            module: Any = layer.get_submodule(gated.path)
+            module: Any = layer.get_submodule(place)
         except AttributeError:
-            return  # the layer isn't a known one either
-        path = f"{path}.{gated.path}"
-        problem, activate = _problem(module, gated.stock, "MLP"), None
-        if problem is None and gated.activation is not None:
+            return
+        problems = [_problem(module, gated.stock, "MLP") for gated in kinds]
+        if None not in problems:
+            routed = "the router and the products of the experts are the model's own"
+            self.leave(path, module, routed if hasattr(module, "experts") else str(problems[0]))
+            return
+        gated, activate, problem = kinds[problems.index(None)], None, None
+        if gated.activation is not None:
             activation = getattr(module, gated.activation)
             problem = _replaced(activation, "forward")
             if problem is None:
@@ -306,7 +309,6 @@ def _is_ours(method: Any) -> bool:
 
 def _shared_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
     """`_agreed_key` of linear layers that get their input through the stock forward of `module`."""
-    linears = linears if all(hasattr(module, name) for name in linears) else ()  # a layer's MLP may be of experts
     key, note = _agreed_key(module, linears) if linears else (None, "")
     if key is not None and (_replaced(module, "forward") or not passes_on(module, linears)):
         return None, f"{type(module).__name__}.forward reads its input elsewhere too, so each quantizes its input"

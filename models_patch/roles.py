@@ -37,7 +37,7 @@ class Sublayer:
     module: attention or MLP, as the layer names it; so do before and after (norms), dropout and multiplier. No
         operation has a norm and a factor before its addition: there is no `after` with a multiplier.
     call: how the stock layer calls it.
-    linears: the linear layers in it that all take its input.
+    linears: the linear layers in it that take its input, of which a module may have some.
     """
 
     module: str

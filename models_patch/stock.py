@@ -53,7 +53,7 @@ class PackedMLP:
         return self.down_proj(up * self.activation_fn(gate))
 
 
-class Experts:
+class OaiExperts:
     def _apply_gate(self, gate_up):
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
         gate, up = gate.clamp(min=None, max=self.limit), up.clamp(min=-self.limit, max=self.limit)
@@ -254,6 +254,15 @@ class TwiceInFloat32:
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         emb = torch.cat((freqs, freqs), dim=-1)
         return emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
+
+
+class TwiceInFloat32ForEachType:
+    def forward(self, x, position_ids, layer_type):
+        inv_freq = getattr(self, f"{layer_type}_inv_freq")
+        attention_scaling = getattr(self, f"{layer_type}_attention_scaling")
+        freqs = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        return emb.cos() * attention_scaling, emb.sin() * attention_scaling
 
 
 class OnceInS:
