@@ -147,6 +147,7 @@ class _Plan:
             from .attention import attention  # which imports transformers, here only
 
             self.bind(attention, module, role=role, eager=eager_of(module))
+            note = f"{role.operation}_kv_cache_write into static and paged caches"
             self.call(path, module, role.operation, note=note)
 
     def add_layer(

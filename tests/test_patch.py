@@ -53,7 +53,8 @@ def test_logits_are_stocks_bit_for_bit(reference, name, dtype):
     model = tiny_llama(name, dtype)
     expected = model(tokens()).logits
     models_patch.patch(model)
-    assert count(lambda: model(tokens())) == {"rms_norm": 1, "fused_add_rms_norm": 2 * LAYERS, "silu_mul": LAYERS}
+    operations = {"rms_norm": 1, "fused_add_rms_norm": 2 * LAYERS, "silu_mul": LAYERS, "rope": LAYERS}
+    assert count(lambda: model(tokens())) == operations
     assert torch.equal(model(tokens()).logits, expected)
 
 
@@ -162,7 +163,7 @@ def test_a_quantized_model_keeps_its_bits(reference, name, scheme):
     assert calls.pop("scaled_linear") == 7 * LAYERS
     assert calls == Counter(entry.operation for entry in report.replaced)
     assert calls == {"rms_norm_quant": 1, "fused_add_rms_norm_quant": 2 * LAYERS - 1, "silu_mul_quant": LAYERS,
-                     "fused_add_rms_norm": 1}  # fmt: skip
+                     "fused_add_rms_norm": 1, "rope": LAYERS}  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -274,7 +275,7 @@ def test_patching_again_undoes_what_no_longer_fits(reference, model):
 
 def test_the_report_is_a_table():
     lines = str(models_patch.patch(quantized("int8_token"))).splitlines()
-    assert lines[0] == "LlamaForCausalLM: fused operations in 10 places, 3 left as they were"
+    assert lines[0] == "LlamaForCausalLM: fused operations in 13 places, 0 left as they were"
     assert lines[1].split() == ["module", "class", "calls", "quantized", "as", "for", "note"]
     assert lines[2].split()[:4] == [
         "model.layers.0.input_layernorm",
