@@ -114,6 +114,8 @@ void run(Pipeline& p);
 void run(Pipeline& a, Pipeline& b);
 // On torch's threads, and on a CUDA device; b may be absent, and has none of one_scale.
 void run_on_cpu(Pipeline& a, Pipeline* b = nullptr);
+// Before the CPU's stages: reads what is given, writes what isn't a row's.
+void prepare_on_cpu(Pipeline& p);
 bool on_cuda(int device);
 void run_on_cuda(Pipeline& a, Pipeline* b = nullptr);
 

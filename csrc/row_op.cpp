@@ -9,6 +9,7 @@ void implement_rows(const char* dispatch_key) {
   implement_dual_norm(*m);
   implement_activations(*m);
   implement_quantize(*m);
+  implement_rope(*m);
 }
 
 namespace {

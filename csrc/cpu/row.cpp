@@ -95,12 +95,16 @@ void zero_padding(const Pipeline& p) {
 
 }  // namespace
 
+void prepare_on_cpu(Pipeline& p) {
+  read_given(p);
+  if (!one_scale(p)) zero_padding(p);
+}
+
 void run_on_cpu(Pipeline& a, Pipeline* b) {
   for (Pipeline* p : {&a, b}) {
     if (!p) continue;
-    read_given(*p);
+    prepare_on_cpu(*p);
     if (one_scale(*p)) return run_per_tensor(*p);  // never one of two
-    zero_padding(*p);
   }
   run_once(a, b);
 }
