@@ -25,7 +25,7 @@ def table(self: Any, x: Tensor, *args: Any, repeats: bool, **kwargs: Any) -> Ten
     x: [batch, length, hidden_size]. The other arguments are those of the stock forward, which is called for float32.
     repeats: whether that has each angle twice. It may have one row for all sequences of a batch.
     """
-    cos, sin = type(self).forward(self, torch.empty(0, device=x.device), *args, **kwargs)
+    cos, sin = type(self).forward(self, torch.empty(0, dtype=torch.float32, device=x.device), *args, **kwargs)
     if repeats:
         cos, sin = (both.chunk(2, dim=-1)[0] for both in (cos, sin))
     return torch.cat((cos, sin), dim=-1).expand(*x.shape[:-1], -1).flatten(0, 1)
@@ -52,11 +52,14 @@ def attention(
     keys, values = _by_sequence(k, shape), _by_sequence(v, shape)
     slots = slots_of(past_key_values, self.layer_idx, keys, values, kwargs)
     if slots is not None:
-        q = _rotate_and_write(self, role, q, k, v, position_embeddings, slots)
+        write = rope_kv_cache_write, qk_norm_rope_kv_cache_write
+        caches = slots.k_cache, slots.v_cache, slots.slot_mapping
+        scales: dict[str, Any] = {"k_scale": slots.k_scale, "v_scale": slots.v_scale}
+        q = _fused(self, role, *write, (q, k, v, None, position_embeddings), caches, **scales)
         keys, values = slots.read()
         kwargs |= slots.options
     else:
-        q, k = _rotate(self, role, q, k, position_embeddings)
+        q, k = _fused(self, role, rope, qk_norm_rope, (q, k, None, position_embeddings))
         keys = _by_sequence(k, shape)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
@@ -77,27 +80,16 @@ def _heads(module: Any, x: Tensor | QuantizedActivation, role: Attention) -> tup
     return tuple(part.flatten(0, 1).unflatten(-1, (-1, module.head_dim)) for part in parts)
 
 
-def _rotate(module: Any, role: Attention, q: Tensor, k: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fused(
+    module: Any, role: Attention, plain: Callable, norming: Callable, inputs: tuple, caches: tuple = (), **scales: Any
+) -> Any:
+    """The operation without norms or the one with them."""
     if role.norm is None:
-        return rope(q, k, None, rows, **role.rotation.options)
-    weights, options = _norms(module, role)
-    return qk_norm_rope(q, k, None, rows, *weights, **options)
-
-
-def _rotate_and_write(module: Any, role: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Any, slots: Any) -> Tensor:
-    caches = slots.k_cache, slots.v_cache, slots.slot_mapping
-    scales = {"k_scale": slots.k_scale, "v_scale": slots.v_scale}
-    if role.norm is None:
-        return rope_kv_cache_write(q, k, v, None, rows, *caches, **scales, **role.rotation.options)
-    weights, options = _norms(module, role)
-    return qk_norm_rope_kv_cache_write(q, k, v, None, rows, *weights, *caches, **scales, **options)
-
-
-def _norms(module: Any, role: Attention) -> tuple[tuple, dict[str, Any]]:
-    """((q_weight, k_weight, eps), options) of the operations that norm."""
-    options = role.norm.of(module.k_norm)
-    weights = module.q_norm.weight, options.pop("weight"), options.pop("eps")
-    return weights, {"whole_vector": role.whole_vector, **options, **role.rotation.options}
+        return plain(*inputs, *caches, **scales, **role.rotation.options)
+    norm = role.norm.of(module.k_norm)
+    weights = module.q_norm.weight, norm.pop("weight"), norm.pop("eps")
+    norm |= {"whole_vector": role.whole_vector, **role.rotation.options}
+    return norming(*inputs, *weights, *caches, **scales, **norm)
 
 
 def _by_sequence(x: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from . import stock
+from .binding import replaced
 from .families import NORMS, computes, mismatch, version
 from .roles import Attention, Norm, Rotation
-from .source import formula
+from .source import formula, reads
 
 
 @dataclass(frozen=True)
@@ -48,30 +49,19 @@ ROTATIONS = (
     Rotation(stock.Float32Halves, (stock.TwiceInFloat32, stock.TwiceInFloat32ForEachType), round_products=False),
     Rotation(stock.ChunkedHalves, (stock.OnceInS,), repeats=False),
 )
-_USUAL = ("dropout", "scaling", None)  # keywords of every attention function; None: **kwargs
+NO_ROTATION = "it doesn't rotate: nothing to fuse"
 
 
-def attention_of(module: nn.Module, table: nn.Module) -> tuple[Attention | None, str]:
-    """(what `module` does, why that is unknown), of an attention module and the model's module for cosines and sines."""
-    forward = inspect.unwrap(type(module).forward)
-    name = type(module).__name__
-    text, options = _attended(forward)
-    found = [(heads, rotates) for heads in HEADS for rotates in _ROTATES if _stock_attention(heads, rotates) == text]
-    if text is None or not found:
-        return None, f"{name}.forward of {version()} is not a known attention"
-    (heads, rotates), *_ = found
-    rotation = None
-    if rotates is stock.rotated or module.use_rope:
-        rotation, problem = _rotation_of(forward, table)
-        if problem:
-            return None, problem
-    norm = None
-    if heads.norms and (heads.asked is None or getattr(module, heads.asked)):
-        norm, problem = _norm_of(module)
-        if problem:
-            return None, problem
-    paths = tuple((key, path) for key, path in options if path[0] != "config" or hasattr(module.config, path[1]))
-    return Attention(rotation, heads.packed, norm, heads.whole_vector, paths), ""
+def attentions_of(model: Any) -> list[tuple[Attention | None, str]]:
+    """(what it does, why it is left) of each layer's attention.
+
+    One that isn't known leaves all, since all get the same table of cosines and sines.
+    """
+    problem = _table_problem(model)
+    if problem is None:
+        found = [_attention_of(layer, model.rotary_emb) for layer in model.layers]
+        problem = next((note for role, note in found if role is None and note is not NO_ROTATION), None)
+    return found if problem is None else [(None, problem)] * len(model.layers)
 
 
 def eager_of(module: nn.Module) -> Callable:
@@ -79,7 +69,50 @@ def eager_of(module: nn.Module) -> Callable:
     return inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
 
 
+_HANDED_TO_LAYERS = {
+    "decoder_layer(position_embeddings)",
+    "decoder_layer(position_embeddings[self.config.layer_types[i]])",
+    "position_embeddings[layer_type]",  # where the table of a type is put
+}
+_HANDED_TO_ATTENTION = {"self.self_attn(position_embeddings)"}
+
+
+def _table_problem(model: Any) -> str | None:
+    """Why the model's cosines and sines can't be replaced by float32 rows; None where only attentions read them."""
+    table = getattr(model, "rotary_emb", None)
+    if table is None or not all(hasattr(layer, "self_attn") for layer in model.layers):
+        return f"{type(model).__name__} has no rotary_emb, or a layer no self_attn"
+    if not _HANDED_TO_LAYERS.issuperset(reads(type(model).forward, "position_embeddings") or ("unknown",)):
+        return f"{type(model).__name__}.forward reads position_embeddings elsewhere too"
+    return replaced(model) or replaced(table)
+
+
+def _attention_of(layer: Any, table: nn.Module) -> tuple[Attention | None, str]:
+    """(what the attention of `layer` does, why that is unknown)"""
+    module = layer.self_attn
+    problem = next(filter(None, map(replaced, (layer, module, *_norms(module)))), None)
+    if problem is None and set(reads(type(layer).forward, "position_embeddings") or ()) - _HANDED_TO_ATTENTION:
+        problem = f"{type(layer).__name__}.forward reads position_embeddings elsewhere too"
+    if problem is not None:
+        return None, problem
+    forward = inspect.unwrap(type(module).forward)
+    text, options = _without_options(forward)
+    found = [(heads, rotates) for heads in HEADS for rotates in _ROTATES if _stock_attention(heads, rotates) == text]
+    if text is None or not found:
+        return None, f"{type(module).__name__}.forward of {version()} is not a known attention"
+    (heads, rotates), *_ = found
+    if rotates is stock.rotated_in_some_layers and not module.use_rope:
+        return None, NO_ROTATION
+    rotation, rotation_problem = _rotation_of(forward, table)
+    norm, norm_problem = _norm_of(module) if _uses_norms(module, heads) else (None, "")
+    if rotation is None or norm_problem:
+        return None, rotation_problem or norm_problem
+    options = tuple((key, path) for key, path in options if path[0] != "config" or hasattr(module.config, path[1]))
+    return Attention(rotation, heads.packed, norm, heads.whole_vector, options), ""
+
+
 _ROTATES = (stock.rotated, stock.rotated_in_some_layers)
+_USUAL = ("dropout", "scaling", None)  # keywords of every attention function; None: **kwargs
 
 
 @functools.cache
@@ -88,31 +121,28 @@ def _stock_attention(heads: Heads, rotates: Callable) -> str | None:
 
 
 @functools.cache
-def _attended(forward: Callable) -> tuple[str | None, tuple[tuple[str, tuple[str, ...]], ...]]:
+def _without_options(forward: Callable) -> tuple[str | None, tuple[tuple[str, tuple[str, ...]], ...]]:
     """(the formula of an attention's forward without the options of the attention function, these options)"""
-    text = formula(forward)
-    if text is None:
-        return None, ()
-    tree, options = ast.parse(text, mode="eval"), {}
+    text, options = formula(forward), dict[str, tuple[str, ...]]()
+    tree = ast.parse(text or "None", mode="eval")
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and any(keyword.arg == "scaling" for keyword in call.keywords):
-            paths = {str(keyword.arg): _path(keyword.value) for keyword in call.keywords if keyword.arg not in _USUAL}
-            if None in paths.values():
-                return None, ()
-            options.update(paths)
-            call.keywords = [keyword for keyword in call.keywords if keyword.arg in _USUAL]
-    return ast.unparse(tree), tuple(options.items())
+            for keyword in [keyword for keyword in call.keywords if keyword.arg not in _USUAL]:
+                path = _path(keyword.value)
+                if path is None:
+                    return None, ()
+                options[str(keyword.arg)] = path
+                call.keywords.remove(keyword)
+    return text and ast.unparse(tree), tuple(options.items())
 
 
 def _path(value: ast.expr) -> tuple[str, ...] | None:
-    """The attribute of `self` that an expression reads: "self.sinks", "getattr(self.config, 'sliding_window', None)"."""
+    """The attribute of `self` that is read: of `self.sinks`, or of `getattr(self.config, "sliding_window", None)`."""
     match value:
         case ast.Attribute(ast.Name("self"), name):
             return (name,)
-        case ast.Call(
-            ast.Name("getattr"), [ast.Attribute(ast.Name("self"), "config"), ast.Constant(str(name)), ast.Constant(None)]
-        ):
-            return ("config", name)
+        case ast.Call(ast.Name("getattr"), [config, ast.Constant(str(name)), ast.Constant(None)]):
+            return ("config", name) if ast.unparse(config) == "self.config" else None
     return None
 
 
@@ -126,16 +156,23 @@ def _rotation_of(forward: Any, table: nn.Module) -> tuple[Rotation | None, str]:
     return None, f"apply_rotary_pos_emb of {forward.__globals__['__name__']} of {version()} is not a known rotation"
 
 
+def _uses_norms(module: Any, heads: Heads) -> bool:
+    return heads.norms and (heads.asked is None or getattr(module, heads.asked))
+
+
 def _norm_of(module: Any) -> tuple[Norm | None, str]:
-    """(the kind of both norms, why they can't be fused)"""
-    norms = [next((norm for norm in NORMS if mismatch(m, norm.stock, "") is None), None) for m in _norms(module)]
-    if None in norms:
-        return None, str(mismatch(_norms(module)[norms.index(None)], NORMS[0].stock, "norm"))
-    q, k = (norm.of(m) for norm, m in zip(norms, _norms(module), strict=True))
-    if norms[0] != norms[1] or q["eps"] != k["eps"]:
+    """(the kind of `q_norm` and `k_norm`, why they can't be fused)"""
+    kinds, arguments = [], []
+    for norm in _norms(module):
+        problems = [mismatch(norm, kind.stock, "norm") for kind in NORMS]
+        if None not in problems:
+            return None, str(problems[0])
+        kinds.append(NORMS[problems.index(None)])
+        arguments.append(kinds[-1].of(norm))
+    if kinds[0] != kinds[1] or arguments[0]["eps"] != arguments[1]["eps"]:
         return None, f"q_norm and k_norm of this {type(module).__name__} differ"
-    return norms[0], ""
+    return kinds[0], ""
 
 
-def _norms(module: Any) -> tuple[nn.Module, nn.Module]:
-    return module.q_norm, module.k_norm
+def _norms(module: Any) -> list[nn.Module]:
+    return [getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)]

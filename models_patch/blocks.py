@@ -10,20 +10,21 @@ from torch import Tensor
 
 
 class OutOfBlocks(RuntimeError):
-    """A cache has fewer free blocks than a step needs. Nothing has changed: free a sequence, and take the step again."""
+    """A cache has fewer free blocks than a step needs. Nothing has changed: free a sequence and take the step again."""
 
 
 @dataclass(eq=False)
 class Step:
     """The tokens that sequences are about to get, one sequence after the other, as operations on a paged cache want it.
 
-    sequences: their numbers. lengths: tokens of each, those of this step included.
+    sequences: their numbers. counts: new tokens of each. lengths: all tokens of each, these included.
     block_tables: int32 [sequences, most blocks], the rows filled up with 0.
     seq_lens: int32 [sequences], `lengths`. query_start_loc: int32 [sequences + 1], where each one's new tokens start.
     positions: int64 [tokens], in their sequence. slot_mapping: int64 [tokens], block * block_size + offset.
     """
 
     sequences: tuple[int, ...]
+    counts: tuple[int, ...]
     lengths: tuple[int, ...]
     block_tables: Tensor
     seq_lens: Tensor
@@ -68,7 +69,7 @@ class BlockTables:
         return tuple(self._of(sequence).blocks)
 
     def add(self, prefix_of: int | None = None, length: int | None = None) -> int:
-        """The number of a new sequence, empty or with the first `length` tokens of another (None: all), which it shares.
+        """The number of a new sequence, empty or with the first `length` tokens of another (None: all), shared.
 
         Raises ValueError where the other has fewer.
         """
@@ -138,11 +139,9 @@ class BlockTables:
         positions = within + (torch.tensor(lengths) - counts).repeat_interleave(counts)
         row = torch.arange(len(tokens)).repeat_interleave(counts)
         slots = tables[row, positions // self.block_size] * self.block_size + positions % self.block_size
-        int32 = {"device": device, "dtype": torch.int32}
-        return Step(
-            tuple(tokens), tuple(lengths), tables.to(**int32), torch.tensor(lengths, **int32), starts.to(**int32),
-            positions.to(device), slots.to(device),
-        )  # fmt: skip
+        tables, seq_lens, starts = (t.to(device, torch.int32) for t in (tables, torch.tensor(lengths), starts))
+        placed = positions.to(device), slots.to(device)
+        return Step(tuple(tokens), tuple(tokens.values()), tuple(lengths), tables, seq_lens, starts, *placed)
 
     def _shared_ends(self, tokens: Mapping[int, int]) -> set[int]:
         """The sequences that are about to write into a block that another one holds, and will when they are done."""

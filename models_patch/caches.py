@@ -31,7 +31,7 @@ def slots_of(cache: Cache | None, layer_idx: int, k: Tensor, v: Tensor, options:
     return None
 
 
-def _static(layer: StaticLayer, k: Tensor, v: Tensor) -> Slots:
+def _static(layer: Any, k: Tensor, v: Tensor) -> Slots:
     """A row of the batch is a block."""
     if not layer.is_initialized:
         layer.lazy_initialization(k, v)

@@ -148,7 +148,7 @@ def family_of(module: nn.Module) -> Family | None:
     A model that isn't listed is of the family whose loop and layers it has, with norms of any kind.
     """
     listed = next((MODELS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in MODELS), None)
-    if listed is not None or not isinstance(getattr(module, "layers", None), nn.ModuleList):
+    if listed is not None or not isinstance(getattr(module, "layers", None), nn.ModuleList) or mismatch_loop(module):
         return listed
     known = (replace(family, norm=norm) for family in dict.fromkeys(MODELS.values()) for norm in NORMS)
     return next((family for family in known if mismatch_stream(module, family) is None), None)
@@ -183,7 +183,7 @@ def mismatch_stream(model: Any, family: Family) -> str | None:
         problems.append(mismatch_layer(layer, family))
         if problems[-1] is None:
             problems += [mismatch(getattr(layer, name), family.norm.stock, "norm") for name in norms]
-    problems.append(mismatch(model.norm, family.norm.stock, "norm") if hasattr(model, "norm") else "there is no last norm")
+    problems.append(mismatch(model.norm, family.norm.stock, "norm"))
     return next(filter(None, problems), None)
 
 

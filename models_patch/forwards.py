@@ -31,7 +31,7 @@ def decoder_layer(
     """A layer whose additions happen in the norm that follows: in this layer, or in the next one.
 
     sublayers: attention and MLP. norm: the kind of all their norms.
-    fed: the linear layer of each that says how to quantize the one activation that it and others take; None: nothing is.
+    fed: the linear layer of each that says how the one activation for it and others is quantized; None: it isn't.
     """
     attention, mlp = sublayers
     x, residual = _enter(self, attention, hidden_states, norm, fed[0])

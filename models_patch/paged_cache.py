@@ -13,61 +13,65 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .blocks import BlockTables, OutOfBlocks, Step
 from .slots import Slots
 
-__all__ = ["OutOfBlocks", "PagedKVCache", "Step"]
+__all__ = ["OutOfBlocks", "PagedKVCache", "PagedLayer", "Step"]
 
 
 class PagedLayer(CacheLayerMixin):
     """The memory of one layer, made when its first keys and values are seen.
 
-    keys, values: [blocks, block_size, kv_heads, head_dim] in S. A cache in FP8 or INT8 would hold codes here, and have
-    `k_scale` and `v_scale` for `Slots` to hand on.
+    k_cache, v_cache: [blocks, block_size, kv_heads, head_dim] in S. A cache in FP8 or INT8 would hold codes here, and
+    have `k_scale` and `v_scale` for `Slots` to hand on.
     """
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
+    k_cache: Tensor
+    v_cache: Tensor
 
-    def __init__(self, tables: BlockTables) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         super().__init__()
-        self.tables = tables
-        self.written: Step | None = None  # the last step that this layer has got the tokens of
+        self.shape = num_blocks, block_size
+        self.device = torch.device("cpu")
+        self.written: Step | None = None  # the last step whose tokens this layer has got
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        shape = self.tables.num_blocks, self.tables.block_size, key_states.shape[1]
         # Zeros: where a mask makes a probability zero, what it weighs must be finite.
-        self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
-        self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
+        self.k_cache, self.v_cache = (x.new_zeros((*self.shape, *x.shape[1::2])) for x in (key_states, value_states))
         self.is_initialized = True
 
     def copy(self, copies: list[tuple[int, int]]) -> None:
+        """Copy blocks, from the first of each pair to the second."""
         if self.is_initialized and copies:
             source, target = torch.tensor(copies, device=self.device).unbind(1)
-            for cache in self.keys, self.values:
+            for cache in self.k_cache, self.v_cache:
                 cache[target] = cache[source]
 
-    def gather(self, cache: Tensor, step: Step, batch: int) -> Tensor:
-        """[batch, kv_heads, length, head_dim]: each sequence of the step, or with batch 1 one after the other."""
-        if batch == len(step.sequences) and len(set(step.lengths)) == 1:
-            rows = cache[step.block_tables].flatten(1, 2)[:, : step.lengths[0]]
-        else:
-            each = zip(step.block_tables, step.lengths, strict=True)
-            rows = torch.cat([cache[table].flatten(0, 1)[:length] for table, length in each])[None]
-        return rows.transpose(1, 2)
+    def read(self, step: Step, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a step's sequences: [batch, kv_heads, length, head_dim], or packed in one row."""
+        k, v = (self._gathered(cache, step, batch).transpose(1, 2) for cache in (self.k_cache, self.v_cache))
+        return k, v
 
-    # What `Cache` asks of its layers. A layer can't do these alone: blocks are those of all layers.
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("PagedLayer.update: call that of the PagedKVCache")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise NotImplementedError("PagedLayer.get_mask_sizes: call that of the PagedKVCache")
-
-    def get_seq_length(self) -> int:
-        raise NotImplementedError("PagedLayer.get_seq_length: call that of the PagedKVCache")
+    def _gathered(self, cache: Tensor, step: Step, batch: int) -> Tensor:
+        if batch == len(step.sequences):
+            return cache[step.block_tables].flatten(1, 2)[:, : step.lengths[0]]
+        each = zip(step.block_tables, step.lengths, strict=True)
+        return torch.cat([cache[table].flatten(0, 1)[:length] for table, length in each])[None]
 
     def get_max_length(self) -> int:
-        return self.tables.num_blocks * self.tables.block_size
+        return self.shape[0] * self.shape[1]
+
+    # What else `Cache` asks of its layers none can do alone: blocks are those of all.
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("PagedLayer: call update of the PagedKVCache")
+
+    def get_mask_sizes(self, *args: Any) -> Any:
+        raise NotImplementedError("PagedLayer: call get_mask_sizes of the PagedKVCache")
+
+    def get_seq_length(self) -> Any:
+        raise NotImplementedError("PagedLayer: call get_seq_length of the PagedKVCache")
 
 
 class PagedKVCache(Cache):
@@ -85,22 +89,25 @@ class PagedKVCache(Cache):
         model(packed[None], position_ids=step.positions[None], past_key_values=cache, attention_mask=mask_4d)
 
     The next call of the model writes this step. `set_rows` lets `generate` go on from sequences, whose prefixes may be
-    shared. `fused_ops`' cache writes take `layers[i].keys`, `.values` and
-    `step.slot_mapping` as they are; models that aren't patched go through `update`. Layers with a sliding window keep
-    the whole past, and the model's mask does the sliding.
+    shared. `fused_ops`' cache writes take `layers[i].k_cache`, `.v_cache` and `step.slot_mapping` as they are; models
+    that aren't patched go through `update`. Layers with a sliding window keep the whole past, and the model's mask does
+    the sliding.
 
     Args:
         config: the model's; only the number of its layers is read. Heads, dtype and device come from the first keys.
         num_blocks, block_size: the memory, in blocks and in tokens of each.
 
     Raises:
-        ValueError: num_blocks or block_size isn't a positive int. OutOfBlocks, by whatever needs blocks.
+        ValueError: num_blocks or block_size isn't a positive int.
+        OutOfBlocks: by whatever needs blocks; see `step`.
     """
+
+    layers: list[PagedLayer]  # type: ignore[assignment]
 
     def __init__(self, config: PreTrainedConfig, num_blocks: int, block_size: int = 16) -> None:
         self.tables = BlockTables(num_blocks, block_size)
         layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[PagedLayer(self.tables) for _ in range(layers)])
+        super().__init__(layers=[PagedLayer(num_blocks, block_size) for _ in range(layers)])
         self.rows: list[int] = []  # the sequences of a batch
         self.current: Step | None = None
 
@@ -111,7 +118,7 @@ class PagedKVCache(Cache):
         return self.tables.free_blocks
 
     def add(self, prefix_of: int | None = None, length: int | None = None) -> int:
-        """The number of a new sequence, empty or with the first `length` tokens of another (None: all), which it shares.
+        """The number of a new sequence, empty or with the first `length` tokens of another (None: all), shared.
 
         Raises ValueError where the other doesn't exist or has fewer.
         """
@@ -131,8 +138,7 @@ class PagedKVCache(Cache):
         copies = self.tables.grow(tokens)
         for layer in self.layers:
             layer.copy(copies)
-        device = next((layer.device for layer in self.layers if layer.is_initialized), torch.device("cpu"))
-        self.current = self.tables.step(tokens, device)
+        self.current = self.tables.step(tokens, self.layers[0].device)
         return self.current
 
     def set_rows(self, sequences: Sequence[int]) -> None:
@@ -146,32 +152,34 @@ class PagedKVCache(Cache):
     # What a model calls, patched or not.
 
     def slots(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Slots:
-        """Where a layer's new keys and values go: [batch, kv_heads, length, head_dim], not yet written."""
+        """Where a layer's new keys and values, [batch, kv_heads, length, head_dim], go; they needn't be known yet.
+
+        Raises:
+            OutOfBlocks: there are too few free blocks; no sequence has changed.
+            ValueError: there are other rows than before, or other tokens than those of the step.
+        """
         layer = self.layers[layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         batch, _, length, _ = key_states.shape
-        if layer.written is self.current:  # the first layer of a call that is no step of an engine's
-            self._next_of_batch(batch, length)
         step = self.current
-        assert step is not None
+        if step is None or layer.written is step:  # a call's first layer, and no engine has said which step
+            step = self._step_of_batch(batch, length)
+        rows = len(set(step.lengths)) == 1 and step.counts == (length,) * batch
+        if not rows and (batch, length) != (1, sum(step.counts)):
+            got, expected = f"{batch} x {length}", f"{' + '.join(map(str, step.counts))} in one row"
+            raise ValueError(f"PagedKVCache: keys are of {got} tokens, expected those of the step, {expected}")
         layer.written = step
-        if batch * length != len(step.slot_mapping):
-            raise ValueError(
-                f"PagedKVCache: keys are of {batch} x {length} tokens, expected {len(step.slot_mapping)}, those of the step"
-            )
-        slots = step.slot_mapping.to(layer.device)
-        return Slots(
-            layer.keys,
-            layer.values,
-            slots,
-            lambda: tuple(layer.gather(cache, step, batch) for cache in (layer.keys, layer.values)),
-        )
+        slot_mapping = step.slot_mapping.to(layer.device)
+        return Slots(layer.k_cache, layer.v_cache, slot_mapping, lambda: layer.read(step, batch))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [batch, kv_heads, length, head_dim]; returns all keys and values of these sequences, gathered."""
+        """Write [batch, kv_heads, length, head_dim]; returns all keys and values of these sequences, gathered.
+
+        Raises as `slots`.
+        """
         slots = self.slots(key_states, value_states, layer_idx)
         for cache, new in (slots.k_cache, key_states), (slots.v_cache, value_states):
             cache.flatten(0, 1)[slots.slot_mapping] = new.transpose(1, 2).flatten(0, 1)
@@ -226,17 +234,18 @@ class PagedKVCache(Cache):
         for layer in self.layers:
             layer.written = None
 
-    def _next_of_batch(self, batch: int, length: int) -> None:
+    def _step_of_batch(self, batch: int, length: int) -> Step:
         if self.current is not None and not self.rows:
-            raise ValueError("PagedKVCache: a model is called without a step; call step(), set_rows() or reset() before")
+            raise ValueError("PagedKVCache: called without a step; call step(), set_rows() or reset() first")
+        if self.rows and len(self.rows) != batch:
+            raise ValueError(f"PagedKVCache: keys are of {batch} rows, expected {len(self.rows)}; reset() forgets them")
         rows = self.rows or [self.tables.add() for _ in range(batch)]
-        if len(rows) != batch:
-            raise ValueError(f"PagedKVCache: keys are of {batch} rows, expected {len(rows)} as before, or reset() first")
         try:
-            self.step(dict.fromkeys(rows, length))
+            step = self.step(dict.fromkeys(rows, length))
         except OutOfBlocks:
             if not self.rows:
                 for row in rows:
                     self.tables.free(row)
             raise
         self.rows = rows
+        return step

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from quant import QuantKey
 
-from .attention_family import attention_of, eager_of
+from .attention_family import attentions_of, eager_of
+from .binding import METHODS, is_ours, replaced
 from .families import (
     GATED,
     MODELS,
@@ -27,9 +28,7 @@ from .families import (
 from .forwards import UNQUANTIZED, decoder_layer, last_norm
 from .report import Entry, Report
 from .roles import Attention
-from .source import reads
 
-METHODS = ("forward", "_apply_gate")  # what is bound in the place of a class's own
 DOWN = ("down_proj",)
 
 
@@ -96,10 +95,10 @@ def unpatch(model: nn.Module) -> None:
     own = [(path, module, name) for path, module in model.named_modules() for name in METHODS if name in vars(module)]
     for path, module, name in own:
         method = getattr(module, name)
-        if not _is_ours(method) and _is_ours(inspect.unwrap(method)):
+        if not is_ours(method) and is_ours(inspect.unwrap(method)):
             raise ValueError(f"unpatch: something else has wrapped the patched {name} of {path}; undo that first")
     for _, module, name in own:
-        if _is_ours(getattr(module, name)):
+        if is_ours(getattr(module, name)):
             delattr(module, name)
 
 
@@ -130,21 +129,21 @@ class _Plan:
             self.add_norm(_join(path, "norm"), base.norm, first=not len(base.layers))
 
     def plan_attentions(self, base: Any) -> list[tuple[Attention | None, str]]:
-        """(what it does, why it is left) of each layer's attention, and the model's table bound for those that rotate."""
-        attentions = _attentions(base)
-        rotations = [role.rotation for role, _ in attentions if role is not None and role.rotation is not None]
-        if rotations:
-            from .attention import table
+        """(what it does, why it is left) of each layer's attention; binds the table of those that aren't."""
+        attentions = attentions_of(base)
+        roles = [role for role, _ in attentions if role is not None]
+        if roles:
+            from .attention import table  # which imports transformers, as who has a model does
 
-            self.bind(table, base.rotary_emb, repeats=rotations[0].repeats)
+            self.bind(table, base.rotary_emb, repeats=roles[0].rotation.repeats)
         return attentions
 
     def add_attention(self, path: str, layer: Any, role: Attention | None, note: str) -> None:
         module = layer.get_submodule(path.rpartition(".")[2])
-        if role is None or role.rotation is None:
+        if role is None:
             self.leave(path, module, note)
         else:
-            from .attention import attention  # which imports transformers, here only
+            from .attention import attention
 
             self.bind(attention, module, role=role, eager=eager_of(module))
             note = f"{role.operation}_kv_cache_write into static and paged caches"
@@ -211,7 +210,7 @@ class _Plan:
         gated, activate, problem = kinds[problems.index(None)], None, None
         if gated.activation is not None:
             activation = getattr(module, gated.activation)
-            problem = _replaced(activation, "forward")
+            problem = replaced(activation, "forward")
             if problem is None:
                 activate, problem = activation_of(activation)
         if problem is not None:
@@ -248,70 +247,18 @@ def _stream_problem(base: Any, family: Family) -> str | None:
     """Why the additions between the layers of `base` can't be fused; None where they can."""
     names = [*family.attention.norms, *family.mlp.norms]
     norms = [getattr(layer, name) for layer in base.layers for name in names if hasattr(layer, name)]
-    replaced = [_replaced(module, *METHODS, "_norm") for module in (base, *base.layers, *norms, base.norm)]
-    return next(filter(None, replaced), None) or mismatch_stream(base, family)
-
-
-def _attentions(base: Any) -> list[tuple[Attention | None, str]]:
-    """What each layer's attention does; one that isn't known leaves all, since all get the same table of the model's."""
-    problem = _table_problem(base)
-    if problem is None:
-        found = [_attention(layer, base.rotary_emb) for layer in base.layers]
-        problem = next((note for role, note in found if role is None), None)
-    return found if problem is None else [(None, problem)] * len(base.layers)
-
-
-def _attention(layer: Any, table: nn.Module) -> tuple[Attention | None, str]:
-    module = layer.self_attn
-    norms = [getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)]
-    problem = next(filter(None, (_replaced(m, *METHODS, "_norm") for m in (layer, module, *norms))), None)
-    if problem is None and set(reads(type(layer).forward, "position_embeddings") or ()) - _HANDED_TO_ATTENTION:
-        problem = f"{type(layer).__name__}.forward reads position_embeddings elsewhere too"
-    if problem is not None:
-        return None, problem
-    role, problem = attention_of(module, table)
-    if role is not None and role.rotation is None:
-        return role, f"this {type(module).__name__} doesn't rotate: nothing to fuse"
-    return role, problem
-
-
-def _table_problem(base: Any) -> str | None:
-    """Why the model's cosines and sines can't be replaced by float32 rows; None where only attentions read them."""
-    table = getattr(base, "rotary_emb", None)
-    if table is None or not all(hasattr(layer, "self_attn") for layer in base.layers):
-        return f"{type(base).__name__} has no rotary_emb, or a layer no self_attn"
-    if set(reads(type(base).forward, "position_embeddings") or ("",)) - _HANDED_TO_LAYERS:
-        return f"{type(base).__name__}.forward reads position_embeddings elsewhere too"
-    return _replaced(base, "forward") or _replaced(table, "forward")
-
-
-_HANDED_TO_ATTENTION = {"self.self_attn(position_embeddings)"}
-_HANDED_TO_LAYERS = {
-    "decoder_layer(position_embeddings)",
-    "decoder_layer(position_embeddings[self.config.layer_types[i]])",
-    "position_embeddings[layer_type]",  # where the table of a type is put
-}
+    problems = (replaced(module) for module in (base, *base.layers, *norms, base.norm))
+    return next(filter(None, problems), None) or mismatch_stream(base, family)
 
 
 def _problem(module: nn.Module, expected: type, role: str) -> str | None:
-    return _replaced(module, *vars(expected)) or mismatch(module, expected, role)
-
-
-def _replaced(module: nn.Module, *methods: str) -> str | None:
-    for name in methods:
-        if callable(own := vars(module).get(name)) and not _is_ours(own):
-            return f"the {name} of this {type(module).__name__} has been replaced by something else already"
-    return None
-
-
-def _is_ours(method: Any) -> bool:
-    return isinstance(method, partial) and method.func.__module__.rpartition(".")[0] == __package__
+    return replaced(module, *vars(expected)) or mismatch(module, expected, role)
 
 
 def _shared_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
     """`_agreed_key` of linear layers that get their input through the stock forward of `module`."""
     key, note = _agreed_key(module, linears) if linears else (None, "")
-    if key is not None and (_replaced(module, "forward") or not passes_on(module, linears)):
+    if key is not None and (replaced(module, "forward") or not passes_on(module, linears)):
         return None, f"{type(module).__name__}.forward reads its input elsewhere too, so each quantizes its input"
     return key, note
 

@@ -85,14 +85,13 @@ class Rotation:
 class Attention:
     """An attention module's way from the hidden states to the attention function.
 
-    rotation: None where it doesn't rotate (NoPE).
     packed: whether `qkv_proj` gives queries, keys and values, which are views of its result then.
     norm: the kind of `q_norm` and `k_norm`; None where there are none.
     whole_vector: whether they take all heads of a token at once.
     options: what the attention function is handed beside the usual: (keyword, path of the attribute).
     """
 
-    rotation: Rotation | None
+    rotation: Rotation
     packed: bool = False
     norm: Norm | None = None
     whole_vector: bool = False

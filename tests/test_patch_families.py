@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from patching import L, assert_equal, count, generate, quantize, tiny, tiny_model, tokens
+from patching import L, assert_equal, count, generate, quantize, tiny_model, tokens
 from transformers.activations import ACT2FN
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
