@@ -67,13 +67,13 @@ def quantize(model: nn.Module, scheme: str) -> nn.Module:
     return quantize_model(model, scheme, [tokens(9)] if SCHEMES[scheme].calibrated else None)
 
 
-def generate(model: nn.Module, cache: str):
+def generate(model: nn.Module, cache: str | None = None, **options):
     """Greedy, with logits, of two prompts of which the first is padded on its left."""
     prompts, mask = tokens(), torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
     return model.generate(
         prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation=cache,
-        return_dict_in_generate=True, output_logits=True,
+        return_dict_in_generate=True, output_logits=True, **options,
     )  # fmt: skip
 
 
