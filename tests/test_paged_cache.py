@@ -28,7 +28,9 @@ def test_a_step_by_hand():
     tables.grow({first: 6})
     second = tables.add(prefix_of=first, length=5)
     assert tables.blocks(first) == tables.blocks(second) == (0, 1)
-    copies = tables.grow({second: 4, first: 1})  # the second writes into what the first holds too, which then has it alone
+    copies = tables.grow(
+        {second: 4, first: 1}
+    )  # the second writes into what the first holds too, which then has it alone
     assert copies == [(1, 2)]
     assert (tables.blocks(first), tables.blocks(second)) == ((0, 1), (0, 2, 3))
     step = tables.step({second: 4, first: 1}, torch.device("cpu"))
@@ -36,7 +38,9 @@ def test_a_step_by_hand():
     assert (step.seq_lens.tolist(), step.query_start_loc.tolist()) == ([9, 7], [0, 4, 5])
     assert step.positions.tolist() == [5, 6, 7, 8, 6]
     assert step.slot_mapping.tolist() == [9, 10, 11, 12, 6]
-    dtypes = [t.dtype for t in (step.block_tables, step.seq_lens, step.query_start_loc, step.positions, step.slot_mapping)]
+    dtypes = [
+        t.dtype for t in (step.block_tables, step.seq_lens, step.query_start_loc, step.positions, step.slot_mapping)
+    ]
     assert dtypes == [torch.int32] * 3 + [torch.int64] * 2
 
 
@@ -132,7 +136,8 @@ def assert_same_generation(actual, expected):
     assert_equal(actual.logits, expected.logits)
 
 
-# Of the cache with which stock is compared a sliding layer has the whole past too: sums over fewer keys have other bits.
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+# Stock gets a cache whose sliding layers have the whole past too: sums over fewer keys have other bits.
 FUSED = {"Llama": "rope", "Qwen3": "qk_norm_rope", "Gemma3Text": "qk_norm_rope", "SmolLM3": "rope", "GptOss": "rope"}
 
 
@@ -158,7 +163,13 @@ def test_generation_with_left_padding(name):
 )
 def test_beams_share_blocks_and_rejected_guesses_are_cropped(options, patched):
     model, prompt = tiny(num_hidden_layers=2), tokens(7, batch=1).repeat(1, 3)
-    options = {**options, "max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        **options,
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     expected = model.generate(prompt, **options)
     if patched:
         models_patch.patch(model)
@@ -198,7 +209,9 @@ def engine_step(model, cache, new: dict[int, list[int]]) -> dict[int, torch.Tens
     query = torch.arange(len(new)).repeat_interleave(torch.tensor(step.counts))
     mask = (owner == query[:, None]) & (position <= step.positions[:, None])
     ids = torch.tensor([[token for sequence in new.values() for token in sequence]])
-    logits = model(ids, position_ids=step.positions[None], past_key_values=cache, attention_mask=mask[None, None]).logits
+    logits = model(
+        ids, position_ids=step.positions[None], past_key_values=cache, attention_mask=mask[None, None]
+    ).logits
     return dict(zip(new, logits[0].split(step.counts), strict=True))
 
 
@@ -207,7 +220,10 @@ def engine_step(model, cache, new: dict[int, list[int]]) -> dict[int, torch.Tens
 def test_sequences_of_an_engine_are_what_each_is_alone(name, patched):
     model = tiny("Llama", torch.float32) if name == "Llama" else tiny_model(name, torch.float32)
     prompt, text = [5, 6, 7, 8, 9, 10], {}
-    alone = {n: model(torch.tensor([ids])).logits[0] for n, ids in {0: [*prompt, 11, 12], 1: [*prompt[:5], 20, 21, 22, 23]}.items()}
+    alone = {
+        n: model(torch.tensor([ids])).logits[0]
+        for n, ids in {0: [*prompt, 11, 12], 1: [*prompt[:5], 20, 21, 22, 23]}.items()
+    }
     if patched:
         models_patch.patch(model)
     cache = paged(model)
@@ -240,7 +256,7 @@ def test_generate_goes_on_from_a_shared_prefix():
     models_patch.patch(model)
     prefix = tokens(9, batch=1)
     prompts = torch.cat((prefix.repeat(2, 1), tokens(3)), dim=1)
-    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {**GREEDY, "max_new_tokens": 4}
     start = DynamicCache()
     model(prefix.repeat(2, 1), past_key_values=start)
     expected = model.generate(prompts, past_key_values=start, **options)
@@ -319,8 +335,8 @@ def _uneven_rows(cache):
         (_started, lambda cache: cache.step({1: 0}), "sequence 1 gets 0 tokens, expected at least one"),
         (_started, lambda cache: cache.add(prefix_of=0, length=4), "length is 4, expected 0 to 3, sequence 0's"),
         (_started, lambda cache: cache.tables.crop(0, 4), "length is 4, expected 0 to 3, sequence 0's"),
-        (_started, lambda cache: cache.update(_keys(1, 5), _keys(1, 5), 0), r"1 x 5 tokens, .* the step, 3 \+ 3 in one row"),
-        (_started, lambda cache: cache.update(_keys(3, 2), _keys(3, 2), 0), r"3 x 2 tokens, .* the step, 3 \+ 3 in one row"),
+        (_started, lambda cache: cache.update(_keys(1, 5), _keys(1, 5), 0), r"1 x 5 tokens, .* 3 \+ 3 in one row"),
+        (_started, lambda cache: cache.update(_keys(3, 2), _keys(3, 2), 0), r"3 x 2 tokens, .* 3 \+ 3 in one row"),
         (_started, _again, r"called without a step; call step\(\), set_rows\(\) or reset\(\) first"),
         (_started, _uneven_rows, r"sequences have lengths \[4, 3\], expected one for all"),
         (_cache, _other_rows, r"keys are of 3 rows, expected 2; reset\(\) forgets them"),
