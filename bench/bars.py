@@ -11,13 +11,20 @@ from quant import NAMED_KEYS
 ADD_NORM = ("fused_add_rms_norm_quant",)
 BYTE_KEYS = ("INT8_DYNAMIC_TOKEN", "FP8_DYNAMIC_TOKEN", "FP8_DYNAMIC_GROUP_128")
 INT8, FP8 = BYTE_KEYS[:1], BYTE_KEYS[1:]
+HEADS = (
+    "rope",
+    "qk_norm_rope",
+    "rope_kv_cache_write",
+    "qk_norm_rope_kv_cache_write",
+    "mla_rope_kv_cache_concat",
+)
 
 
 @dataclass(frozen=True)
 class Bar:
     """`figure` of every result of these operations, keys and numbers of tokens is at least `least` (or at most `most`).
 
-    ops: none: all that work on rows. keys: none: results without one.
+    ops: none: all that work on rows, but not on heads. keys: none: results without one.
     figure: path of the number in a result, such as ("times_faster", "vllm").
     source: why this much.
     """
@@ -35,7 +42,7 @@ class Bar:
         if "call" in result:
             return result["call"] in self.ops and self.figure == ("times_add",)
         return (
-            (result["op"] in self.ops if self.ops else "share_of_copy" in result)
+            (result["op"] in self.ops if self.ops else "share_of_copy" in result and result["op"] not in HEADS)
             and result["key"] in (self.keys or (None,))
             and result["tokens"] in self.tokens
             and result["cols"] == self.cols
@@ -65,6 +72,8 @@ BARS = (
     Bar("bound by arithmetic", (), SHARE, SMALL_GROUPS, (4096,), least=0.4),
     Bar("one pass", (), COMPILE, (), (4096,), least=2.0),
     Bar("one pass", (), COMPILE, INT8_KEYS + FP8_KEYS + SMALL_GROUPS, (4096,), least=2.0),
+    Bar("in a cache; one pass", HEADS, SHARE, (), (512,), least=0.6),
+    Bar("one pass", HEADS, COMPILE, (), (512,), least=2.0),
     _call("rms_norm", 2.0),
     _call("fused_add_rms_norm", 2.4),
     _call("rms_norm_quant", 2.8),

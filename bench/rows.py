@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fused_ops
 from fused_ops._op import Op
-from quant import FP8_DYNAMIC_GROUP_128, INT8_DYNAMIC_TOKEN, NAMED_KEYS, QuantKey
+from quant import FP8_DYNAMIC_GROUP_128, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN, NAMED_KEYS, QuantKey
 from quant.methods import SCHEMES
 
 from .peers import compiled, eager, vllm_cpu
@@ -22,7 +22,8 @@ EVERY_KEY = ("quantize", "fused_add_rms_norm_quant")  # the others share their s
 LARGE = 4096
 SMALL = {op: 1536 for op in fused_ops.OPS if "mul" in op or "relu2" in op}  # SmolLM2's sizes; its hidden one is 576
 MATRIX_PRODUCTS = ("scaled_linear",)  # measured in `linear`
-TABLES = {"rope": "cos_sin_cache"}  # arguments of which an operation reads a row a token
+CACHES = tuple(op.name for op in fused_ops.OPS.values() if op.written)  # on caches of S, and FP8
+TABLE = "cos_sin_cache"  # the argument of which an operation reads a row a token
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Case:
         return {f"{name}_out": tensor.zero_() for name, tensor in named if name not in given}
 
     def necessary_bytes(self, args: tuple, outs: dict[str, Tensor]) -> int:
-        """Bytes of every input read once and every output written once."""
-        table = self.op.argument(TABLES.get(self.op.name, ""))
+        """Bytes of every input read once and every output written once; caches are as long as what is written."""
+        table = self.op.argument(TABLE)
         inputs = sum(arg.nbytes for i, arg in enumerate(args) if isinstance(arg, Tensor) and i != table)
         rows = 0 if table is None else args[0].shape[0] * args[table][0].nbytes
         return inputs + rows + sum(out.nbytes for out in outs.values())
@@ -69,6 +70,8 @@ def cases(only: list[str]) -> Iterator[Case]:
 
 
 def _keys(op: Op) -> tuple[QuantKey | None, ...]:
+    if op.name in CACHES:
+        return None, FP8_STATIC_TENSOR
     if op.argument("key") is None:
         return (None,)
     if op.name in EVERY_KEY:  # but for those that take a zero point, which have no functional form

@@ -272,6 +272,7 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
     expected = op.empty(*args)
     expected = expected if isinstance(expected, tuple) else (expected,)
     checked: dict[str, Tensor] = {}
+    also_written = {name: args[op.arguments.index(name)] for name in op.written}
     for output, want in zip(op.outputs, expected, strict=True):
         got, name = outs.get(f"{output}_out"), _OUTPUTS.get(output, f"{output}_out")
         if got is None:
@@ -294,7 +295,7 @@ def check_outputs(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{op.name}: {name} has strides {got.stride()}, expected {expected_strides}")
         if rows_overlap(got):
             raise ValueError(f"{op.name}: {name} has strides {got.stride()}: its rows share memory")
-        for other, tensor in checked.items():
+        for other, tensor in {**checked, **also_written}.items():
             if overlap(got, tensor):
                 raise ValueError(f"{op.name}: {name} shares memory with {other}")
         checked[name] = got

@@ -154,29 +154,36 @@ def check_write(name: str, tokens: int, caches: dict[str, tuple], slots: Tensor,
 @_rope_kv_cache_write.declares("check")
 def _check(
     q, k, v, positions, cos_sin_cache, k_cache, v_cache, slot_mapping, k_scale, v_scale, flags, mrope,
-    q_key=NO_KEY, q_given=None, *, name, takes=ROTARY_FLAGS, gate=None, **inputs,
+    q_key=NO_KEY, q_given=None, *, name, gate=None, norms=None,
 ):  # fmt: skip
-    more = {"gate": (gate, "T H G ?", "q")}
-    more |= {"v": (v, "T K V", "q"), "k_cache": (k_cache, "B P K D", (*FLOATS, *CODES))}
+    """`norms` are (q_weight, k_weight, eps) where the operation has them."""
+    takes = ROTARY_FLAGS if norms is None else ROTARY_FLAGS | NORM_FLAGS | NORM_V
+    more = {"gate": (gate, "T H G ?", "q"), "v": (v, "T K V", "q"), "k_cache": (k_cache, "B P K D", (*FLOATS, *CODES))}
     sizes = check_rope(q, k, positions, cos_sin_cache, flags, mrope, name=name, takes=takes, **more)
+    if norms is not None:
+        check_norms(name, sizes, q, *norms, flags)
+    _check_q_key(name, q_key, q_given, q)
     blocks, block_size, heads, _ = k_cache.shape
     caches = {
         "k_cache": (k_cache, "B P K D", "k_scale", k_scale),
         "v_cache": (v_cache, f"{blocks} {block_size} {heads} {v.shape[-1]}", "v_scale", v_scale),
     }
-    inputs = {"q": q, "k": k, "v": v, "positions": positions, "cos_sin_cache": cos_sin_cache, **inputs}
+    inputs = {"q": q, "k": k, "v": v, "positions": positions, "cos_sin_cache": cos_sin_cache}
+    inputs |= {"q_scale": q_given, "gate": gate} | dict(zip(("q_weight", "k_weight"), norms or (), strict=False))
     check_write(name, sizes["T"], caches, slot_mapping, inputs)
     if v_cache.dtype != k_cache.dtype:
         raise TypeError(f"{name}: v_cache is {v_cache.dtype}, expected {k_cache.dtype} as k_cache")
     if overlap(k_cache, v_cache):
         raise ValueError(f"{name}: v_cache shares memory with k_cache")
-    if q_key != NO_KEY:
-        key = check_key(name, q_key, sizes["D"], q_given, q.device)
+
+
+def _check_q_key(name: str, code: int, given: Tensor | None, q: Tensor) -> None:
+    if code != NO_KEY:
+        key = check_key(name, code, q.shape[-1], given, q.device)
         if not key.symmetric or (key.per_tensor and not key.scale.static):
             raise ValueError(f"{name}: q_quant_key is {key}, expected a symmetric one, static or with scales by head")
-    elif q_given is not None:
+    elif given is not None:
         raise ValueError(f"{name}: q_scale is given, but q_quant_key is None")
-    return sizes
 
 
 @_qk_norm_rope_kv_cache_write.declares("check")
@@ -184,11 +191,9 @@ def _(
     q, k, v, positions, cos_sin_cache, q_weight, k_weight, eps, k_cache, v_cache, slot_mapping, k_scale, v_scale, flags,
     mrope, q_key=NO_KEY, q_given=None, gate=None, *, name,
 ):  # fmt: skip
-    takes = ROTARY_FLAGS | NORM_FLAGS | NORM_V
     caches = (k_cache, v_cache, slot_mapping, k_scale, v_scale)
-    more = {"takes": takes, "gate": gate, "q_weight": q_weight, "k_weight": k_weight}
-    sizes = _check(q, k, v, positions, cos_sin_cache, *caches, flags, mrope, q_key, q_given, name=name, **more)
-    check_norms(name, sizes, q, q_weight, k_weight, eps, flags)
+    more = {"gate": gate, "norms": (q_weight, k_weight, eps)}
+    _check(q, k, v, positions, cos_sin_cache, *caches, flags, mrope, q_key, q_given, name=name, **more)
 
 
 @_rope_kv_cache_write.declares("empty")

@@ -43,6 +43,12 @@ def poisoned_memory():
 
 
 @pytest.fixture
+def untouched_memory(poisoned_memory):
+    """Fresh tensors cost no memory until they are written: for those of gigabytes."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

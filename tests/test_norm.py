@@ -137,7 +137,7 @@ def huge_memory_is_not_filled():
 
 @pytest.mark.usefixtures("huge_memory_is_not_filled")
 @pytest.mark.parametrize("key", [None, INT8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128], ids=str)
-def test_more_than_2_31_elements(key):
+def test_more_than_2_31_elements(key, untouched_memory):
     """Rows a gigabyte apart, over memory that is never touched in between: 64-bit offsets."""
     x = torch.empty(2**32 - 2**30 + 64, dtype=torch.bfloat16).as_strided((4, 64), (2**30, 1))
     x.copy_(torch.randn(4, 64))

@@ -28,21 +28,128 @@ def test_llamas_rounding_bit_for_bit(backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotary_dim", [2, 64, 96, 128])
 @pytest.mark.parametrize("is_neox", [True, False])
-@pytest.mark.parametrize("tokens", [1, 4, 300])
+@pytest.mark.parametrize("tokens", [1, 4, 4096])
 def test_against_float64(tokens, is_neox, rotary_dim, dtype):
     """Partial rotary at small and large T, in both styles."""
-    q, k, positions, cache = rope_inputs(tokens, 3, 1, 128, rotary_dim, dtype, "cpu")
-    cos, sin = cache[positions].double().unsqueeze(1).chunk(2, dim=-1)
+    q, k, positions, cache = rope_inputs(tokens, 2, 1, 128, rotary_dim, dtype, "cpu")
+    rotation = complex_rows(cache, positions)
     for x, y in zip((q, k), fused_ops.rope(q, k, positions, cache, is_neox=is_neox), strict=True):
-        pairs = x[..., :rotary_dim].double()
-        pairs = pairs.unflatten(-1, (2, -1)).transpose(-1, -2) if is_neox else pairs.unflatten(-1, (-1, 2))
-        rotation = torch.complex(cos, sin) * torch.view_as_complex(pairs.contiguous())
-        expected = torch.view_as_real(rotation)
-        expected = (expected.transpose(-1, -2) if is_neox else expected).flatten(-2)
-        error = (y[..., :rotary_dim].double() - expected).abs()
+        expected = rotated(x.double(), rotation, is_neox)
+        error = (y.double() - expected).abs()
         eps = torch.finfo(dtype).eps
-        assert (error <= eps * expected.abs() + 3 * torch.finfo(torch.float32).eps * pairs.abs().max()).all()
+        assert (error <= eps * expected.abs() + 3 * torch.finfo(torch.float32).eps * x.abs().max()).all()
         assert_same(y[..., rotary_dim:].contiguous(), x[..., rotary_dim:].contiguous())
+
+
+def complex_rows(cache, positions):
+    """[T, 1, pairs] e^(i * angle)."""
+    cos, sin = cache[positions].double().unsqueeze(1).chunk(2, dim=-1)
+    return torch.complex(cos, sin)
+
+
+def rotated(x, rotation, is_neox):
+    """x [T, heads, D] float64, whose pairs are turned as complex numbers."""
+    rotary_dim = 2 * rotation.shape[-1]
+    pairs = x[..., :rotary_dim]
+    pairs = pairs.unflatten(-1, (2, -1)).transpose(-1, -2) if is_neox else pairs.unflatten(-1, (-1, 2))
+    turned = torch.view_as_real(rotation * torch.view_as_complex(pairs.contiguous()))
+    turned = (turned.transpose(-1, -2) if is_neox else turned).flatten(-2)
+    return torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+
+
+def rounded_apart(actual, expected, dtype):
+    """Steps of dtype between values of one token's heads, measured at the largest of the pairs that are added."""
+    return (actual.double() - expected).abs().max() / (expected.abs().max() * torch.finfo(dtype).eps)
+
+
+BACKENDS = sorted(set(fused_ops.OPS["rope"].backends) & {"cpu", "reference"})
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_multimodal_positions(backend, interleaved):
+    """Qwen2-VL's and Qwen3-VL's tables, as their model code picks them from those of the three axes."""
+    q, k, _, cache = rope_inputs(9, 2, 1, 128, 128, torch.float32, "cpu")
+    positions, section = torch.randint(0, 4096, (3, 9)), [24, 20, 20]
+    cos, sin = cache[positions].chunk(2, dim=-1)
+    picked = []
+    for axes in cos, sin:  # [3, T, 64]
+        if interleaved:
+            chosen = axes[0].clone()
+            for axis in 1, 2:
+                place = slice(axis, 3 * section[axis], 3)
+                chosen[:, place] = axes[axis][:, place]
+        else:
+            chosen = torch.cat([part[i] for i, part in enumerate(axes.split(section, dim=-1))], dim=-1)
+        picked.append(chosen)
+    expected = fused_ops.rope(q, k, None, torch.cat(picked, dim=-1))
+    options = {"mrope_section": section, "mrope_interleaved": interleaved}
+    with fused_ops.use_backend(backend):
+        for a, e in zip(fused_ops.rope(q, k, positions.int(), cache, **options), expected, strict=True):
+            assert_same(a, e)
+
+
+NORMS = [
+    {},
+    {"weight_bias": 1.0},
+    {"round_before_weight": True},
+    {"whole_vector": True},
+    {"whole_vector": True, "round_before_weight": True, "weight_bias": 1.0},
+]
+
+
+@pytest.mark.parametrize("weights", ["own", "float32", "none"])
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: "+".join(norm) or "plain")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_and_rotation_are_those_one_after_another(backend, dtype, norm, weights):
+    """Promise 1, of every head size that a block of the kernel may end in."""
+    for tokens, heads, kv_heads, dim, rotary_dim in (3, 4, 2, 128, 64), (2, 3, 1, 80, 80), (1, 2, 2, 10, 6):
+        q, k, positions, cache = rope_inputs(tokens, heads, kv_heads, dim, rotary_dim, dtype, "cpu")
+        options = {**norm, "is_neox": heads != 3, "round_products": kv_heads == 1}
+        rotary = {name: options[name] for name in ("is_neox", "round_products")}
+        alone = {name: value for name, value in norm.items() if name != "whole_vector"}
+        whole = "whole_vector" in norm
+        made = []
+        for x in q, k:
+            cols = dim * (x.shape[1] if whole else 1)
+            weight = torch.randn(cols).to(torch.float32 if weights == "float32" else dtype)
+            made.append(None if weights == "none" else weight)
+        with fused_ops.use_backend(backend):
+            normed = [
+                fused_ops.rms_norm(x.flatten(1) if whole else x, w, 1e-6, **alone).view(x.shape)
+                for x, w in zip((q, k), made, strict=True)
+            ]
+            expected = fused_ops.rope(*normed, positions, cache, **rotary)
+            actual = fused_ops.qk_norm_rope(q, k, positions, cache, *made, 1e-6, **options)
+            both = q.clone(), k.clone()
+            fused_ops.qk_norm_rope(*both, positions, cache, *made, 1e-6, **options, out=both)
+        for a, b, e in zip(actual, both, expected, strict=True):
+            assert_same(a, e)
+            assert_same(b, e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normed_heads_against_float64(dtype):
+    q, k, positions, cache = rope_inputs(300, 3, 1, 128, 96, dtype, "cpu")
+    weight = torch.rand(128) + 0.5
+    for x, y in zip((q, k), fused_ops.qk_norm_rope(q, k, positions, cache, weight, weight, 1e-6), strict=True):
+        x = x.double()
+        normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+        assert rounded_apart(y, rotated(normed, complex_rows(cache, positions), True), dtype) < 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_come_along(backend):
+    """As Qwen3-Next projects them, beside q in every head."""
+    _, k, positions, cache = rope_inputs(5, 2, 1, 64, 64, torch.bfloat16, "cpu")
+    q, gate = torch.randn(5, 2, 128).mul(9).bfloat16().chunk(2, dim=-1)
+    gate[0, 0, :4] = torch.tensor([float("inf"), -float("inf"), float("nan"), -1e30])
+    with fused_ops.use_backend(backend):
+        *both, sigmoid = fused_ops.qk_norm_rope(q, k, positions, cache, None, None, 1e-6, gate=gate)
+        for a, e in zip(both, fused_ops.qk_norm_rope(q, k, positions, cache, None, None, 1e-6), strict=True):
+            assert_same(a, e)
+    assert_same(sigmoid, gate.sigmoid())
 
 
 def test_positions_or_rows_and_index_types():
@@ -62,13 +169,31 @@ def test_in_place():
         assert_same(a.contiguous(), e)
 
 
-def test_a_token_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("norm", [None, *NORMS])
+def test_a_token_does_not_depend_on_its_neighbours(norm):
     q, k, positions, cache = rope_inputs(600, 4, 2, 64, 64, torch.bfloat16, "cpu")
-    whole = fused_ops.rope(q, k, positions, cache)
+
+    def call(q, k, positions):
+        if norm is None:
+            return fused_ops.rope(q, k, positions, cache)
+        return fused_ops.qk_norm_rope(q, k, positions, cache, None, None, 1e-6, **norm)
+
+    whole = call(q, k, positions)
     for t in 0, 299, 599:
-        alone = fused_ops.rope(q[t : t + 1], k[t : t + 1], positions[t : t + 1], cache)
-        for a, w in zip(alone, whole, strict=True):
+        for a, w in zip(call(q[t : t + 1], k[t : t + 1], positions[t : t + 1]), whole, strict=True):
             assert_same(a, w[t : t + 1].contiguous())
+    for a, w in zip(call(q.contiguous(), k.flip(0).flip(0), positions), whole, strict=True):
+        assert_same(a, w)
+
+
+def test_results_too_large_for_the_caches_have_the_same_bits():
+    """Which go around them, from aligned rows."""
+    q, k, positions, cache = rope_inputs(1200, 64, 8, 256, 256, torch.bfloat16, "cpu")
+    large, _ = fused_ops.rope(q, k, positions, cache)
+    small = [
+        fused_ops.rope(q[t : t + 300], k[t : t + 300], positions[t : t + 300], cache)[0] for t in range(0, 1200, 300)
+    ]
+    assert_same(large, torch.cat(small))
 
 
 def test_exchanged_outputs_are_refused():
@@ -104,6 +229,13 @@ Q, K, P, C = rope_inputs(4, 2, 1, 64, 64, torch.float32, "cpu")
         ({"cos_sin_cache": C.half()}, TypeError, "cos_sin_cache is torch.float16"),
         ({"cos_sin_cache": torch.ones(9, 66)}, ValueError, "cos_sin_cache has 66 columns"),
         ({"cos_sin_cache": torch.ones(9, 7)}, ValueError, "cos_sin_cache has 7 columns"),
+        ({"cos_sin_cache": torch.ones(0, 64)}, ValueError, "cos_sin_cache has no rows"),
+        ({"is_neox": 1}, TypeError, "is_neox is 1, expected a bool"),
+        ({"neox": True}, TypeError, "got an unexpected keyword argument 'neox'"),
+        ({"mrope_section": [8, 8]}, ValueError, r"mrope_section is \[8, 8\], expected three ints"),
+        ({"mrope_section": [8, 8, 16]}, ValueError, r"positions is \[4\], expected \[3, T\]|\[3, 4\]"),
+        ({"mrope_section": [8, 8, 8], "positions": P.expand(3, 4)}, ValueError, ".*expected a sum of 32"),
+        ({"mrope_section": [8, 8, 16], "positions": None, "cos_sin_cache": C[:4]}, ValueError, ".*positions is None"),
         ({"out": (Q, Q[:, :1])}, ValueError, "k_out shares memory with q_out"),
         ({"positions": B.view(torch.int64)[:4], "out": (B.view(4, 2, 64), K + 1)}, ValueError, ".*overlaps another"),
     ],
@@ -114,3 +246,22 @@ def test_errors_name_argument_got_and_expected(backend, change, error, message):
         pytest.skip("the reference writes its outputs by copy")
     with fused_ops.use_backend(backend), pytest.raises(error, match="rope: " + message):
         fused_ops.rope(**{"q": Q, "k": K, "positions": P, "cos_sin_cache": C} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q_weight": torch.ones(63)}, ValueError, r"q_weight is \[63\], expected \[64\]"),
+        ({"k_weight": torch.ones(64, dtype=torch.int8)}, TypeError, "k_weight is torch.int8"),
+        ({"whole_vector": True}, ValueError, r"q_weight is \[64\], expected \[128\]"),
+        ({"weight_bias": 2.0}, ValueError, "weight_bias is 2.0"),
+        ({"eps": "1e-6"}, TypeError, "eps is str, expected a number"),
+        ({"gate": Q[:, :1]}, ValueError, r"gate is \[4, 1, 64\], expected \[4, 2, G\]"),
+        ({"q": Q[..., :0], "k": K[..., :0], "cos_sin_cache": C[:, :0]}, ValueError, "q has heads of 0"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_errors_of_norms(backend, change, error, message):
+    arguments = {"q": Q, "k": K, "positions": P, "cos_sin_cache": C, "q_weight": torch.ones(64), "k_weight": None}
+    with fused_ops.use_backend(backend), pytest.raises(error, match="qk_norm_rope: " + message):
+        fused_ops.qk_norm_rope(**{**arguments, "eps": 1e-6} | change)

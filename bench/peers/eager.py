@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops.norm import ROUND_BEFORE_WEIGHT
-from fused_ops.rope import ROUND_PRODUCTS
+from fused_ops.rope import IS_NEOX, ROUND_PRODUCTS
 from quant import QuantKey, formats
 
 
@@ -103,13 +103,47 @@ def _quantized(operation: Callable[..., tuple]) -> Callable[..., tuple]:
 def rope(q, k, positions, cos_sin_cache, flags, mrope):
     dtype = q.dtype if flags & ROUND_PRODUCTS else torch.float32
     cos, sin = cos_sin_cache[positions].to(dtype).unsqueeze(1).chunk(2, dim=-1)
-    cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
     def rotate(x):
-        first, second = x.chunk(2, dim=-1)
-        return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+        if flags & IS_NEOX:
+            first, second = x.chunk(2, dim=-1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+        first, second = x[..., 0::2], x[..., 1::2]
+        return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+def qk_norm_rope(q, k, positions, cos_sin_cache, q_weight, k_weight, eps, flags, mrope):
+    (q,), (k,) = rms_norm(q, q_weight, eps, flags), rms_norm(k, k_weight, eps, flags)
+    return rope(q, k, positions, cos_sin_cache, flags, mrope)
+
+
+def rope_kv_cache_write(
+    q, k, v, positions, cos_sin_cache, k_cache, v_cache, slot_mapping, k_scale, v_scale, flags, mrope
+):
+    q, k = rope(q, k, positions, cos_sin_cache, flags, mrope)
+    for cache, rows, scale in (k_cache, k, k_scale), (v_cache, v, v_scale):
+        _write(cache.flatten(0, 1), rows, slot_mapping, scale)
+    return (q,)
+
+
+def qk_norm_rope_kv_cache_write(q, k, v, positions, cos_sin_cache, q_weight, k_weight, eps, *caches_and_flags):
+    (q,), (k,) = rms_norm(q, q_weight, eps, caches_and_flags[-2]), rms_norm(k, k_weight, eps, caches_and_flags[-2])
+    return rope_kv_cache_write(q, k, v, positions, cos_sin_cache, *caches_and_flags)
+
+
+def mla_rope_kv_cache_concat(q_pe, k_pe, kv_c, positions, cos_sin_cache, kv_cache, slot_mapping, kv_scale, flags):
+    q_pe, k_pe = rope(q_pe, k_pe.unsqueeze(1), positions, cos_sin_cache, flags, 0)
+    _write(kv_cache.flatten(0, 1), torch.cat([kv_c, k_pe.squeeze(1)], dim=-1), slot_mapping, kv_scale)
+    return (q_pe,)
+
+
+def _write(cache, rows, slots, scale):
+    if scale is not None:
+        rows = (rows.float() / scale.view(-1, 1)).clamp(-448, 448).to(cache.dtype).view(torch.uint8)
+        cache = cache.view(torch.uint8)
+    cache[slots] = rows
 
 
 _PLAIN = (
@@ -122,5 +156,6 @@ _PLAIN = (
     swiglu_oai_mul,
     relu2,
 )
-_ALL = (*_PLAIN, *map(_quantized, _PLAIN), quantize, fused_add_rms_norm_pad, dual_rms_norm, rms_norm_add, rope)
+_HEADS = (rope, qk_norm_rope, rope_kv_cache_write, qk_norm_rope_kv_cache_write, mla_rope_kv_cache_concat)
+_ALL = (*_PLAIN, *map(_quantized, _PLAIN), quantize, fused_add_rms_norm_pad, dual_rms_norm, rms_norm_add, *_HEADS)
 FUNCTIONS: dict[str, Callable[..., tuple]] = {function.__name__: function for function in _ALL}

@@ -99,11 +99,20 @@ def _pair(first, second):
 
 
 def _rope(q, k, positions, cos_sin_cache, flags, mrope, *, outs):
-    dim = q.shape[-1]
     flat = (q.flatten(1).clone(), k.flatten(1).clone())
-    return partial(
-        torch.ops._C.rotary_embedding, positions, *flat, dim, cos_sin_cache.to(q.dtype), bool(flags & IS_NEOX)
-    )
+    table, is_neox = cos_sin_cache.to(q.dtype), bool(flags & IS_NEOX)
+    return partial(torch.ops._C.rotary_embedding, positions, *flat, q.shape[-1], table, is_neox)
+
+
+def _rope_kv_cache_write(
+    q, k, v, positions, cos_sin_cache, k_cache, v_cache, slots, k_scale, v_scale, flags, mrope, *, outs
+):
+    if k_scale is not None:
+        return None
+    rotate = _rope(q, k, positions, cos_sin_cache, flags, mrope, outs=outs)
+    caches = (cache.transpose(1, 2).contiguous() for cache in (k_cache, v_cache))  # heads outermost
+    rotated = rotate.args[2].view(k.shape)
+    return _pair(rotate, partial(torch.ops._C.cpu_attn_reshape_and_cache, rotated, v, *caches, slots, "vec"))
 
 
 FUNCTIONS: dict[str, Callable] = {
@@ -115,4 +124,5 @@ FUNCTIONS: dict[str, Callable] = {
     "rms_norm_quant": _rms_norm_quant,
     "fused_add_rms_norm_quant": _fused_add_rms_norm_quant,
     "rope": _rope,
+    "rope_kv_cache_write": _rope_kv_cache_write,
 }

@@ -1,7 +1,5 @@
 #include "../row.h"
 
-#include <unistd.h>
-
 #include <atomic>
 #include <limits>
 #include <memory>
@@ -17,17 +15,11 @@ namespace fused_ops {
 
 namespace {
 
-int64_t last_level_cache() {
-  const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return bytes > 0 ? bytes : int64_t{32} << 20;
-}
-
 // Results that no cache can hold until they are read go around it: the write then costs no read of the old line.
 bool worth_streaming(const Pipeline& p) {
-  static const int64_t cache = last_level_cache();
   const int64_t bytes = byte_size(p.dtype);
   const int64_t a_row = p.cols * ((p.sum ? bytes : 0) + (p.y ? bytes : 0)) + (p.data ? p.data.cols : 0);
-  return p.rows * a_row > cache && aligned(p.sum, 32) && aligned(p.y, 32) && aligned(p.data, 32);
+  return p.rows * a_row > last_level_cache() && aligned(p.sum, 32) && aligned(p.y, 32) && aligned(p.data, 32);
 }
 
 // One pass over the rows of both; b may be absent.

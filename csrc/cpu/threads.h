@@ -1,5 +1,7 @@
-// Rows on torch's threads.
+// Rows on torch's threads, and the machine that they run on.
 #pragma once
+
+#include <unistd.h>
 
 #include "../common.h"
 #include "isa.h"
@@ -22,6 +24,12 @@ class KeepSubnormals {
   const unsigned saved_;
 #endif
 };
+
+// In bytes. What is larger goes around the caches.
+inline int64_t last_level_cache() {
+  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return bytes > 0 ? bytes : int64_t{32} << 20;
+}
 
 // kernel(begin, end) over [0, count) on torch's threads; a small piece of work stays in the caller.
 template <class Kernel>
