@@ -1,7 +1,7 @@
 """A real model, stock and through fused operations and quantized layers: `python -m bench.demo` (`make demo`).
 
-SmolLM2-135M-Instruct (or Gemma3-270M, with `--model gemma3`) reads a thousand tokens of English and writes an answer: as
-it is, patched, and with each scheme.
+SmolLM2-135M-Instruct, or Gemma3-270M with `--model gemma3`, reads a thousand tokens of English and writes an answer:
+as it is, patched, and with each scheme.
 """
 
 from __future__ import annotations

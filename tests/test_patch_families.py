@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from patching import L, assert_equal, count, generate, quantize, tiny_model, tokens
+from patching import L, assert_equal, count, quantize, tiny_model, tokens
 from transformers.activations import ACT2FN
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
@@ -60,17 +60,6 @@ def test_logits_and_hidden_states_are_stocks_bit_for_bit(name, dtype):
     actual = model(tokens(), output_hidden_states=True)
     assert torch.equal(actual.logits, expected.logits)
     assert_equal(actual.hidden_states, expected.hidden_states)
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@every_family
-def test_generation_with_left_padding(name, cache):
-    model = tiny_model(name)
-    expected = generate(model, cache)
-    models_patch.patch(model)
-    actual = generate(model, cache)
-    assert torch.equal(actual.sequences, expected.sequences)
-    assert_equal(actual.logits, expected.logits)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")  # in transformers' experts
