@@ -54,9 +54,10 @@ class PagedLayer(CacheLayerMixin):
         return k, v
 
     def _gathered(self, cache: Tensor, step: Step, batch: int) -> Tensor:
+        tables = step.block_tables.to(cache.device)
         if batch == len(step.sequences):
-            return cache[step.block_tables].flatten(1, 2)[:, : step.lengths[0]]
-        each = zip(step.block_tables, step.lengths, strict=True)
+            return cache[tables].flatten(1, 2)[:, : step.lengths[0]]
+        each = zip(tables, step.lengths, strict=True)
         return torch.cat([cache[table].flatten(0, 1)[:length] for table, length in each])[None]
 
     def get_max_length(self) -> int:
@@ -151,6 +152,7 @@ class PagedKVCache(Cache):
 
     # What a model calls, patched or not.
 
+    @torch.compiler.disable  # which blocks are whose is kept in Python
     def slots(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Slots:
         """Where a layer's new keys and values, [batch, kv_heads, length, head_dim], go; they needn't be known yet.
 
@@ -173,6 +175,7 @@ class PagedKVCache(Cache):
         slot_mapping = step.slot_mapping.to(layer.device)
         return Slots(layer.k_cache, layer.v_cache, slot_mapping, lambda: layer.read(step, batch))
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -38,10 +38,10 @@ def patch(model: nn.Module) -> Report:
     The models of transformers 5 in `models_patch.families.MODELS`, with a head or without, and those that aren't listed
     but made of the same layers. Additions of the residual are done by the norm that follows, across layers too, and so
     are norms before the addition; norms and activations quantize for the linear layers that take their result, once for
-    those that take the same. In attention, the norms of queries and keys, the rotation and, for a static cache, a
-    `PagedKVCache` and the one of `generate_batch`, the write into the cache are one call; the attention function is the
-    model's. What can't be fused, because a stock forward isn't one of those known, is left as it was, and the report
-    says why.
+    those that take the same. In attention, the norms of queries and keys, the rotation and the write into the cache are
+    one call, the write where the cache has a place for it: a static one, a `PagedKVCache`, that of `generate_batch`.
+    The attention function stays the model's. What can't be fused, because a stock forward isn't one of those known, is
+    left as it was, and the report says why.
 
     Forwards are bound to the modules of this model; weights and `state_dict` are untouched, nothing is global. A copy
     (`copy.deepcopy`, `torch.save`) of a patched model is patched. It is for inference: a backward pass raises. Nor is
@@ -54,8 +54,8 @@ def patch(model: nn.Module) -> Report:
     Between layers a patched model passes `Pending` instead of a tensor. A decoder layer with forward hooks, such as
     those of `output_hidden_states=True`, which transformers leaves in place, returns the tensor, and its addition stays
     unfused. Hooks on norms of decoder layers don't run; other forward pre-hooks may see a `Pending` or a
-    `QuantizedActivation`. The model's
-    `rotary_emb` returns the rows that `fused_ops.rope` takes, in the place of (cos, sin).
+    `QuantizedActivation`, and hooks on `rotary_emb` and attentions the rows that `fused_ops.rope` takes in the place of
+    (cos, sin).
 
     Returns:
         `Report`: iterable, and a table when printed.

@@ -198,6 +198,16 @@ def test_rows_of_a_batch_are_repeated_selected_and_forgotten():
     assert cache.update(k, k, 0)[0].shape == k.shape
 
 
+def test_a_compiled_model_takes_it_too():
+    torch._dynamo.reset()
+    model = tiny(num_hidden_layers=1)
+    models_patch.patch(model)
+    compiled, caches = torch.compile(model, backend="eager"), [paged(model), DynamicCache()]
+    for length in 7, 1, 3:
+        actual = compiled(tokens(length), past_key_values=caches[0])
+        assert torch.equal(actual.logits, model(tokens(length), past_key_values=caches[1]).logits)
+
+
 # With sequences that an engine names.
 
 
