@@ -12,6 +12,7 @@ import transformers
 from patching import FAMILIES, L, assert_equal, count, generate, quantize, tiny, tiny_model, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
@@ -153,14 +154,25 @@ def test_continuous_batching_writes_through_its_slot_mapping(name, monkeypatch):
 
         monkeypatch.setattr(bodies, operation, counting)
 
+    def attend(module, query, key, value, mask, cache=None, **options):  # as flash attention does it
+        if cache is not None:
+            keys = {"key_states": key, "value_states": value, "layer_idx": module.layer_idx, "kwargs": options}
+            key, value = cache.update(**keys)
+            seen.append((options["cu_seq_lens_k"].tolist(), options["cu_seq_lens_k"].dtype, options["max_length_k"]))
+        return sdpa(module, query, key, value, mask, **options)
+
+    seen, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attend)
+
     def batched():
+        seen.clear()
         results = model.generate_batch(
             [[5, 6, 7, 8, 9], [11, 12, 13], list(range(20, 45))],
             generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(page_size=8, num_blocks=16, max_batch_tokens=16),
             progress_bar=False,
         )
-        return [result.generated_tokens for result in results.values()]
+        return [result.generated_tokens for result in results.values()], list(seen)
 
     model = tiny_or_llama(name)
     expected = batched()
