@@ -218,7 +218,7 @@ def heads_out(op: Op, given: dict[str, Tensor], words: dict[str, Any]) -> dict[s
     if not op.written:
         return {"out": (q, k)} if q is not None and k is not None else {}
     if isinstance(key := words.get("q_quant_key"), QuantKey):
-        q = QuantizedActivation(q, given.get("q_scale"), key, torch.bfloat16) if q is not None else None
+        q = QuantizedActivation(q, given.get("q_scale"), key, torch.bfloat16) if isinstance(q, Tensor) else None
     if "k" in op.outputs and k is not None:
         return {"out": (q, k), "return_key": True}
     return {"out": q}
