@@ -8,6 +8,7 @@ import transformers
 from patching import LAYERS, tiny, tokens
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama as llama
 
 import fused_ops
@@ -69,7 +70,8 @@ class _Peeking(llama.LlamaModel):
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(hidden_states, **kwargs)
             hidden_states = hidden_states.clamp(-1, 1)
-        return self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states)
 
 
 class _Bidirectional(llama.LlamaAttention):
