@@ -72,7 +72,7 @@ def eager_of(module: nn.Module) -> Callable:
 _HANDED_TO_LAYERS = {
     "decoder_layer(position_embeddings)",
     "decoder_layer(position_embeddings[self.config.layer_types[i]])",
-    "position_embeddings[layer_type]",  # where the table of a type is put
+    "position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids, layer_type)",
 }
 _HANDED_TO_ATTENTION = {"self.self_attn(position_embeddings)"}
 

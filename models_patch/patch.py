@@ -69,7 +69,7 @@ def patch(model: nn.Module) -> Report:
     bases = [(path, module, family) for path, module in model.named_modules() if (family := family_of(module))]
     if not bases:
         known = ", ".join(MODELS)
-        raise ValueError(f"patch: model is {type(model).__name__}, expected one of {known}, or one around it")
+        raise ValueError(f"patch: model is {type(model).__name__}, expected one of {known}, or of the same layers")
     plan = _Plan()
     for path, base, family in bases:
         plan.add(path, base, family)
@@ -139,10 +139,10 @@ class _Plan:
         return attentions
 
     def add_attention(self, path: str, layer: Any, role: Attention | None, note: str) -> None:
-        module = layer.get_submodule(path.rpartition(".")[2])
-        if role is None:
+        module: Any = getattr(layer, path.rpartition(".")[2], None)
+        if module is not None and role is None:
             self.leave(path, module, note)
-        else:
+        elif role is not None:
             from .attention import attention
 
             self.bind(attention, module, role=role, eager=eager_of(module))

@@ -153,6 +153,8 @@ def _read(node: ast.expr, parents: dict[ast.AST, ast.AST]) -> str:
     parent = parents[node]
     while isinstance(parent, (ast.Attribute, ast.Subscript)) and parent.value is node:
         node, parent = parent, parents[parent]
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        return ast.unparse(parent)
     passed = parents[parent] if isinstance(parent, ast.keyword) else parent
     if isinstance(passed, ast.Call) and passed.func is not node:
         return f"{ast.unparse(passed.func)}({ast.unparse(node)})"
