@@ -1,10 +1,10 @@
 """The benchmark on a CUDA device: `python -m bench.gpu` (some five minutes, the most telling cases first).
 
 Every operation on rows by the CUDA and the Triton kernels, against eager PyTorch, `torch.compile` and the peers that
-are installed. Whoever is compared is captured in a CUDA graph and replayed in turns; a graph goes through several sets
-of inputs, together larger than the L2 cache, so that inputs come from memory. Ratios are medians over the turns. GB/s
-counts every input once and every output once; a copy moves as many bytes. What a call costs the host is measured
-without a graph.
+are installed; the layers of every scheme that the device has a product for, against bfloat16's. Whoever is compared is
+captured in a CUDA graph and replayed in turns; a graph goes through several sets of inputs, together larger than the L2
+cache, so that inputs come from memory. Ratios are medians over the turns. GB/s counts every input once and every output
+once; a copy moves as many bytes. What a call costs the host is measured without a graph.
 
 Prints tables, and writes them with device, versions and commit to `bench/results/<device>-<date>.json`, anew after
 every case, so that a run that is cut off leaves what it has.
@@ -25,8 +25,9 @@ import torch
 import fused_ops
 from fused_ops import OPS
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN, MXFP8, NVFP4
+from quant.methods import SCHEMES
 
-from . import machine
+from . import linear, machine
 from .peers import compiled, eager, gpu
 from .rows import Case
 from .table import table
@@ -52,12 +53,17 @@ def main(arguments: list[str] | None = None) -> dict:
     name = facts["machine"].get("gpu", options.device).replace(" ", "-").lower()
     output = options.output or HERE / "results" / f"{name}-{facts['date']}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    record: dict = {**facts, "rows": [], "calls": [], "left_out": []}
+    record: dict = {**facts, "rows": [], "calls": [], "linear": [], "left_out": []}
 
     with torch.no_grad():
         record["copy_gb_per_second"] = _copy_rate(options.device)
         record["calls"] = list(_calls(options.device))
         print(f"copying 1 GiB: {record['copy_gb_per_second']:.0f} GB/s\n{_calls_table(record['calls'])}", flush=True)
+        if not options.ops or "scaled_linear" in options.ops:
+            record["linear"] = list(_linear(options.tokens, options.cols[0], options.device, options.budget))
+            print(
+                f"\nscaled_linear, {options.cols[0]} x {options.cols[0]}\n{_linear_table(record['linear'])}", flush=True
+            )
         for case in _cases(options.ops, options.cols):
             if time.perf_counter() > end:
                 record["left_out"].append([case.op.name, case.key and str(case.key), case.cols])
@@ -139,6 +145,29 @@ def _measure(case: Case, every_tokens: list[int], device: str, budget: float) ->
         }
 
 
+def _linear(every_tokens: list[int], size: int, device: str, budget: float) -> Iterator[dict]:
+    """Layers of every scheme that the device has a product for."""
+    for scheme in SCHEMES:
+        for tokens in every_tokens:
+            try:
+                contestants = linear.layers(scheme, tokens, size, device)
+            except ValueError as error:
+                print(f"{scheme}: {error}", flush=True)
+                break
+            timing, failed = _time(contestants, device, budget)
+            yield {
+                "op": "scaled_linear",
+                "scheme": scheme,
+                "tokens": tokens,
+                "cols": size,
+                "microseconds": {name: timing.seconds(name) * 1e6 for name in timing.rounds},
+                "times_faster": {
+                    n: timing.ratio("bfloat16 linear", n) for n in timing.rounds if n != "bfloat16 linear"
+                },
+                "failed": failed,
+            }
+
+
 def _time(contestants: dict[str, list[Callable]], device: str, budget: float) -> tuple[Timing, dict[str, str]]:
     """Each contestant's calls, one for each set of inputs, as one graph; who can't be captured is said why."""
     graphs, failed = {}, {}
@@ -218,6 +247,13 @@ def _table(results: list[dict]) -> str:
     header = ("tokens", "GB/s", "of copy", *(f"{name} us" for name in names))
     shown = [(r["tokens"], r["gb_per_second"], r["share_of_copy"], *map(r["microseconds"].get, names)) for r in results]
     return table(header, shown, left=0)
+
+
+def _linear_table(results: list[dict]) -> str:
+    names = list(dict.fromkeys(name for r in results for name in r["microseconds"]))
+    header = ("scheme", "tokens", *(f"{name} us" for name in names), "over bfloat16")
+    each = [(r, r["microseconds"], r["times_faster"]) for r in results]
+    return table(header, [(r["scheme"], r["tokens"], *map(us.get, names), x.get("product")) for r, us, x in each])
 
 
 def _calls_table(results: list[dict]) -> str:

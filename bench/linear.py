@@ -1,8 +1,9 @@
-"""`scaled_linear` against torch's linear layer on the same, decoded, values."""
+"""`scaled_linear` against torch's linear layer: on a CPU on the same, decoded, values, on a GPU on any."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import linear
 import fused_ops
 from fused_ops.linear import decode_weight, linear_inputs, usual_weight
 from quant import QuantKey
+from quant.methods import SCHEMES, quantize_model
 
 from .timing import interleaved
 
@@ -46,3 +48,20 @@ def measure(key: QuantKey, rows: list[int], size: int, *, budget: float) -> Iter
 def _in_turn(product: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[], Tensor]:
     weights = cycle([weight, *(weight.clone() for _ in range(COPIES - 1))])
     return lambda: product(next(weights))
+
+
+def layers(scheme: str, tokens: int, size: int, device: str) -> dict[str, list[Callable[[], Tensor]]]:
+    """The product of a scheme's layer as its device has it, without and with quantizing, and bfloat16's."""
+
+    def stock() -> torch.nn.Linear:
+        return torch.nn.Linear(size, size, bias=False, device=device, dtype=torch.bfloat16)
+
+    x = torch.randn(tokens, size, device=device).bfloat16()
+    batches = [x] if SCHEMES[scheme].calibrated else None
+    made = [quantize_model(torch.nn.Sequential(stock()), scheme, batches)[0] for _ in range(COPIES)]
+    activation = fused_ops.quantize(x, **made[0].input_quant())
+    return {
+        "product": [partial(layer, activation) for layer in made],
+        "quantize + product": [partial(layer, x) for layer in made],
+        "bfloat16 linear": [partial(linear, x, stock().weight) for _ in range(COPIES)],
+    }

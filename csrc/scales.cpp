@@ -126,8 +126,8 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const Optio
     STD_TORCH_CHECK(scale == Key::kFloat, "key: one scale per tensor is a float32");
   } else {
     STD_TORCH_CHECK(!key.is_static(), "key: static scales are per tensor");
-    STD_TORCH_CHECK(columns == 0 || columns % 32 == 0 || columns == 16,
-                    "key: groups of 16 or a multiple of 32 columns are served");
+    STD_TORCH_CHECK(columns == 0 || columns % 32 == 0 || columns == 16, "key: groups of ", columns,
+                    " columns, expected 16 or a multiple of 32");
     const bool divides = scale != Key::kFloat;
     STD_TORCH_CHECK(!divides || (columns && p.cols % columns == 0), "key: expected a row of whole groups");
     STD_TORCH_CHECK(columns != 16 || p.cols % 16 == 0, "key: expected a row of whole groups of 16");

@@ -20,6 +20,7 @@ from .activation import (
 from .dual_norm import dual_rms_norm
 from .kv_cache import qk_norm_rope_kv_cache_write, rope_kv_cache_write
 from .linear import scaled_linear
+from .linear_gpu import load as _load_linear_gpu
 from .mla import mla_rope_kv_cache_concat
 from .norm import (
     fused_add_rms_norm,
@@ -36,9 +37,10 @@ from .rope import RotaryOptions, qk_norm_rope, rope
 
 _load_cpu()
 _load_cuda()
+_load_linear_gpu()
 _load_triton()  # after CUDA: what that serves stays with it
 if _name := _os.environ.get("FUSED_OPS_BACKEND"):
-    use_backend(_name).__enter__()
+    use_backend(_name, "FUSED_OPS_BACKEND").__enter__()
 
 __all__ = [
     "OPS",

@@ -11,6 +11,8 @@ from quant import QuantKey
 
 from ._op import OPS, Backend, Op
 
+LIMITS = "keys in groups of 16 or multiples of 32 columns; dynamic asymmetric ones by token or group"
+
 
 def load() -> None:
     """Load the compiled kernels, if they were built, and make `cpu` a backend of the operations they serve."""
@@ -25,7 +27,7 @@ def load() -> None:
         torch.ops.load_library(str(library))
     for op in OPS.values():
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op.name}", "CPU"):
-            op.backend(Backend("cpu", None, ("CPU",), _supports(op)))
+            op.backend(Backend("cpu", None, ("CPU",), _supports(op), LIMITS))
 
 
 def library_path() -> Path | None:

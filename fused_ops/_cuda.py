@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ._cpu import LIMITS as KEYS
 from ._cpu import library_path, serves
 from ._op import OPS, Backend, Op
 
@@ -35,7 +36,7 @@ Compile = ctypes.CFUNCTYPE(
 Launch = ctypes.CFUNCTYPE(
     ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
 )
-LIMITS = "rows of up to 65536 columns of 16 bits, 32768 of 32, and keys in groups of 16 or multiples of 32"
+LIMITS = f"rows of up to 65536 columns of 16 bits, 32768 of 32, and {KEYS}"
 NOT_NOW = 1  # in the place of a kernel: nothing is to be launched
 
 
@@ -128,7 +129,12 @@ def warmup(*calls: Callable[[], object]) -> int:
     calls: each is run twice; in the first run fused operations on CUDA tensors leave their results unset.
 
         fused_ops.warmup(lambda: model(tokens[:1]), lambda: fused_ops.rms_norm(x[:1], weight, 1e-6))
+
+    Raises TypeError where a call is no function, ImportError where there is no NVRTC.
     """
+    for call in calls:
+        if not callable(call):
+            raise TypeError(f"warmup: calls contains {call!r}, expected functions without arguments")
     outer = _here.listed
     listed: set[tuple[str, str]] = set()
     _here.listed = listed

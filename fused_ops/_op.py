@@ -46,18 +46,28 @@ class Backend:
         the kernel sits in PyTorch's dispatcher already, so that a call meets no Python on its way.
     devices: dispatch keys that it serves.
     supports: whether it serves these arguments, by device, dtype, key and row length, never by the number of rows.
-    limits: what `supports` allows, in words.
+    limits: what `supports` allows, in words; or from the arguments, why it doesn't serve them.
     missing: what must be installed for it, if something isn't.
     failure: why a kernel could not be made just now, if that is why a call was refused.
+    make: the functional overload's result from the arguments, checked, where `run` would have to copy it.
     """
 
     name: str
     run: Callable[[tuple, dict[str, Tensor]], None] | None
     devices: tuple[str, ...] = DEVICES
     supports: Callable[..., bool] = lambda *_: True
-    limits: str = ""
+    limits: str | Callable[..., str] = ""
     missing: Callable[[], str | None] = lambda: None
     failure: Callable[[], BaseException | None] = lambda: None
+    make: Callable[[tuple], Tensor] | None = None
+
+    def refusal(self, op: Op, args: tuple) -> str:
+        """That it doesn't serve these arguments, and what it does."""
+        limits = self.limits(*args) if callable(self.limits) else self.limits
+        return (
+            f"{op.name}: the {self.name} backend does not serve {describe(args, op)}{limits and f', but {limits}'}; "
+            "`with fused_ops.use_backend('reference')` does"
+        )
 
 
 class Op:
@@ -258,11 +268,7 @@ def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | N
         if "could not be compiled" in str(error) and (failure := backend.failure()):
             raise failure from error
         if not backend.supports(*args):
-            limits = backend.limits and f" but {backend.limits}"
-            raise ValueError(
-                f"{op.name}: the {name} backend does not serve these arguments yet: {describe(args, op)}{limits}; "
-                "`with fused_ops.use_backend('reference')` does"
-            ) from error
+            raise ValueError(backend.refusal(op, args)) from error
     if refusal := re.search(r"csrc\S*:\d+, (.*)", str(error)):
         raise ValueError(f"{op.name}: {refusal[1]}") from error
 
@@ -312,6 +318,18 @@ def check_inputs_survive(op: Op, args: tuple, outs: dict[str, Tensor]) -> None:
             if not (in_place and same and out.dtype == tensor.dtype):
                 where = _OUTPUTS.get(output, f"{output}_out")
                 raise ValueError(f"{op.name}: {where} overlaps another argument in memory, {name}")
+
+
+def check_written(op: Op, args: tuple) -> None:
+    """Raise where an input that is written lies over another: what `op.check` finds by more than the tensors' kinds."""
+    if not op.written:
+        return
+    inputs = {name: t for name, t in zip(op.arguments, args, strict=False) if isinstance(t, Tensor)}
+    storages = {name: t.untyped_storage().data_ptr() for name, t in inputs.items()}
+    for written in op.written:
+        for name, storage in storages.items():
+            if name != written and storage == storages[written] and overlap(inputs[name], inputs[written]):
+                raise ValueError(f"{op.name}: {written} shares memory with {name}")
 
 
 _READ_FIRST = ("x", "residual", "gate", "up")
@@ -373,19 +391,21 @@ class use_backend:
     graphs obey it too and calls outside a block pay nothing. It never falls back: what the backend can't serve
     raises. Blocks nest. `FUSED_OPS_BACKEND` in the environment is the same for the life of the process.
 
-    Raises ValueError where no operation has a backend of that name on this machine, ImportError where it needs
-    something that isn't installed.
+    Raises ValueError where no operation has a backend of that name on this machine, or it serves GPUs and there is
+    none, ImportError where it needs something that isn't installed.
     """
 
     _stack: typing.ClassVar[list[str]] = []
     _overrides: typing.ClassVar[Library | None] = None
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, _argument: str = "use_backend: name"):
         known = {b.name: b for op in OPS.values() for b in op.backends.values()}
         if name not in known:
-            raise ValueError(f"use_backend: name is {name!r}, expected one of {sorted(known)} on this machine")
+            raise ValueError(f"{_argument} is {name!r}, expected one of {sorted(known)} on this machine")
         if missing := known[name].missing():
-            raise ImportError(f"use_backend: {missing}")
+            raise ImportError(f"{_argument} is {name!r}: {missing}")
+        if "CPU" not in known[name].devices and not torch.cuda.is_available():
+            raise ValueError(f"{_argument} is {name!r}, which serves GPUs, and there is none on this machine")
         self.name = name
 
     def __enter__(self) -> use_backend:
@@ -442,11 +462,11 @@ def kernels_of(op: Op, backend: Backend) -> list[tuple[str, Callable]]:
     def check(args: tuple) -> None:
         kinds = tuple(map(_kind, args))
         if kinds in checked:
+            check_written(op, args)
             return
         op.check(*args)
         if not backend.supports(*args):
-            limits = backend.limits and f", but {backend.limits}"
-            raise ValueError(f"{op.name}: the {backend.name} backend does not serve {describe(args, op)}{limits}")
+            raise ValueError(backend.refusal(op, args))
         if args[0].device.type != "cpu":  # where a check reads values too
             if len(checked) >= 4096:
                 checked.clear()
@@ -454,6 +474,8 @@ def kernels_of(op: Op, backend: Backend) -> list[tuple[str, Callable]]:
 
     def run(*args):
         check(args)
+        if backend.make is not None:
+            return backend.make(args)
         made = op.empty(*args)
         made = (made if isinstance(made, tuple) else (made,))[: op.returns]
         write(args, dict(zip(op.outputs, made, strict=False)))

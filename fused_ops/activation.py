@@ -193,14 +193,6 @@ _swiglu_oai_mul_quant = quantizing(_swiglu_oai_mul)
 _relu2_quant = quantizing(_relu2)
 
 
-def _optional(tokens_per_expert: Tensor | None) -> tuple:
-    return () if tokens_per_expert is None else (tokens_per_expert,)
-
-
-def _one(out: Tensor | None) -> tuple | None:
-    return None if out is None else (out,)
-
-
 def silu_mul(
     gate: Tensor,
     up: Tensor,
@@ -227,7 +219,7 @@ def silu_mul(
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
-    return invoke(_silu_mul, (gate, up, round_activation), _one(out), _optional(tokens_per_expert))
+    return _run_plain(_silu_mul, (gate, up, round_activation), out, tokens_per_expert)
 
 
 def silu_mul_quant(
@@ -273,7 +265,7 @@ def gelu_tanh_mul(
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks & Gimpel, "Gaussian Error Linear Units", 2016.
     """
-    return invoke(_gelu_tanh_mul, (gate, up, round_activation), _one(out), _optional(tokens_per_expert))
+    return _run_plain(_gelu_tanh_mul, (gate, up, round_activation), out, tokens_per_expert)
 
 
 def gelu_tanh_mul_quant(
@@ -317,7 +309,7 @@ def swiglu_oai_mul(
     Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025.
     """
     args = (gate, up, alpha, limit, round_activation)
-    return invoke(_swiglu_oai_mul, args, _one(out), _optional(tokens_per_expert))
+    return _run_plain(_swiglu_oai_mul, args, out, tokens_per_expert)
 
 
 def swiglu_oai_mul_quant(
@@ -343,7 +335,7 @@ def relu2(x: Tensor, *, tokens_per_expert: Tensor | None = None, out: Tensor | N
 
     Source: So et al., "Primer: Searching for Efficient Transformers for Language Modeling", 2021.
     """
-    return invoke(_relu2, (x,), _one(out), _optional(tokens_per_expert))
+    return _run_plain(_relu2, (x,), out, tokens_per_expert)
 
 
 def relu2_quant(
@@ -357,8 +349,23 @@ def relu2_quant(
     return _run(_relu2, _relu2_quant, (x,), quant_key, tokens_per_expert, quant)
 
 
+def _run_plain(op: Op, args: tuple, out: Tensor | None, tokens_per_expert: Tensor | None) -> Any:
+    _refuse_int(op, args)
+    return invoke(op, args, None if out is None else (out,), _optional(tokens_per_expert))
+
+
 def _run(plain: Op, fused: Op, args: tuple, quant_key, tokens_per_expert: Tensor | None, quant: QuantOptions) -> Any:
-    optional = _optional(tokens_per_expert)
     if quant_key is None:
-        return invoke(plain, args, _one(plain_out(fused.name, quant)), optional)
-    return run_quant(fused, args, quant_key, quant, None, optional)
+        return _run_plain(plain, args, plain_out(fused.name, quant), tokens_per_expert)
+    _refuse_int(fused, args)
+    return run_quant(fused, args, quant_key, quant, None, _optional(tokens_per_expert))
+
+
+def _optional(tokens_per_expert: Tensor | None) -> tuple:
+    return () if tokens_per_expert is None else (tokens_per_expert,)
+
+
+def _refuse_int(op: Op, args: tuple) -> None:
+    """`round_activation`, the last one where it is there: PyTorch would take 1 for True."""
+    if type(args[-1]) is int:
+        boolean(op.name, round_activation=args[-1])

@@ -42,12 +42,13 @@ def _scaled_linear(
     zero_point: Tensor | None = None,
     weight_code: int = INFERRED,
     weight_scale2: Tensor | None = None,
+    weight_sums: Tensor | None = None,
 ):
     for zero in [] if zero_point is None else zero_point.flatten().tolist():
         if not -128 <= zero <= 127:
             raise ValueError(f"scaled_linear: zero_point has {zero}, expected -128 to 127")
     x = formats.dequantize(data, scale, QuantKey.from_code(key), scale2=scale2, zero_point=zero_point)
-    y = x @ decode_weight(weight, weight_scale, _weight_key(weight, weight_scale, weight_code), weight_scale2).t()
+    y = x @ decode_weight(weight, weight_scale, weight_key_of(weight, weight_scale, weight_code), weight_scale2).t()
     return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
@@ -79,7 +80,7 @@ def decode_weight(
     weight: Tensor, weight_scale: Tensor, key: QuantKey | None = None, scale2: Tensor | None = None
 ) -> Tensor:
     """float32 [N, K] of a weight that `scaled_linear` takes; its key may be inferred as there."""
-    key = _weight_key(weight, weight_scale, INFERRED) if key is None else key
+    key = weight_key_of(weight, weight_scale, INFERRED) if key is None else key
     if key.scale.group_shape.rows <= 1:
         return formats.dequantize(weight, weight_scale, key, scale2=scale2)
     return weight.float() * _spread(weight_scale, weight.shape, key)
@@ -113,7 +114,7 @@ def largest_scale2(amax: Tensor) -> Tensor:
     return formats.divide(amax.float().reshape(1), formats.MAX[FP4] * formats.MAX[FP8]).clamp_min(2.0**-126)
 
 
-def _weight_key(weight: Tensor, weight_scale: Tensor, code: int) -> QuantKey:
+def weight_key_of(weight: Tensor, weight_scale: Tensor, code: int) -> QuantKey:
     """The key that the code, or else the dtypes and the shape of the scale, means."""
     if code != INFERRED:
         return QuantKey.from_code(code)
@@ -121,7 +122,7 @@ def _weight_key(weight: Tensor, weight_scale: Tensor, code: int) -> QuantKey:
         if (weight.dtype, weight_scale.dtype) == (key.storage_dtype, key.scale.dtype):
             return key if weight_scale.ndim != 1 else key.with_scale(layout=ScaleLayout.SWIZZLED_128X4)
     if weight.dtype not in (torch.int8, FP8):
-        raise TypeError(f"scaled_linear: weight is {weight.dtype} with {weight_scale.dtype}, which no product takes")
+        raise TypeError(_no_product("weight", f"{weight.dtype} with {weight_scale.dtype}"))
     groups = [PER_TENSOR, PER_TOKEN, *(GroupShape(side, side) for side in BLOCKS)]
     shapes = [scale_shape(weight.shape, group) for group in groups]
     shape = list(weight_scale.shape) if weight_scale.numel() != 1 else shapes[0]
@@ -141,16 +142,24 @@ def _check_blocks(weight: Any, weight_scale: Any, key: QuantKey) -> None:
     group = key.scale.group_shape
     square = group in [(side, side) for side in BLOCKS]
     if not (square and key.dtype in (torch.int8, FP8) and key.symmetric and not key.scale.layout):
-        raise ValueError(f"scaled_linear: weight_key is {key}, which no product takes")
+        raise ValueError(_no_product("weight_key", key))
     if not (isinstance(weight, Tensor) and isinstance(weight_scale, Tensor) and weight.ndim == 2):
         return  # the operation says what is wrong
-    if weight.dtype != key.dtype:
-        raise TypeError(f"scaled_linear: weight is {weight.dtype}, expected {key.dtype} as weight_key says")
+    _check_storage(weight, key)
     if list(weight_scale.shape) != (expected := scale_shape(weight.shape, group)):
         raise ValueError(f"scaled_linear: weight_scale is {list(weight_scale.shape)}, expected {expected}")
 
 
 # --- checks ---
+
+
+def _no_product(name: str, what: Any) -> str:
+    return f"scaled_linear: {name} is {what}, which no product takes"
+
+
+def _check_storage(weight: Tensor, key: QuantKey) -> None:
+    if weight.dtype != key.storage_dtype:
+        raise TypeError(f"scaled_linear: weight is {weight.dtype}, expected {key.storage_dtype} of {key}")
 
 
 def takes(key: QuantKey, weight: bool = False) -> bool:
@@ -163,10 +172,10 @@ def takes(key: QuantKey, weight: bool = False) -> bool:
 
 def _check_scales(key: QuantKey, rows: int, cols: int, device: torch.device, **tensors: Any) -> None:
     """Raise unless the scale, scale2 and zero point, by the names of the arguments, are what the key says."""
-    group = key.scale.group_shape
+    group, blocks = key.scale.group_shape, key.scale.group_shape.rows > 1
     if cols == 0 or (key.scale.dtype != torch.float32 and cols % group.cols):
         raise ValueError(f"scaled_linear: K is {cols}, {key} expects a multiple of {max(group.cols, 1)}")
-    if group.rows > 1:  # blocks of a weight: as many rows
+    if blocks:  # of a weight: as many rows, which may be apart
         rows, key = -(-rows // group.rows), key.with_scale(group_shape=GroupShape(1, group.cols))
     _, scale, zero_point = formats.empty((rows, cols), key.with_scale(static=False), "meta")
     scale2 = None if key.scale2 is None else torch.empty(1, device="meta")
@@ -184,7 +193,7 @@ def _check_scales(key: QuantKey, rows: int, cols: int, device: torch.device, **t
             right = tensor.numel() == 1
         else:
             right = tensor.shape == want.shape and all(
-                size <= 1 or got == stride
+                size <= 1 or got == stride or (blocks and got > stride > 1)
                 for size, got, stride in zip(tensor.shape, tensor.stride(), want.stride(), strict=True)
             )
         if not right or tensor.device != device:
@@ -197,31 +206,35 @@ def _check_scales(key: QuantKey, rows: int, cols: int, device: torch.device, **t
 @_scaled_linear.declares("check")
 def _(
     data, scale, key, weight, weight_scale, bias, out_dtype, scale2=None, zero_point=None, weight_code=INFERRED,
-    weight_scale2=None,
+    weight_scale2=None, weight_sums=None,
 ):  # fmt: skip
     if key < 0:
         raise ValueError("scaled_linear: activation has groups that span rows, as only a weight's do")
     x_key = QuantKey.from_code(key)
     if not takes(x_key):
-        raise ValueError(f"scaled_linear: activation is {x_key}, which no product takes")
+        raise ValueError(_no_product("activation", x_key))
     codes = (torch.int8, FP8, torch.uint8)
     sizes = check("scaled_linear", data=(data, "... K", x_key.storage_dtype), weight=(weight, "N J", codes))
     cols = sizes["K"] * x_key.packing
     _check_scales(x_key, data.shape[:-1].numel(), cols, data.device, scale=scale, scale2=scale2, zero_point=zero_point)
     if not isinstance(weight_scale, Tensor):
         raise TypeError(f"scaled_linear: weight_scale is {type(weight_scale).__name__}, expected a Tensor")
-    w_key = _weight_key(weight, weight_scale, weight_code)
+    w_key = weight_key_of(weight, weight_scale, weight_code)
     if not takes(w_key, weight=True):
-        raise ValueError(f"scaled_linear: weight is {w_key}, which no product takes")
+        raise ValueError(_no_product("weight", w_key))
     rows = weight.shape[0]
-    if weight.dtype != w_key.storage_dtype:
-        raise TypeError(f"scaled_linear: weight is {weight.dtype}, expected {w_key.storage_dtype} of {w_key}")
+    _check_storage(weight, w_key)
     if sizes["J"] * w_key.packing != cols:
         raise ValueError(
             f"scaled_linear: weight is {list(weight.shape)} of {w_key}, expected [N, {cols // w_key.packing}]"
         )
     _check_scales(w_key, rows, cols, data.device, weight_scale=weight_scale, weight_scale2=weight_scale2)
-    check("scaled_linear", data=(data, "... K", data.dtype), weight=(weight, "N J", codes), bias=(bias, "N ?", FLOATS))
+    if weight_sums is not None and x_key.symmetric:
+        raise ValueError(f"scaled_linear: weight_sums is given, but {x_key} has no zero points")
+    check(
+        "scaled_linear", data=(data, "... K", data.dtype), weight=(weight, "N J", codes), bias=(bias, "N ?", FLOATS),
+        weight_sums=(weight_sums, "N ?", torch.int32),
+    )  # fmt: skip
     if out_dtype not in FLOATS:
         raise TypeError(f"scaled_linear: out_dtype is {out_dtype!r}, expected one of {FLOATS}")
 
@@ -290,9 +303,13 @@ def scaled_linear(
     out_dtype: torch.dtype,
     weight_key: QuantKey | None = None,
     weight_scale2: Tensor | None = None,
+    weight_sums: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`y = round_out(sum_k(x_k * w_k) + bias)` of an activation and a weight that are both quantized.
+
+    On a GPU by the products that torch has there (`fused_ops.linear_gpu`), of operands laid out as a `QuantLinear`
+    asks for and stores them; others are refused.
 
     Args:
         activation: logical shape [..., K], of any key and layout but fnuz codes; float32 scales of groups of 32, 64,
@@ -307,6 +324,7 @@ def scaled_linear(
             scales: MXFP8, MXFP4, NVFP4, float32 scales of rows or of groups; or (b, b) blocks as above. None: INT8 or
             FP8 with float32 scales of whatever their shape means.
         weight_scale2: float32, one element: NVFP4's second scale.
+        weight_sums: int32 [N], `weight.sum(1)`: what a GPU's product of INT8 with zero points needs, a CPU's doesn't.
         out: [..., N] in out_dtype, written instead of a fresh tensor.
 
     Returns:
@@ -319,7 +337,7 @@ def scaled_linear(
     if not isinstance(activation, QuantizedActivation):
         raise TypeError(f"scaled_linear: activation is {type(activation).__name__}, expected a QuantizedActivation")
     x = activation
-    if weight_key is weight_scale2 is out is x.scale2 is x.zero_point is None:
+    if weight_key is weight_scale2 is weight_sums is out is x.scale2 is x.zero_point is None:
         try:
             y = _scaled_linear.call(x.data, x.scale, x.quant_key.code, weight, weight_scale, bias, out_dtype)
         except RuntimeError as error:
@@ -329,11 +347,11 @@ def scaled_linear(
             refuse_backward("scaled_linear", y)
         return y
     inputs = (x.data, x.scale, x.quant_key.code, weight, weight_scale, bias, out_dtype)
-    return _write(inputs, x.scale2, x.zero_point, weight_key, weight_scale2, out)
+    return _write(inputs, x.scale2, x.zero_point, weight_key, (weight_scale2, weight_sums), out)
 
 
 def _write(
-    inputs: tuple, scale2: Any, zero_point: Any, weight_key: Any, weight_scale2: Any, out: Tensor | None
+    inputs: tuple, scale2: Any, zero_point: Any, weight_key: Any, of_weight: tuple, out: Tensor | None
 ) -> Tensor:
     """Run the `out` overload, which alone takes what is seldom given: each argument costs every call 0.2 us."""
     data, _, _, weight, weight_scale, _, out_dtype = inputs
@@ -344,7 +362,7 @@ def _write(
         code = weight_key.code
         if code < 0:
             _check_blocks(weight, weight_scale, weight_key)
-    args = (*inputs, scale2, zero_point, code, weight_scale2)
+    args = (*inputs, scale2, zero_point, code, *of_weight)
     try:
         if out is None:
             if not (isinstance(data, Tensor) and isinstance(weight, Tensor) and weight.ndim and out_dtype in FLOATS):

@@ -240,11 +240,16 @@ def logical(scale: Tensor, rows: int, groups: int, desc: ScaleDesc) -> Tensor:
     if desc.group_shape == PER_TENSOR:
         return scale.float().reshape(1, 1)
     if desc.layout == ScaleLayout.SWIZZLED_128X4:
-        return scale.view(torch.uint8)[_swizzled(rows, groups, scale.device)].view(scale.dtype).float()
+        return unswizzled(scale, rows, groups).float()
     if desc.layout == ScaleLayout.PACKED_UE8M0:
         exponents = (scale.unsqueeze(-1) >> _shifts(scale.device)) & 0xFF
         return power(exponents.flatten(-2)[:, :groups] - 127)
     return scale.float()
+
+
+def unswizzled(scale: Tensor, rows: int, groups: int) -> Tensor:
+    """[rows, groups] of a 128x4 buffer, in its dtype."""
+    return scale.view(torch.uint8)[_swizzled(rows, groups, scale.device)].view(scale.dtype)
 
 
 def _spread(scale: Tensor, rows: int, cols: int, key: QuantKey) -> Tensor:
@@ -264,7 +269,7 @@ def _empty_scale(rows: int, groups: int, desc: ScaleDesc, dtype: torch.dtype, de
     if layout == ScaleLayout.PACKED_UE8M0:
         groups, dtype = -(-groups // 4), torch.int32
     column = rows if layout == ScaleLayout.COLUMN_MAJOR else (rows + 3) // 4 * 4
-    return torch.empty_strided((rows, groups), (1, column), dtype=dtype, device=device)
+    return torch.empty_strided((column, groups), (1, column), dtype=dtype, device=device)[:rows]  # with its padding
 
 
 def _swizzled(rows: int, groups: int, device) -> Tensor:

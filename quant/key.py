@@ -27,6 +27,9 @@ class ScaleLayout(enum.IntEnum):
     SWIZZLED_128X4 = 4  # flat buffer of 128x4 tiles, as Blackwell's block-scaled products read it
 
 
+_LAYOUTS = tuple(ScaleLayout)  # here, since Dynamo of torch 2.11 can't trace it
+
+
 class GroupShape(NamedTuple):
     """Rows and columns that share one scale; -1 is the whole extent."""
 
@@ -58,8 +61,8 @@ class ScaleDesc:
         group, layout = self.group_shape, self.layout
         if not isinstance(group, tuple) or len(group) != 2 or not all(type(n) is int for n in group):
             raise TypeError(f"ScaleDesc: group_shape is {group!r}, expected (rows, columns)")
-        if layout not in list(ScaleLayout):
-            raise ValueError(f"ScaleDesc: layout is {layout!r}, expected one of {', '.join(map(str, ScaleLayout))}")
+        if layout not in _LAYOUTS:
+            raise ValueError(f"ScaleDesc: layout is {layout!r}, expected one of {', '.join(ScaleLayout.__members__)}")
         for name in "static", "power_of_two":
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"ScaleDesc: {name} is {getattr(self, name)!r}, expected a bool")

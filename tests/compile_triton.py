@@ -2,6 +2,8 @@
 
     python compile_triton.py sm_90=fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16 ...
 
+A call may end in a colon and words that vary its arguments (`varied`), such as :whole+gate.
+
 prints a JSON list: for each call its kernels, in order, as {"asm": assembly, "usage": what ptxas says of a CUDA one}.
 """
 
@@ -22,7 +24,9 @@ from triton.runtime.jit import JITFunction
 
 import fused_ops
 from fused_ops import OPS
+from fused_ops._op import NO_KEY
 from fused_ops._triton.launch import stages
+from fused_ops.rope import IS_NEOX, WHOLE_VECTOR, mrope_code
 from quant import NAMED_KEYS, ScaleLayout
 
 LAYOUTS = {layout.name: layout for layout in ScaleLayout}
@@ -54,6 +58,39 @@ def key_of(name: str):
     return NAMED_KEYS[name].with_scale(**changes) if layout else NAMED_KEYS[name]
 
 
+def varied(op, args: tuple, words: list[str]) -> tuple:
+    """The arguments of an operation on heads with a norm of all of a token's, interleaved pairs, M-RoPE, a gate, or q
+    quantized by the key of that name; those of one on rows in dimensions that don't merge.
+    """
+    named = dict(zip(op.arguments, args, strict=False))
+    for word in words:
+        if word == "spread":
+            for name, x in named.items():
+                if isinstance(x, torch.Tensor) and x.shape == args[0].shape:
+                    named[name] = x.new_empty(2, 4, 3, x.shape[1] + 16)[:, 1::2, :, :-16].transpose(1, 2)
+        elif word == "whole":
+            named |= {f"{name}_weight": torch.ones(named[name][0].numel()) for name in "qk"}
+            named["flags"] |= WHOLE_VECTOR
+        elif word == "pairs":
+            named["flags"] ^= IS_NEOX
+        elif word == "mrope":
+            named["mrope"] = mrope_code([24, 20, 20], True)
+            named["positions"] = torch.stack([named["positions"]] * 3)
+        elif word == "gate":
+            named = {"q_key": NO_KEY, "q_given": None} | named | {"gate": torch.empty_like(named["q"])}
+        else:
+            key = key_of(word)
+            named |= {"q_key": key.code, "q_given": torch.ones(1) if key.scale.static or key.scale2 else None}
+    return tuple(named[name] for name in op.arguments if name in named)
+
+
+def outputs(op, args: tuple) -> dict:
+    """All of them, but for a static key's scale."""
+    made = op.empty(*args)
+    made = made if isinstance(made, tuple) else (made,)
+    return {f"{name}_out": out for name, out in zip(op.outputs, made, strict=True)}
+
+
 def usage(cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -65,9 +102,10 @@ def usage(cubin: bytes) -> str:
 def kernels(arch: str, call: str) -> list[dict]:
     triton.runtime.driver.set_active(Driver(arch))
     stages.cache_clear()  # which depends on the vendor
-    name, key, cols, dtype = call.split(":")
+    name, key, cols, dtype, *words = call.split(":")
     op = OPS[name]
     args = op.workload(16, int(cols), key_of(key) if key else None, getattr(torch, dtype), "cpu")
+    args = varied(op, args, words[0].split("+") if words else [])
     made = []
 
     def compile(self, *args, grid, warmup, **options):
@@ -75,7 +113,10 @@ def kernels(arch: str, call: str) -> list[dict]:
 
     run, JITFunction.run = JITFunction.run, compile
     try:
-        op.default(*args)
+        if "rope" in name:
+            op.out(*args, **outputs(op, args))
+        else:
+            op.default(*args)
     finally:
         JITFunction.run = run
     return [

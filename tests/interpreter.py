@@ -19,6 +19,12 @@ def fma(builder, x, y, z):
     return interpreter.TensorHandle(total.astype(np.float32), z.dtype.scalar)
 
 
+def splat(builder, ret_ty, arg):
+    """In the dtype that it is held in: the handle of a comparison says int64."""
+    value = arg.data[0] if arg.data.ndim else arg.data
+    return interpreter.TensorHandle(np.full(ret_ty.shape, value, dtype=arg.data.dtype), arg.dtype.scalar)
+
+
 _prepared: set[str] = set()
 
 
@@ -42,5 +48,6 @@ def launch(executor, *args, **kwargs):
 
 def install() -> None:
     interpreter.InterpreterBuilder.create_fma = fma
+    interpreter.InterpreterBuilder.create_splat = splat
     interpreter.InterpretedFunction.__call__ = call
     interpreter.GridExecutor.__call__ = launch

@@ -90,6 +90,7 @@ G = torch.ones(2, 64)
         ({"up": G.half()}, TypeError, "up is torch.float16, expected torch.float32 as gate"),
         ({"gate": G.double()}, TypeError, "gate is torch.float64"),
         ({"round_activation": "yes"}, TypeError, "round_activation is 'yes', expected a bool"),
+        ({"round_activation": 1}, TypeError, "round_activation is 1, expected a bool"),
         (
             {"gate": torch.ones(2, 0), "up": torch.ones(2, 0)},
             ValueError,
@@ -100,3 +101,12 @@ G = torch.ones(2, 64)
 def test_errors_name_argument_got_and_expected(change, error, message):
     with pytest.raises(error, match="silu_mul: " + message):
         fused_ops.silu_mul(**{"gate": G, "up": G} | change)
+
+
+@pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul", "swiglu_oai_mul"])
+def test_an_int_is_no_bool(name):
+    with pytest.raises(TypeError, match=f"{name}: round_activation is 1, expected a bool"):
+        getattr(fused_ops, name)(G, G, round_activation=1)
+    for key, operation in (None, name), (FP8_DYNAMIC_TOKEN, f"{name}_quant"):
+        with pytest.raises(TypeError, match=f"{operation}: round_activation is 0, expected a bool"):
+            getattr(fused_ops, f"{name}_quant")(G, G, key, round_activation=0)

@@ -80,9 +80,13 @@ def test_an_unknown_backend_is_refused():
 @needs_kernels
 def test_what_a_backend_does_not_serve_raises_and_says_what_does():
     key = FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 48))
-    message = r"quantize: the cpu backend does not serve .*48.*use_backend\('reference'\)"
+    message = (
+        r"quantize: the cpu backend does not serve .*48.*groups of 16 or multiples of 32.*use_backend\('reference'\)"
+    )
     with pytest.raises(ValueError, match=message):
         fused_ops.quantize(X, key)
+    with pytest.raises(RuntimeError, match="key: groups of 48 columns, expected 16 or a multiple of 32"):
+        OPS["quantize"].default(X, key.code, None)
     with fused_ops.use_backend("reference"):
         assert fused_ops.quantize(X, key).data.shape == X.shape
 
@@ -95,7 +99,12 @@ def run(code: str, folder: Path | None = None, **environment: str) -> subprocess
 def test_the_environment_chooses_for_the_whole_process():
     code = "import torch, fused_ops; print(fused_ops._op.use_backend._stack)"
     assert run(code, FUSED_OPS_BACKEND="reference").stdout.strip() == "['reference']"
-    assert "expected one of" in run(code, FUSED_OPS_BACKEND="tpu").stderr
+    assert "ValueError: FUSED_OPS_BACKEND is 'tpu', expected one of" in run(code, FUSED_OPS_BACKEND="tpu").stderr
+
+
+def test_what_is_warmed_up_are_functions():
+    with pytest.raises(TypeError, match="warmup: calls contains None, expected functions without arguments"):
+        fused_ops.warmup(lambda: None, None)
 
 
 def test_without_compiled_kernels_and_triton_everything_runs_and_says_so_once(tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import bars, rows, run
+from bench import bars, gpu, rows, run
 from bench.emulate import EmulatedLinear
 from bench.peers import eager
 from bench.table import table
@@ -30,6 +30,16 @@ def test_a_quick_run_writes_its_results(tmp_path):
         assert result["times_faster"]["eager"] > 0
     for result in record["linear"]:
         assert {"bfloat16 linear", "float32 linear"} == result["times_faster"].keys()
+
+
+def test_the_linear_layers_of_the_benchmark_on_a_gpu(tmp_path):
+    """Rehearsed on a CPU, which has every scheme."""
+    output = tmp_path / "gpu.json"
+    options = {"device": "cpu", "tokens": 2, "cols": 64, "budget": 0.001, "seconds": 0, "output": output}
+    results = gpu.main(["scaled_linear", *(f"--{name}={value}" for name, value in options.items())])["linear"]
+    assert json.loads(output.read_text())["linear"] == results
+    assert [r["scheme"] for r in results] == list(SCHEMES)
+    assert all(r["times_faster"].keys() == {"product", "quantize + product"} and not r["failed"] for r in results)
 
 
 def test_unknown_operations_are_refused(capsys):

@@ -75,6 +75,7 @@ def test_a_weights_key_has_no_code():
         (lambda: ScaleDesc(torch.float16, False, (1, 128)), "dtype is torch.float16"),
         (lambda: ScaleDesc(torch.float32, False, (1, 0)), r"group_shape is \(1, 0\)"),
         (lambda: ScaleDesc(torch.float8_e8m0fnu, False, (1, 32), power_of_two=True), "power_of_two rounds float32"),
+        (lambda: FP8_DYNAMIC_GROUP_128.with_scale(layout=7), "layout is 7, expected one of ROW_MAJOR, COLUMN_MAJOR, "),
         (lambda: FP8_DYNAMIC_GROUP_128.with_scale(layout=ScaleLayout.PACKED_UE8M0), "needs power_of_two"),
         (lambda: QuantKey(torch.int4, FP8_DYNAMIC_GROUP_128.scale), "dtype is torch.int4"),
         (lambda: QuantKey(FP8, FP8_DYNAMIC_GROUP_128.scale, symmetric=False), "symmetric=False needs int8"),

@@ -3,16 +3,32 @@
 Few rows take another path than many (5 and more), and rows beyond 256 another pass over the weight.
 """
 
-import os
 import subprocess
 import sys
-from dataclasses import replace
 from itertools import cycle, product
 
 import pytest
 import torch
 from compare import assert_same
-from torch import Tensor
+from linear_operands import (
+    COLS,
+    DTYPES,
+    FP8_KEYS,
+    INT8_KEYS,
+    KEYS,
+    WEIGHTS,
+    activation,
+    check_close,
+    codes,
+    compiled_only,
+    decoded_activation,
+    each_backend,
+    each_key,
+    linear,
+    multiple,
+    rows,
+    weight,
+)
 
 import fused_ops
 from fused_ops.linear import (
@@ -21,17 +37,10 @@ from fused_ops.linear import (
     exact_values,
     linear_inputs,
     quantize_weight,
-    scale_shape,
-    takes,
     usual_weight,
 )
-from fused_ops.quantize import case_keys
 from quant import (
-    FP8_DYNAMIC_GROUP_128,
-    FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
-    INT8_DYNAMIC_GROUP_128,
-    INT8_DYNAMIC_TOKEN,
     INT8_DYNAMIC_TOKEN_ASYM,
     INT8_STATIC_TENSOR,
     INT8_STATIC_TENSOR_ASYM,
@@ -39,105 +48,9 @@ from quant import (
     MXFP8,
     NVFP4,
     QuantizedActivation,
-    QuantKey,
-    ScaleLayout,
     formats,
 )
-from quant.key import E8M0, FP4, FP8, PER_TENSOR
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-KEYS = [*filter(takes, case_keys()), replace(INT8_DYNAMIC_GROUP_128, symmetric=False)]
-SWIZZLED = [key.with_scale(layout=ScaleLayout.SWIZZLED_128X4) for key in (MXFP8, MXFP4, NVFP4)]
-SIDES = [(-1, -1), (1, -1), (128, 128), (64, 64), (1, 128)]
-FLOAT_SCALES = [block_key(dtype, *sides) for dtype in (torch.int8, FP8) for sides in SIDES]
-WEIGHTS = [*FLOAT_SCALES, MXFP8, MXFP4, NVFP4, *SWIZZLED]
-INT8_KEYS = [INT8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN]
-FP8_KEYS = [FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128]
-COLS = [1, 7, 31, 100, 129, 577, 1100]  # odd ones, short last groups and blocks, vectors that end within 32 codes
-COMPILED = "cpu" in fused_ops.OPS["scaled_linear"].backends
-compiled_only = pytest.mark.skipif(not COMPILED, reason="no compiled kernels on this machine")
-each_backend = pytest.mark.parametrize("backend", sorted(fused_ops.OPS["scaled_linear"].backends))
-each_key = pytest.mark.parametrize("key", KEYS, ids=str)
-
-Weight = tuple[Tensor, Tensor, QuantKey, Tensor | None]  # data, scale, key, scale2
-
-
-# --- random operands ---
-
-
-def codes(rows: int, cols: int, key: QuantKey) -> Tensor:
-    """Every code of the format is as likely as any other, NaN excepted."""
-    random = torch.randint(0, 256, (rows, cols // key.packing), dtype=torch.uint8)
-    if key.dtype == FP8:
-        random = random.where(random & 0x7F != 0x7F, random - 1)
-    return random.view(key.storage_dtype)
-
-
-def scales(rows: int, groups: int, key: QuantKey, exponents: tuple[int, int] = (-10, 10)) -> Tensor:
-    """[rows, groups] in the dtype of the key."""
-    powers = torch.randint(*exponents, (rows, groups)).int()
-    if key.scale.dtype == E8M0:
-        return (powers + 127).to(torch.uint8).view(E8M0)
-    if key.scale.dtype == FP8:
-        return (torch.rand(rows, groups) * 448).to(FP8)
-    return formats.power(powers) if key.scale.power_of_two else torch.rand(rows, groups) + 0.01
-
-
-def activation(tokens: int, cols: int, key: QuantKey, **options) -> QuantizedActivation:
-    shape = (1, 1) if key.per_tensor else (tokens, key.groups(cols))
-    scale = formats.arrange(scales(*shape, key, **options), key.scale)
-    zero = None if key.symmetric else formats.arrange(torch.randint(-128, 128, shape).int(), key.scale)
-    scale2 = torch.rand(1) if key.scale2 else None
-    return QuantizedActivation(codes(tokens, cols, key), scale, key, torch.float32, scale2, zero)
-
-
-def weight(outs: int, cols: int, key: QuantKey, **options) -> Weight:
-    scale = formats.arrange(scales(*scale_shape((outs, cols), key.scale.group_shape), key, **options), key.scale)
-    return codes(outs, cols, key), scale, key, torch.rand(1) if key.scale2 else None
-
-
-def linear(x: QuantizedActivation, w: Weight, bias: Tensor | None = None, dtype=torch.float32, **options) -> Tensor:
-    data, scale, key, scale2 = w
-    return fused_ops.scaled_linear(
-        x, data, scale, bias, out_dtype=dtype, weight_key=key, weight_scale2=scale2, **options
-    )
-
-
-def rows(x: QuantizedActivation, index) -> QuantizedActivation:
-    """Some rows, their scales laid out anew."""
-    key = x.quant_key
-
-    def some(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or key.per_tensor:
-            return tensor
-        logical = formats.logical(tensor, x.data.shape[0], key.groups(x.orig_shape[-1]), key.scale)[index]
-        dtype = torch.float32 if key.scale.layout == ScaleLayout.PACKED_UE8M0 else tensor.dtype
-        return formats.arrange(logical.to(dtype), key.scale)
-
-    return replace(x, data=x.data[index], scale=some(x.scale), zero_point=some(x.zero_point))
-
-
-def changed(x: QuantizedActivation, **changes) -> QuantizedActivation:
-    return QuantizedActivation(**{**x.__dict__, **changes})
-
-
-# --- exact values ---
-
-
-def decoded_activation(x: QuantizedActivation) -> Tensor:
-    return exact_values(x.data, x.scale, x.quant_key, x.scale2, x.zero_point)
-
-
-def check_close(y: Tensor, x: Tensor, w: Tensor, terms: int, context: str = "") -> None:
-    """Within the rounding of a float32 sum of so many terms."""
-    bound = (terms + 4) * 2.0**-24 * (x.abs() @ w.abs().t())
-    assert ((y.double() - x @ w.t()).abs() <= bound).all(), context
-
-
-def multiple(*keys: QuantKey) -> int:
-    """What their K must be a multiple of."""
-    return max(1 if key.scale.dtype == torch.float32 else key.scale.group_shape.cols for key in keys)
-
+from quant.key import FP4, FP8, PER_TENSOR
 
 # --- values ---
 
@@ -266,84 +179,6 @@ def test_one_scale_for_the_whole_weight(key, shape):
     expected = linear(x, (w, torch.full((130, 1), 0.3), block_key(dtype, 1, -1), None))
     assert_same(fused_ops.scaled_linear(x, w, torch.full(shape, 0.3), out_dtype=torch.float32), expected)
     assert_same(linear(x, (w, torch.full(shape, 0.3), block_key(dtype, *PER_TENSOR), None)), expected)
-
-
-# --- promise 2 ---
-
-
-@compiled_only
-@pytest.mark.parametrize("cols", [7, 577, 1120])
-@each_key
-def test_a_row_does_not_depend_on_its_neighbours(key, cols):
-    """In a batch of any size, wherever it stands, strided, with leading dimensions, on one thread or two."""
-    cols += -cols % multiple(key)
-    x, w = activation(260, cols, key), weight(203, cols, usual_weight(key))
-    stored = x.data.shape[1]
-    whole = linear(x, w)
-    for first, size in (0, 1), (131, 1), (259, 1), (1, 2), (2, 3), (5, 4), (250, 5), (7, 33), (3, 256):
-        here = slice(first, first + size)
-        assert_same(linear(rows(x, here), w), whole[here], f"rows {first} to {first + size}")
-    gaps = torch.stack([x.data, x.data], dim=1).flatten(1)[:, :stored]
-    assert gaps.stride(0) == 2 * stored
-    assert_same(linear(changed(x, data=gaps), w), whole)
-    wide = torch.cat([w[0], w[0]], dim=1)[:, :stored]
-    assert_same(linear(x, (wide, *w[1:])), whole, "weight with a row stride")
-    one = rows(x, slice(3, 4))
-    assert_same(linear(changed(one, data=one.data[0]), w), whole[3])
-    order = torch.arange(260).unflatten(0, (13, 20)).t().flatten()
-    cube = gaps.unflatten(0, (13, 20)).transpose(0, 1)
-    assert_same(linear(changed(rows(x, order), data=cube), w).flatten(0, 1), whole[order])
-    before = torch.get_num_threads()
-    try:
-        for threads in 1, 2, 3:
-            torch.set_num_threads(threads)
-            assert_same(linear(x, w), whole, f"{threads} threads")
-            assert_same(linear(rows(x, slice(4, 5)), w), whole[4:5], f"{threads} threads, one row")
-    finally:
-        torch.set_num_threads(before)
-
-
-@compiled_only
-def test_instruction_sets_give_the_same_bits():
-    """Every path, by the portable kernels and the AVX2 ones in processes of their own."""
-    script = """
-import hashlib, torch
-from compare import raw
-from test_linear import COLS, KEYS, MXFP4, MXFP8, WEIGHTS, activation, linear, multiple, usual_weight, weight
-torch.manual_seed(0)
-def note(digest, x, w):
-    digest.update(raw(linear(x, w)).numpy().tobytes())
-for key in KEYS:
-    digest = hashlib.sha256()
-    for cols in COLS:
-        for tokens in 1, 2, 3, 4, 8:
-            cols += -cols % multiple(key)
-            x, w = activation(tokens, cols, key), weight(37, cols, usual_weight(key))
-            w[0].view(torch.uint8)[5, cols // 2 // key.packing] = 0xFF  # NaN in FP8
-            note(digest, x, w)
-    for w_key in WEIGHTS:
-        for tokens in 3, 6:
-            note(digest, activation(tokens, 256, key), weight(5, 256, w_key))
-    print(key, digest.hexdigest())
-for key in MXFP8, MXFP4:  # products around the smallest float32
-    digest = hashlib.sha256()
-    for w_key in MXFP8, MXFP4:
-        for tokens in 4, 40:
-            x = activation(tokens, 96, key, exponents=(-75, -65))
-            note(digest, x, weight(300, 96, w_key, exponents=(-80, -70)))
-    print("tiny", key, digest.hexdigest())
-"""
-    printed = [run_python(script, FUSED_OPS_ISA=isa) for isa in ("base", "")]
-    assert printed[0] == printed[1]
-    assert len(printed[0].splitlines()) == len(KEYS) + 2
-
-
-def run_python(script: str, **environment: str) -> str:
-    paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **environment, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr or f"exit status {done.returncode}"
-    return done.stdout
 
 
 # --- values that aren't numbers, or hardly ---

@@ -1,4 +1,4 @@
-"""What products of quantized operands read, write and refuse. The operands come from test_linear.py."""
+"""What products of quantized operands read, write and refuse. The operands come from linear_operands.py."""
 
 import sys
 from dataclasses import replace
@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from compare import assert_same
-from test_linear import (
+from linear_operands import (
     COMPILED,
     SWIZZLED,
     Weight,
@@ -46,7 +46,8 @@ def test_nothing_behind_the_tensors_is_read():
     """Weight, activation and scales each end where an inaccessible page begins."""
     run_python("""
 import ctypes, mmap, torch
-from test_linear import COLS, KEYS, WEIGHTS, activation, changed, linear, multiple, usual_weight, weight
+from fused_ops.linear import usual_weight
+from linear_operands import COLS, KEYS, WEIGHTS, activation, changed, linear, multiple, weight
 libc, page, kept = ctypes.CDLL(None), mmap.PAGESIZE, []
 def guarded(tensor):
     if tensor is None:

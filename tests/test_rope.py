@@ -186,14 +186,13 @@ def test_a_token_does_not_depend_on_its_neighbours(norm):
         assert_same(a, w)
 
 
-def test_results_too_large_for_the_caches_have_the_same_bits():
-    """Which go around them, from aligned rows."""
-    q, k, positions, cache = rope_inputs(1200, 64, 8, 256, 256, torch.bfloat16, "cpu")
+@pytest.mark.parametrize("rotary_dim", [256, 80])
+def test_results_too_large_for_the_caches_have_the_same_bits(rotary_dim):
+    """Which go around them, where halves are aligned for that."""
+    q, k, positions, cache = rope_inputs(1200, 64, 8, 256, rotary_dim, torch.bfloat16, "cpu")
     large, _ = fused_ops.rope(q, k, positions, cache)
-    small = [
-        fused_ops.rope(q[t : t + 300], k[t : t + 300], positions[t : t + 300], cache)[0] for t in range(0, 1200, 300)
-    ]
-    assert_same(large, torch.cat(small))
+    parts = [slice(t, t + 300) for t in range(0, 1200, 300)]
+    assert_same(large, torch.cat([fused_ops.rope(q[part], k[part], positions[part], cache)[0] for part in parts]))
 
 
 def test_exchanged_outputs_are_refused():
@@ -209,6 +208,18 @@ def test_nan_stays():
     y, _ = fused_ops.rope(q, k, positions, cache)
     assert y.isnan().nonzero().tolist() == [[1, 0, 5], [1, 0, 37]]
     assert steps(y[0], fused_ops.rope(q[:1], k[:1], positions[:1], cache)[0][0]).max() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("round_products", [False, True])
+def test_nan_in_the_table_shows_whatever_its_payload(dtype, round_products):
+    """Rounding the bits of one that is all ones would carry it into a zero."""
+    q, k, positions, cache = rope_inputs(2, 1, 1, 64, 64, dtype, "cpu")
+    cache[:] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    for y in fused_ops.rope(q, k, positions, cache, round_products=round_products):
+        assert y.isnan().all()
+    weight = torch.full((64,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    assert fused_ops.qk_norm_rope(q, k, None, torch.ones(2, 64), weight, None, 1e-6)[0].isnan().all()
 
 
 B = torch.zeros(512)  # of which positions and output are views below

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fused_ops
 from fused_ops import OPS, _triton
-from fused_ops._op import NO_KEY, describe
+from fused_ops._op import describe
 from quant import (
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TENSOR,
@@ -40,8 +40,7 @@ def some(op) -> list[tuple]:
 
 def blocks(op, args) -> int:
     """About how many a kernel has: the swizzled layout adds rows up to 128."""
-    keys = [QuantKey.from_code(args[i]) for i, name in enumerate(op.arguments) if "key" in name and args[i] != NO_KEY]
-    swizzled = any(key.scale.layout == ScaleLayout.SWIZZLED_128X4 for key in keys)
+    swizzled = any(QuantKey.from_code(code).scale.layout == ScaleLayout.SWIZZLED_128X4 for code in op.keys(args))
     return args[0].shape[-1] * args[0].element_size() * (128 if swizzled else 1) // 1024
 
 
@@ -50,11 +49,11 @@ def by_triton(op, args) -> dict[str, Tensor]:
         return {name: out.cpu() for name, out in results(op, tuple(map(on_device, args))).items()}
 
 
-def test_it_serves_every_row_operation_and_rope():
+def test_it_serves_every_operation_on_rows_and_on_heads():
     assert {p.id for p in ALL} - {p.id for p in SERVED} == {"scaled_linear"}
 
 
-@pytest.mark.parametrize("op", SERVED)
+@pytest.mark.parametrize("op", [p for p in SERVED if "qk_norm" not in p.id])
 def test_results_are_the_cpus(op):
     promises.results_are_the_cpus(by_triton, op, some(op))
 
@@ -62,6 +61,11 @@ def test_results_are_the_cpus(op):
 @pytest.mark.parametrize("op", [p for p in SERVED if "norm" in p.id and "_quant" in p.id])
 def test_fused_is_unfused(op):
     promises.fused_is_unfused(by_triton, op, some(op))
+
+
+@pytest.mark.parametrize("op", [p for p in SERVED if "qk_norm" in p.id])
+def test_norms_of_heads_are_the_norms_of_rows(op):
+    promises.heads_are_normed_first(by_triton, op, some(op))
 
 
 def test_dual_rms_norm_is_two_norms():
@@ -207,19 +211,6 @@ def test_a_long_row_and_padding_wider_than_it():
     assert_same(actual["residual"], expected["residual"])
 
 
-def test_a_position_outside_the_table_is_not_read_and_gives_nan():
-    """A GPU can't refuse it."""
-    from fused_ops._triton.rope import rope
-
-    q, k = torch.ones(3, 3, 8, device=DEVICE), torch.ones(3, 1, 8, device=DEVICE)
-    table, out = torch.ones(5, 6, device=DEVICE), {"q": torch.empty_like(q), "k": torch.empty_like(k)}
-    rope((q, k, torch.tensor([-1, 4, 5], device=DEVICE), table, True, False), out)
-    for y in out.values():
-        assert y[::2, :, :6].isnan().all()
-        assert (y[1, :, :3] == 0).all()
-        assert (y[..., 6:] == 1).all()
-
-
 def test_what_is_refused():
     x = torch.zeros(1, 65536 + 8, dtype=torch.bfloat16, device=DEVICE)
     memory = torch.zeros(4, 64, device=DEVICE)
@@ -250,6 +241,9 @@ def test_a_cpu_needs_the_interpreter(monkeypatch):
     with monkeypatch.context() as environment:
         environment.setenv("TRITON_INTERPRET", "0")
         _triton.load()
+        with pytest.raises(ValueError, match="name is 'triton', which serves GPUs, and there is none on this machine"):
+            fused_ops.use_backend("triton")
+        environment.setattr(torch.cuda, "is_available", lambda: True)
         with (
             fused_ops.use_backend("triton"),
             pytest.raises(ValueError, match="there is no backend 'triton' for CPU on this machine"),

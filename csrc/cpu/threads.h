@@ -1,7 +1,8 @@
 // Rows on torch's threads, and the machine that they run on.
 #pragma once
 
-#include <unistd.h>
+#include <cinttypes>
+#include <cstdio>
 
 #include "../common.h"
 #include "isa.h"
@@ -25,10 +26,17 @@ class KeepSubnormals {
 #endif
 };
 
-// In bytes. What is larger goes around the caches.
+// In bytes, of what a core sees, which on AMD's processors is less than sysconf says. What is larger goes around it.
 inline int64_t last_level_cache() {
-  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return bytes > 0 ? bytes : int64_t{32} << 20;
+  static const int64_t bytes = [] {
+    int64_t kib = 0;
+    if (FILE* const file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
+      std::fclose(file);
+    }
+    return kib > 0 ? kib << 10 : int64_t{32} << 20;
+  }();
+  return bytes;
 }
 
 // kernel(begin, end) over [0, count) on torch's threads; a small piece of work stays in the caller.

@@ -1,4 +1,4 @@
-"""The Triton backend: row operations and rope, on NVIDIA and AMD GPUs.
+"""The Triton backend: operations on rows and on heads, on NVIDIA and AMD GPUs.
 
 Importing this doesn't import Triton; the first call does.
 """
@@ -11,21 +11,20 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch import Tensor
 from torch.library import Library
 
 from quant import QuantKey
 
 from .._op import OPS, Backend, Op, kernels_of
+from ..rope import WHOLE_VECTOR
 
 MAX_COLS = 65536  # of a row: its elements stay in the registers of one block
 LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static or by token or group"
-ELSEWHERE = (
-    "scaled_linear",
-    "qk_norm_rope",
-    "rope_kv_cache_write",
-    "qk_norm_rope_kv_cache_write",
-    "mla_rope_kv_cache_concat",
-)
+MAX_PLACES = 16384  # of a head, with a power of two for its columns, or of all of a token's that are one row
+HEADS_LIMITS = f"heads of up to {MAX_PLACES} columns, all of a token's together where they are normed as one row"
+HEADS = ("q", "k", "v", "gate", "q_pe", "k_pe", "kv_c")
+ELSEWHERE = ("scaled_linear",)
 _defaults: list[Library] = []
 
 
@@ -35,7 +34,8 @@ def load() -> None:
     devices = ("CPU", "CUDA") if interpreted else ("CUDA",)
     for op in OPS.values():
         if op.name not in ELSEWHERE:
-            op.backend(Backend("triton", _runs(op), devices, _supports(op), LIMITS, missing))
+            supports, limits = (_supports_heads(op), HEADS_LIMITS) if _of_heads(op) else (_supports(op), LIMITS)
+            op.backend(Backend("triton", _runs(op), devices, supports, limits, missing))
     if missing() is None and not interpreted and (torch.version.hip or torch.version.cuda):
         _defaults.append(Library("fused_ops", "IMPL"))
         for op in OPS.values():
@@ -54,12 +54,10 @@ def missing() -> str | None:
 def _runs(op: Op) -> Callable:
     @cache
     def implementation() -> Callable:
-        from . import operations
+        from . import heads, operations
 
-        if op.name == "rope":
-            from .rope import rope
-
-            return rope
+        if _of_heads(op):
+            return heads.operation(op.arguments)
         if op.name == "dual_rms_norm":
             return operations.dual_rms_norm
         return operations.row_operation(op.name, op.argument("key") or op.required)
@@ -75,6 +73,25 @@ def _supports(op: Op) -> Callable[..., bool]:
         interleaved = halves is not None and args[halves] is None
         short = all(args[i].shape[-1] <= MAX_COLS * (1 + interleaved) for i in rows)
         return short and all(map(serves, op.keys(args)))
+
+    return supports
+
+
+def _of_heads(op: Op) -> bool:
+    return "cos_sin_cache" in op.arguments
+
+
+def _supports_heads(op: Op) -> Callable[..., bool]:
+    def places(x: Tensor, together: bool) -> int:
+        heads = x.shape[-2] if together else 1
+        return (1 << (heads - 1).bit_length()) * (1 << (x.shape[-1] - 1).bit_length())
+
+    def supports(*args) -> bool:
+        named = dict(zip(op.arguments, args, strict=False))
+        given = {name: named[name] for name in HEADS if named.get(name) is not None}
+        whole = bool(named["flags"] & WHOLE_VECTOR)
+        fits = all(places(x, whole and name in "qk") <= MAX_PLACES for name, x in given.items())
+        return fits and all(map(serves, op.keys(args)))
 
     return supports
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantize import Places, codes_of
+from .quantize import Codes, Places, codes_of
 from .row import Rows, Stages, row_kernel
 
 ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE = 1, 2
@@ -68,9 +68,8 @@ def run(p: Pipeline) -> None:
     codes = codes_of(p.key, p.cols)
     one_scale = codes.per_tensor and not codes.static
     normed = bool(p.norm) or p.post_eps is not None
-    # Groups that aren't a power of two are spread over more places, which would change a norm's sums.
-    spread = codes.groups > 1 and next_power_of_two(codes.group) != codes.group
-    if not (one_scale or (spread and normed)):
+    # Spread over more places, a row would have other sums.
+    if not (one_scale or (spread(codes) and normed)):
         return launch(p)
     if one_scale:
         p.tensor_amax = torch.zeros(1, dtype=torch.int32, device=p.x.device)
@@ -211,10 +210,7 @@ def stages(
 ) -> tuple[Stages, int]:
     """The kernel for these, and its warps; the one place where a launch is decided."""
     codes = None if key is None else codes_of(key, cols)
-    group = cols if codes is None or codes.per_tensor else codes.group
-    width = next_power_of_two(group)
-    block = next_power_of_two(-(-cols // group)) * width
-    group = width if width == block else group
+    block, group, width = places_of(cols, codes)
     return Stages(
         cols,
         y_cols,
@@ -230,6 +226,19 @@ def stages(
         bool(flags & WEIGHT_BIAS_ONE),
         codes,
     ), warps_of(block * element)
+
+
+def places_of(cols: int, codes: Codes | None) -> tuple[int, int, int]:
+    """How many places a row takes, a power of two; the columns of a group, and the places it takes."""
+    group = cols if codes is None or codes.per_tensor else codes.group
+    width = next_power_of_two(group)
+    block = next_power_of_two(-(-cols // group)) * width
+    return block, width if width == block else group, width
+
+
+def spread(codes: Codes) -> bool:
+    """Whether groups, which aren't a power of two, take more places than they have columns."""
+    return codes.groups > 1 and next_power_of_two(codes.group) != codes.group
 
 
 def warps_of(size: int) -> int:

@@ -12,19 +12,24 @@ def load_vector(vector, column, within):
 
 
 @triton.jit
-def mean_of(x, K: tl.constexpr):
-    return tl.div_rn(row_sum(x), K.cols * 1.0)
+def mean_of(x, COLS: tl.constexpr):
+    return tl.div_rn(row_sum(x), COLS * 1.0)
 
 
 @triton.jit
-def rstd_of(x, eps, K: tl.constexpr):
-    return tl.div_rn(1.0, tl.sqrt_rn(mean_of(x * x, K) + eps))
+def rstd_of(x, eps, COLS: tl.constexpr):
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_of(x * x, COLS) + eps))
 
 
 @triton.jit
 def rms_norm(x, weight, eps, column, within, valid, S: tl.constexpr, K: tl.constexpr):
+    return scaled(x, rstd_of(x, eps, K.cols), weight, column, within, valid, S, K)
+
+
+@triton.jit
+def scaled(x, rstd, weight, column, within, valid, S: tl.constexpr, K: tl.constexpr):
     """y = round_S(x * rstd * w), or round_S(round_S(x * rstd) * w)."""
-    y = x * rstd_of(x, eps, K)
+    y = x * rstd
     if weight is not None:
         if K.round_before_weight:
             y = round_to(y, S)
@@ -38,8 +43,8 @@ def rms_norm(x, weight, eps, column, within, valid, S: tl.constexpr, K: tl.const
 @triton.jit
 def layer_norm(x, weight, bias, eps, column, within, valid, S: tl.constexpr, K: tl.constexpr):
     """y = round_S((x - mean) * rstd * w + b), the variance being about the mean."""
-    y = tl.where(valid, x - mean_of(x, K), 0.0)
-    y = y * rstd_of(y, eps, K)
+    y = tl.where(valid, x - mean_of(x, K.cols), 0.0)
+    y = y * rstd_of(y, eps, K.cols)
     if weight is not None:
         y = y * load_vector(weight, column, within)
     if bias is not None:

@@ -66,8 +66,7 @@ def at(rows, sizes, row):
     rows: (pointer, a stride for each leading dimension). sizes: those dimensions, the same for every tensor of a call.
     """
     offset = row * 0
-    for i in tl.static_range(len(sizes) - 1):
-        d: tl.constexpr = len(sizes) - 1 - i
+    for d in tl.static_range(len(sizes) - 1, 0, -1):
         offset += row % sizes[d] * rows.strides[d]
         row = row // sizes[d]
     return rows.data + (offset + row * rows.strides[0])

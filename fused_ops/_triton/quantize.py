@@ -12,7 +12,7 @@ from quant import QuantKey, ScaleLayout
 from quant.formats import MAX, SMALLEST_SCALE
 from quant.key import E8M0, FP4, FP8, FP8_FNUZ
 
-from .platform import INFINITY, INTERPRETED, MAGNITUDE, at, bits, from_bits, is_nan
+from .platform import INFINITY, INTERPRETED, MAGNITUDE, bits, from_bits, is_nan
 
 FORMATS = {FP8: "e4m3", FP8_FNUZ: "e4m3fnuz", torch.int8: "int8", FP4: "e2m1"}
 
@@ -246,13 +246,13 @@ def store_padding(places, row, rows, C: tl.constexpr):
 
 
 @triton.jit
-def store_codes(data, sizes, row, active, codes, K: tl.constexpr):
+def store_codes(data, active, codes, K: tl.constexpr):
     STEP: tl.constexpr = K.codes.per_byte
     column, within = columns(K, STEP)
     if STEP == 2:
         even, odd = tl.split(tl.reshape(codes, (codes.shape[0], codes.shape[1] // 2, 2)))
         codes = even | (odd << 4)
-    tl.store(at(data, sizes, row)[:, None] + column, codes.to(tl.uint8), mask=active[:, None] & within)
+    tl.store(data[:, None] + column, codes.to(tl.uint8), mask=active[:, None] & within)
 
 
 @triton.jit
@@ -288,7 +288,8 @@ def over_groups(x, K: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, rows, sizes, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K: tl.constexpr):
+def quantize(x, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K: tl.constexpr):
+    """Of x, rows number `row` of `rows`: codes to the pointers `data` [R], and what goes with them."""
     C: tl.constexpr = K.codes
     if C.per_tensor:
         if C.static:
@@ -318,4 +319,4 @@ def quantize(x, rows, sizes, row, active, data, given, given_zero, scale, zero_p
             if C.layout == "swizzled":
                 store_padding(scale, row, rows, C)
     if data is not None:
-        store_codes(data, sizes, row, active, codes, K)
+        store_codes(data, active, codes, K)

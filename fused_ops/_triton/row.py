@@ -114,7 +114,9 @@ def row_kernel(
     if y is not None:
         store_padded(y, sizes, row, active, column, valid, held, K)
     if K.codes is not None:
-        quantize(held, rows, sizes, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K)
+        if data is not None:
+            data = at(data, sizes, row)
+        quantize(held, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K)
     elif tensor_amax is not None:
         magnitudes = tl.max(bits(held) & MAGNITUDE, axis=1)
         tl.atomic_max(tensor_amax, tl.max(magnitudes, axis=0))

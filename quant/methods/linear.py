@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import fused_ops
+from fused_ops import linear_gpu
 from fused_ops.linear import scale_shape
 
 from ..activation import QuantizedActivation
 from ..key import FP8, QuantKey
-from .scheme import Scheme
+from .scheme import Scheme, served_by
 
 
 class QuantMethod:
@@ -20,9 +21,11 @@ class QuantMethod:
 
     input_quant_key: what the layer wants its input to be; a producer that hands over such a `QuantizedActivation`
         saves the layer from quantizing. None: a plain tensor.
+    pad_rows: its rows lie in memory for a multiple of so many.
     """
 
     input_quant_key: QuantKey | None = None
+    pad_rows: int = 1
 
     def create_weights(self, layer: QuantLinear, device: torch.device | str | None) -> None:
         """Register the layer's buffers, uninitialized."""
@@ -31,21 +34,41 @@ class QuantMethod:
     def process_weights_after_loading(self, layer: QuantLinear) -> None:
         """Check, and lay out, what was loaded."""
 
+    def check_device(self, layer: QuantLinear, device: torch.device) -> None:
+        """Raise ValueError where the layer can't work on a device."""
+
+    def lay_out(self, layer: QuantLinear) -> None:
+        """Arrange the layer's buffers as the device they are on takes them."""
+
+    def to_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
+        """The scale as state dicts hold it, whatever the device."""
+        return weight_scale
+
+    def from_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
+        """The inverse."""
+        return weight_scale
+
     def apply(self, layer: QuantLinear, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
         """The layer's product."""
         raise NotImplementedError
 
 
 class ScaledLinearMethod(QuantMethod):
-    """Codes times codes, by `fused_ops.scaled_linear`, for the schemes of `quant.methods.SCHEMES`."""
+    """Codes times codes, by `fused_ops.scaled_linear`, for the schemes of `quant.methods.SCHEMES`.
+
+    On a GPU by one of the products in `fused_ops.linear_gpu`: scales of weight and activation are laid out as it reads
+    them, and INT8 with zero points gets the sums of the weight's rows. State dicts are those of a CPU.
+    """
 
     input_quant_key: QuantKey
+    product: linear_gpu.Product | None = None
 
     def __init__(self, scheme: Scheme):
         self.scheme, self.input_quant_key = scheme, scheme.input_quant_key
 
     def create_weights(self, layer: QuantLinear, device: torch.device | str | None) -> None:
         self.scheme.check(layer.in_features)
+        self.check_device(layer, torch.empty(0, device=device).device)
         shape = (layer.out_features, layer.in_features)
         key, weight_key = self.input_quant_key, self.scheme.weight_key
         buffers = {
@@ -73,6 +96,36 @@ class ScaledLinearMethod(QuantMethod):
                 scale, zero = buffer.float(), buffer.dtype == FP8
                 if not (scale.isfinite() & ((scale >= 0) if zero else (scale > 0))).all():
                     raise ValueError(f"{layer.name}: {name} has values that aren't positive and finite")
+        self.lay_out(layer)
+
+    def check_device(self, layer: QuantLinear, device: torch.device) -> None:
+        self._product_on(layer, device)
+
+    def _product_on(self, layer: QuantLinear, device: torch.device) -> linear_gpu.Product | None:
+        if (arch := linear_gpu.architecture(device)) is None:
+            return None
+        try:
+            product = self.scheme.product(arch)
+            product.check_sizes(layer.in_features, layer.out_features)
+        except ValueError as error:
+            raise ValueError(f"{error}; schemes with a product there: {served_by(arch)}") from None
+        return product
+
+    def lay_out(self, layer: QuantLinear) -> None:
+        plain = self.to_checkpoint(layer, layer.weight_scale)
+        product, wanted = self._product_on(layer, layer.weight.device), self.scheme.input_quant_key
+        self.product, self.pad_rows = product, product.pad_rows if product else 1
+        self.input_quant_key = product.activation(wanted) if product else wanted
+        layer.weight_scale = self.from_checkpoint(layer, plain)
+        sums = layer.weight.sum(1, dtype=torch.int32) if product and not wanted.symmetric else None
+        layer.register_buffer("weight_sums", sums, persistent=False)
+
+    def to_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
+        shape = layer.out_features, layer.in_features
+        return linear_gpu.row_major(weight_scale, shape, self.scheme.weight_key, self.product)
+
+    def from_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
+        return linear_gpu.arrange(weight_scale, self.scheme.weight_key, self.product)
 
     def apply(self, layer: QuantLinear, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
         if isinstance(x, QuantizedActivation):
@@ -90,6 +143,7 @@ class ScaledLinearMethod(QuantMethod):
             bias,
             out_dtype=x.orig_dtype,
             weight_scale2=buffers.get("weight_scale2"),
+            weight_sums=buffers.get("weight_sums"),
         )
 
 
@@ -99,6 +153,9 @@ class QuantLinear(nn.Module):
     It accepts a `QuantizedActivation` whose key is `input_quant_key`, with whatever scale it carries, since codes and
     scale describe themselves; another key raises ValueError. A plain tensor is quantized first, by the same
     operation a producer uses. The result has the dtype that the activation had before it was quantized.
+
+    It is laid out for the device it is on. `.to("cuda")` lays it out anew, so that `input_quant_key` may change, or
+    raises the ValueError that building it there raises: before this layer moves, but not before those ahead of it.
 
     Args:
         in_features, out_features: K and N.
@@ -110,7 +167,8 @@ class QuantLinear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
-    weight_scale2: Tensor  # these four where the scheme's keys ask for them
+    weight_scale2: Tensor  # these five where the scheme's keys ask for them
+    weight_sums: Tensor
     input_scale: Tensor
     input_scale2: Tensor
     input_zero_point: Tensor
@@ -144,7 +202,7 @@ class QuantLinear(nn.Module):
             "scale2": self._buffers.get("input_scale2"),
             "zero_point": self._buffers.get("input_zero_point"),
             "scale_ub": None,
-            "pad_rows": 1,
+            "pad_rows": self.method.pad_rows,
         }
 
     def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
@@ -157,7 +215,17 @@ class QuantLinear(nn.Module):
             if name != "bias" and loaded is not None and loaded.dtype != buffer.dtype:
                 errors.append(f"{prefix}{name} is {loaded.dtype}, expected {buffer.dtype} as {self.input_quant_key}")
                 return
+        name = f"{prefix}weight_scale"
+        if name in state_dict and state_dict[name].ndim == 2:
+            state_dict[name] = self.method.from_checkpoint(self, state_dict[name])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if (sums := self._buffers.get("weight_sums")) is not None:
+            sums.copy_(self.weight.sum(1, dtype=torch.int32))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (name := f"{prefix}weight_scale") in destination:
+            destination[name] = self.method.to_checkpoint(self, destination[name])
 
     def _apply(self, fn, recurse=True):
         # A change of dtype (model.half()) means the activations': codes and scales stay what the key says they are.
@@ -165,10 +233,15 @@ class QuantLinear(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        bias = self.bias
+        device = fn(self.weight.new_empty(0)).device
+        moves, bias = device != self.weight.device, self.bias
+        if moves:
+            self.method.check_device(self, device)
         self._buffers["bias"] = None
         super()._apply(moved, recurse)
         self._buffers["bias"] = None if bias is None else fn(bias)
+        if moves:
+            self.method.lay_out(self)
         return self
 
     def extra_repr(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fused_ops.linear import block_key, largest_scale2, quantize_weight
+from fused_ops.linear_gpu import Product, product_of
 
 from .. import (
     FP8_DYNAMIC_GROUP_64,
@@ -47,6 +49,10 @@ class Scheme:
             if key.scale.dtype != torch.float32 and cols % key.scale.group_shape.cols:
                 raise ValueError(f"{name} has {cols} columns, {key} expects a multiple of {key.scale.group_shape.cols}")
 
+    def product(self, arch: str) -> Product:
+        """The product that a GPU of this architecture has for it; ValueError where it has none."""
+        return product_of(self.input_quant_key, self.weight_key, arch)
+
     def quantize_weight(self, weight: Tensor) -> dict[str, Tensor]:
         """The layer's buffers of a weight [N, K]; see `fused_ops.linear.quantize_weight`.
 
@@ -83,3 +89,13 @@ SCHEMES = {
     "mxfp4": Scheme(MXFP4, MXFP4),
     "nvfp4": Scheme(NVFP4, NVFP4),
 }
+
+
+def served_by(arch: str) -> str:
+    """Names of the schemes that a GPU of this architecture has a product for."""
+    names = []
+    for name, scheme in SCHEMES.items():
+        with suppress(ValueError):
+            scheme.product(arch)
+            names.append(name)
+    return ", ".join(names) or "none"
