@@ -25,7 +25,7 @@ from . import machine, models
 from .table import table
 
 QUESTION = "Explain in two sentences why the sky is blue."
-BEGINNING = "The sky is blue because"  # for a model that only goes on
+BEGINNING = "Once upon a time, in a small village by the sea,"  # for a model that only goes on
 READ = {"smollm2": 1000, "gemma3": 400}  # tokens; of Gemma's 262,144 logits each
 TURNS, TOKENS_A_TURN = 5, 10
 STOCK = "stock, bfloat16"  # what all others are compared with
