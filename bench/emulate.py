@@ -24,7 +24,7 @@ from fused_ops.linear import exact_values
 from quant import formats
 from quant.methods import SCHEMES, QuantLinear, quantize_model
 
-from . import machine, smollm2
+from . import machine, models
 from .table import table
 
 TEXTS = ("objects", "import", "customization", "debugger", "formatstrings", "assignment", "comparisons", "calls")
@@ -59,11 +59,11 @@ def emulate(model: nn.Module) -> nn.Module:
 
 def compare(scheme: str, texts: list[Tensor], calibration: list[Tensor]) -> dict[str, float]:
     """Perplexities over all texts, their relative difference, and its standard error."""
-    model, _ = smollm2.load(torch.bfloat16)
+    model, _ = models.load()
     quantize_model(model, scheme, calibration if SCHEMES[scheme].calibrated else None)
-    expected = torch.cat([smollm2.losses(emulated, ids) for emulated in [emulate(model)] for ids in texts])
+    expected = torch.cat([models.losses(emulated, ids) for emulated in [emulate(model)] for ids in texts])
     models_patch.patch(model)
-    actual = torch.cat([smollm2.losses(model, ids) for ids in texts])
+    actual = torch.cat([models.losses(model, ids) for ids in texts])
     change = actual - expected
     return {
         "emulated": expected.mean().exp().item(),
@@ -81,12 +81,12 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--texts", type=int, default=len(TEXTS), help="how many, of a thousand tokens each")
     options = parser.parse_args(arguments)
     print(machine.sentence(machine.describe("transformers")))
-    _, tokenizer = smollm2.load()
-    texts = [smollm2.tokens(tokenizer, topic) for topic in TEXTS[: options.texts]]
+    _, tokenizer = models.load()
+    texts = [models.tokens(tokenizer, topic) for topic in TEXTS[: options.texts]]
     found = {}
     for scheme in options.schemes:
         print(f"{scheme}: ", end="", flush=True)
-        found[scheme] = compare(scheme, texts, [smollm2.tokens(tokenizer, smollm2.CALIBRATION)])
+        found[scheme] = compare(scheme, texts, [models.tokens(tokenizer, models.CALIBRATION)])
         print(f"{100 * found[scheme]['difference']:+.2f} % from the emulation", flush=True)
     print(f"\n{sum(ids.numel() for ids in texts)} tokens; the bound is {100 * BOUND} %\n{summary(found)}")
     return found

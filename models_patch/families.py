@@ -18,23 +18,21 @@ from torch import nn
 from fused_ops import gelu_tanh_mul_quant, silu_mul_quant
 
 from . import stock
-from .forwards import experts_gate, gated_mlp, packed_mlp
+from .forwards import experts_gate, gated_mlp, oai_experts_gate, packed_mlp
 from .roles import Norm, Sublayer
 from .source import first_argument, formula, reads
 
 
 @dataclass(frozen=True)
 class Gated:
-    """The gated activation of a family's MLPs.
+    """A kind of gated activation in an MLP.
 
-    stock, body: what is computed, and the fused function that takes its place.
-    path, method: the module in the layer that has it, and the method.
+    stock, body: what is computed, and the fused function that takes its place. method: the module's that has it.
     activation: the attribute that says which of `ACTIVATIONS` it is; None where it is always `operation`.
     """
 
     stock: type
     body: Callable
-    path: str = "mlp"
     method: str = "forward"
     activation: str | None = None
     operation: str = ""
@@ -45,23 +43,11 @@ class Family:
     """How the models of a family are made.
 
     attention, mlp: the two halves of a decoder layer. norm: the kind of its norms and the model's last one.
-    gated: the MLP's activation.
-    output: what the model's forward returns the last norm's result in.
-    left: (module of a layer, why) for the report.
     """
 
     attention: Sublayer
     mlp: Sublayer
     norm: Norm
-    gated: Gated
-    output: str = "BaseModelOutputWithPast"
-    left: tuple[tuple[str, str], ...] = (("self_attn", "attention, rotary embedding and cache are the model's own"),)
-
-    @property
-    def loop(self) -> tuple[str, ...]:
-        """What the model's forward does with `hidden_states`, as `source.reads` tells it."""
-        calls = ("self.rotary_emb", "decoder_layer", "self.norm", self.output)
-        return tuple(f"{call}(hidden_states)" for call in calls)
 
     @property
     def layer(self) -> str:
@@ -72,74 +58,74 @@ class Family:
 _ATTENTION = Sublayer(
     "self_attn",
     call="self.self_attn(hidden_states={}, **kwargs)[0]",
-    linears=("q_proj", "k_proj", "v_proj"),
+    linears=("q_proj", "k_proj", "v_proj", "qkv_proj"),
     before="input_layernorm",
 )
-_MLP = Sublayer("mlp", call="self.mlp({})", linears=("gate_proj", "up_proj"), before="post_attention_layernorm")
-_PACKED_MLP = replace(_MLP, linears=("gate_up_proj",))
+_MLP = Sublayer(
+    "mlp", call="self.mlp({})", linears=("gate_proj", "up_proj", "gate_up_proj"), before="post_attention_layernorm"
+)
 
 _LLAMA_NORM = Norm(stock.LlamaNorm, round_before_weight=True)
 _OLMO2_NORM = Norm(stock.Olmo2Norm)
 _GEMMA_NORM = Norm(stock.GemmaNorm, eps="eps", weight_bias=1.0)
+NORMS = (_LLAMA_NORM, _OLMO2_NORM, _GEMMA_NORM)
 
-_GATED = Gated(stock.GatedMLP, gated_mlp, activation="act_fn")
-_PACKED = Gated(stock.PackedMLP, packed_mlp, activation="activation_fn")
-_EXPERTS = Gated(stock.Experts, experts_gate, path="mlp.experts", method="_apply_gate", operation="swiglu_oai_mul")
+# Where in a layer an activation may be, and what it may be there.
+GATED = {
+    "mlp": (
+        Gated(stock.GatedMLP, gated_mlp, activation="act_fn"),
+        Gated(stock.PackedMLP, packed_mlp, activation="activation_fn"),
+    ),
+    "mlp.shared_experts": (Gated(stock.GatedMLP, gated_mlp, activation="act_fn"),),
+    "mlp.experts": (
+        Gated(stock.PackedExperts, experts_gate, "_apply_gate", activation="act_fn"),
+        Gated(stock.OaiExperts, oai_experts_gate, "_apply_gate", operation="swiglu_oai_mul"),
+    ),
+}
 
-_QK_NORM = (("self_attn", "attention, q/k norms, rotary embedding and cache are the model's own"),)
-
-PRE_NORM = Family(_ATTENTION, _MLP, _LLAMA_NORM, _GATED)
+PRE_NORM = Family(_ATTENTION, _MLP, _LLAMA_NORM)
 GRANITE = replace(
     PRE_NORM,
     attention=replace(_ATTENTION, multiplier="residual_multiplier"),
     mlp=replace(_MLP, multiplier="residual_multiplier"),
 )
-PHI3 = Family(
-    replace(_ATTENTION, linears=("qkv_proj",), dropout="resid_attn_dropout"),
-    replace(_PACKED_MLP, dropout="resid_mlp_dropout"),
-    _LLAMA_NORM,
-    _PACKED,
+PHI3 = replace(
+    PRE_NORM,
+    attention=replace(_ATTENTION, dropout="resid_attn_dropout"),
+    mlp=replace(_MLP, dropout="resid_mlp_dropout"),
 )
-GLM4 = Family(
-    replace(_ATTENTION, after="post_self_attn_layernorm"),
-    replace(_PACKED_MLP, after="post_mlp_layernorm"),
-    _LLAMA_NORM,
-    _PACKED,
+GLM4 = replace(
+    PRE_NORM,
+    attention=replace(_ATTENTION, after="post_self_attn_layernorm"),
+    mlp=replace(_MLP, after="post_mlp_layernorm"),
 )
 GEMMA2 = Family(
     replace(_ATTENTION, after="post_attention_layernorm"),
     replace(_MLP, before="pre_feedforward_layernorm", after="post_feedforward_layernorm"),
     _GEMMA_NORM,
-    _GATED,
 )
-GEMMA3 = replace(GEMMA2, left=_QK_NORM)
 OLMO2 = Family(
     replace(_ATTENTION, before=None, after="post_attention_layernorm"),
     replace(_MLP, before=None, after="post_feedforward_layernorm"),
     _OLMO2_NORM,
-    _GATED,
-    left=_QK_NORM,
 )
-GPT_OSS = Family(
-    _ATTENTION,
-    replace(_MLP, call="self.mlp({})[0]", linears=()),
-    _OLMO2_NORM,
-    _EXPERTS,
-    output="MoeModelOutputWithPast",
-    left=(*PRE_NORM.left, ("mlp", "the router and the products of the experts are the model's own")),
-)
+GPT_OSS = Family(_ATTENTION, replace(_MLP, call="self.mlp({})[0]"), _OLMO2_NORM)
 
-# A model whose forwards compute the same is one line. SmolLM and SmolLM2 are Llamas.
+# A model whose forwards compute the same is one line; one that isn't here is recognised by them. SmolLM and SmolLM2 are
+# Llamas.
 MODELS = {
     "LlamaModel": PRE_NORM,
     "MistralModel": PRE_NORM,
     "Qwen2Model": PRE_NORM,
+    "Qwen3Model": PRE_NORM,
+    "Qwen3MoeModel": PRE_NORM,
     "SmolLM3Model": PRE_NORM,
     "GraniteModel": GRANITE,
     "Phi3Model": PHI3,
     "Glm4Model": GLM4,
+    "Glm4MoeModel": PRE_NORM,
     "Gemma2Model": GEMMA2,
-    "Gemma3TextModel": GEMMA3,
+    "Gemma3TextModel": GEMMA2,
     "Olmo2Model": OLMO2,
     "GptOssModel": GPT_OSS,
 }
@@ -152,9 +138,20 @@ ACTIVATIONS = (
 )
 
 
+# What a model's forward does with `hidden_states` before it returns them, as `source.reads` tells it.
+_LOOP = ("self.rotary_emb(hidden_states)", "decoder_layer(hidden_states)", "self.norm(hidden_states)")
+
+
 def family_of(module: nn.Module) -> Family | None:
-    """The family of a model without head, by the name of its class or of the nearest base class that has one."""
-    return next((MODELS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in MODELS), None)
+    """The family of a model without head, by the name of its class or of the nearest base class that has one.
+
+    A model that isn't listed is of the family whose loop and layers it has, with norms of any kind.
+    """
+    listed = next((MODELS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in MODELS), None)
+    if listed is not None or not isinstance(getattr(module, "layers", None), nn.ModuleList) or mismatch_loop(module):
+        return listed
+    known = (replace(family, norm=norm) for family in dict.fromkeys(MODELS.values()) for norm in NORMS)
+    return next((family for family in known if mismatch_stream(module, family) is None), None)
 
 
 def mismatch(module: nn.Module, expected: type, role: str) -> str | None:
@@ -163,26 +160,39 @@ def mismatch(module: nn.Module, expected: type, role: str) -> str | None:
         if name.startswith("__"):
             continue
         if isinstance(value, FunctionType):
-            known = _computes(getattr(type(module), name, None), formula(value))
+            known = computes(getattr(type(module), name, None), formula(value))
         else:
             known = _same(getattr(module, name, None), value)
         if not known:
-            return f"{type(module).__name__}.{name} of {_version()} is not a known {role}"
+            return f"{type(module).__name__}.{name} of {version()} is not a known {role}"
     return None
 
 
 def mismatch_layer(layer: nn.Module, family: Family) -> str | None:
     """Why the fused body can't take the place of a decoder layer's forward; None where it can."""
-    if _computes(type(layer).forward, family.layer):
+    if computes(type(layer).forward, family.layer):
         return None
-    return f"{type(layer).__name__}.forward of {_version()} is not a known layer"
+    return f"{type(layer).__name__}.forward of {version()} is not a known layer"
 
 
-def mismatch_loop(model: nn.Module, family: Family) -> str | None:
+def mismatch_stream(model: Any, family: Family) -> str | None:
+    """Why the additions between the layers of `model` can't be fused; None where they can."""
+    norms = [*family.attention.norms, *family.mlp.norms]
+    problems = [mismatch_loop(model)]
+    for layer in model.layers:
+        problems.append(mismatch_layer(layer, family))
+        if problems[-1] is None:
+            problems += [mismatch(getattr(layer, name), family.norm.stock, "norm") for name in norms]
+    problems.append(mismatch(model.norm, family.norm.stock, "norm"))
+    return next(filter(None, problems), None)
+
+
+def mismatch_loop(model: nn.Module) -> str | None:
     """Why decoder layers of `model` can't hand each other anything but tensors; None where they can."""
-    if reads(type(model).forward, "hidden_states") == family.loop:
+    *calls, output = reads(type(model).forward, "hidden_states") or ("",)
+    if tuple(calls) == _LOOP and output.partition("(")[0].endswith("ModelOutputWithPast"):
         return None
-    return f"{type(model).__name__}.forward of {_version()} is not a known loop over layers"
+    return f"{type(model).__name__}.forward of {version()} is not a known loop over layers"
 
 
 def activation_of(module: nn.Module) -> tuple[Callable | None, str | None]:
@@ -200,7 +210,8 @@ def passes_on(module: nn.Module, linears: tuple[str, ...]) -> bool:
     return allowed.issuperset(reads(type(module).forward, argument) or ("unknown",))
 
 
-def _computes(function: Any, expected: str | None) -> bool:
+def computes(function: Any, expected: str | None) -> bool:
+    """Whether the formula of `function`, where there is one, is this."""
     found = None if function is None else formula(function)
     return found is not None and found == expected
 
@@ -212,7 +223,8 @@ def _same(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-def _version() -> str:
+def version() -> str:
+    """Which transformers this is, for messages."""
     try:
         return f"transformers {metadata.version('transformers')}"
     except metadata.PackageNotFoundError:

@@ -25,31 +25,29 @@ def decoder_layer(
     *,
     sublayers: tuple[Sublayer, Sublayer],
     norm: Norm,
-    quantized: tuple[bool, bool],
+    fed: tuple[str | None, str | None],
     **kwargs: Any,
 ) -> Tensor | Pending:
     """A layer whose additions happen in the norm that follows: in this layer, or in the next one.
 
     sublayers: attention and MLP. norm: the kind of all their norms.
-    quantized: whether each gets one activation for its linear layers, quantized as the first of them wants it.
+    fed: the linear layer of each that says how the one activation for it and others is quantized; None: it isn't.
     """
     attention, mlp = sublayers
-    x, residual = _enter(self, attention, hidden_states, norm, quantized[0])
+    x, residual = _enter(self, attention, hidden_states, norm, fed[0])
     pending = _leave(self, attention, self.self_attn(hidden_states=x, **kwargs), residual, norm)
-    x, residual = _enter(self, mlp, pending, norm, quantized[1])
+    x, residual = _enter(self, mlp, pending, norm, fed[1])
     pending = _leave(self, mlp, self.mlp(x), residual, norm)
     return pending.sum() if self._forward_hooks else pending  # a hook expects the tensor
 
 
-def _enter(layer: Any, sublayer: Sublayer, x: Tensor | Pending, norm: Norm, quantized: bool) -> tuple[Any, Tensor]:
+def _enter(layer: Any, sublayer: Sublayer, x: Tensor | Pending, norm: Norm, fed: str | None) -> tuple[Any, Tensor]:
     """(the input of the sublayer's module, residual)"""
-    quant = UNQUANTIZED
-    if quantized:
-        quant = getattr(getattr(layer, sublayer.module), sublayer.linears[0]).input_quant()
+    quant = UNQUANTIZED if fed is None else getattr(getattr(layer, sublayer.module), fed).input_quant()
     if sublayer.before is not None:
         return _normed(norm.of(getattr(layer, sublayer.before)), x, quant)
     x = x.sum() if isinstance(x, Pending) else x
-    return (quantize(x, **quant) if quantized else x), x
+    return (x if fed is None else quantize(x, **quant)), x
 
 
 def _leave(layer: Any, sublayer: Sublayer, output: Any, residual: Tensor, norm: Norm) -> Pending:
@@ -89,9 +87,12 @@ def _down(mlp: Any, gate: Tensor, up: Tensor, activate: Callable, quantized: boo
     return mlp.down_proj(activate(gate, up, round_activation=True, **quant))
 
 
-def experts_gate(self: Any, gate_up: Tensor) -> Tensor:
-    """gpt-oss's activation, of gates and ups that alternate."""
+def experts_gate(self: Any, gate_up: Tensor, *, activate: Callable, quantized: bool) -> Tensor:
+    """The activation between the products of experts, of gates and then ups."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activate(gate, up, round_activation=True, **UNQUANTIZED)
+
+
+def oai_experts_gate(self: Any, gate_up: Tensor) -> Tensor:
+    """gpt-oss's, of gates and ups that alternate."""
     return swiglu_oai_mul(gate_up, None, alpha=self.alpha, limit=self.limit, round_activation=True)
-
-
-BODIES = (decoder_layer, last_norm, gated_mlp, packed_mlp, experts_gate)

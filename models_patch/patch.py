@@ -12,33 +12,36 @@ from torch import Tensor, nn
 
 from quant import QuantKey
 
+from .attention_family import attentions_of, eager_of
+from .binding import METHODS, is_ours, replaced
 from .families import (
+    GATED,
     MODELS,
     Family,
     Gated,
     activation_of,
     family_of,
     mismatch,
-    mismatch_layer,
-    mismatch_loop,
+    mismatch_stream,
     passes_on,
 )
-from .forwards import BODIES, UNQUANTIZED, decoder_layer, last_norm
+from .forwards import UNQUANTIZED, decoder_layer, last_norm
 from .report import Entry, Report
+from .roles import Attention
 
-METHODS = ("forward", "_apply_gate")  # what is bound in the place of a class's own
 DOWN = ("down_proj",)
 
 
 def patch(model: nn.Module) -> Report:
     """Let a Hugging Face model call fused operations; same weights, same bits as before on the `reference` backend.
 
-    The models of transformers 5 in `models_patch.families.MODELS`, with a head or without: Llama, Mistral, Qwen2,
-    SmolLM, Granite, Phi3, GLM4, Gemma2, Gemma3, OLMo2, gpt-oss. Additions of the residual are done by the norm that
-    follows, across layers too, and so are norms before the addition; norms and activations quantize for the linear
-    layers that take their result, once for those that take the same. Attention, experts' products and caches stay as
-    they are. What can't be fused, because a stock forward isn't one of those known, is left as it was, and the report
-    says why.
+    The models of transformers 5 in `models_patch.families.MODELS`, with a head or without, and those that aren't listed
+    but made of the same layers. Additions of the residual are done by the norm that follows, across layers too, and so
+    are norms before the addition; norms and activations quantize for the linear layers that take their result, once for
+    those that take the same. In attention, the norms of queries and keys, the rotation and the write into the cache are
+    one call, the write where the cache has a place for it: a static one, a `PagedKVCache`, that of `generate_batch`.
+    The attention function stays the model's. What can't be fused, because a stock forward isn't one of those known, is
+    left as it was, and the report says why.
 
     Forwards are bound to the modules of this model; weights and `state_dict` are untouched, nothing is global. A copy
     (`copy.deepcopy`, `torch.save`) of a patched model is patched. It is for inference: a backward pass raises. Nor is
@@ -51,7 +54,8 @@ def patch(model: nn.Module) -> Report:
     Between layers a patched model passes `Pending` instead of a tensor. A decoder layer with forward hooks, such as
     those of `output_hidden_states=True`, which transformers leaves in place, returns the tensor, and its addition stays
     unfused. Hooks on norms of decoder layers don't run; other forward pre-hooks may see a `Pending` or a
-    `QuantizedActivation`.
+    `QuantizedActivation`, and hooks on `rotary_emb` and attentions the rows that `fused_ops.rope` takes in the place of
+    (cos, sin).
 
     Returns:
         `Report`: iterable, and a table when printed.
@@ -65,7 +69,7 @@ def patch(model: nn.Module) -> Report:
     bases = [(path, module, family) for path, module in model.named_modules() if (family := family_of(module))]
     if not bases:
         known = ", ".join(MODELS)
-        raise ValueError(f"patch: model is {type(model).__name__}, expected one of {known}, or one around it")
+        raise ValueError(f"patch: model is {type(model).__name__}, expected one of {known}, or of the same layers")
     plan = _Plan()
     for path, base, family in bases:
         plan.add(path, base, family)
@@ -91,10 +95,10 @@ def unpatch(model: nn.Module) -> None:
     own = [(path, module, name) for path, module in model.named_modules() for name in METHODS if name in vars(module)]
     for path, module, name in own:
         method = getattr(module, name)
-        if not _is_ours(method) and _is_ours(inspect.unwrap(method)):
+        if not is_ours(method) and is_ours(inspect.unwrap(method)):
             raise ValueError(f"unpatch: something else has wrapped the patched {name} of {path}; undo that first")
     for _, module, name in own:
-        if _is_ours(getattr(module, name)):
+        if is_ours(getattr(module, name)):
             delattr(module, name)
 
 
@@ -111,34 +115,61 @@ class _Plan:
         problem = _stream_problem(base, family)
         if problem is not None:
             self.leave(_join(path, "layers"), base.layers, problem)
+        attentions = self.plan_attentions(base)
         for index, layer in enumerate(base.layers):
             name = _join(path, f"layers.{index}")
             if problem is None:
-                self.add_layer(name, layer, family, first=index == 0)
-            self.add_gated(name, layer, family.gated)
+                self.add_layer(name, layer, family, *attentions[index], first=index == 0)
+            else:
+                self.add_attention(f"{name}.{family.attention.module}", layer, *attentions[index])
+            for place, kinds in GATED.items():
+                self.add_gated(f"{name}.{place}", layer, place, kinds)
         if problem is None:
             self.bind(last_norm, base.norm, norm=family.norm)
             self.add_norm(_join(path, "norm"), base.norm, first=not len(base.layers))
 
-    def add_layer(self, path: str, layer: Any, family: Family, first: bool) -> None:
-        sublayers, quantized = (family.attention, family.mlp), []
+    def plan_attentions(self, base: Any) -> list[tuple[Attention | None, str]]:
+        """(what it does, why it is left) of each layer's attention; binds the table of those that aren't."""
+        attentions = attentions_of(base)
+        roles = [role for role, _ in attentions if role is not None]
+        if roles:
+            from .attention import table  # which imports transformers, as who has a model does
+
+            self.bind(table, base.rotary_emb, repeats=roles[0].rotation.repeats)
+        return attentions
+
+    def add_attention(self, path: str, layer: Any, role: Attention | None, note: str) -> None:
+        module: Any = getattr(layer, path.rpartition(".")[2], None)
+        if module is not None and role is None:
+            self.leave(path, module, note)
+        elif role is not None:
+            from .attention import attention
+
+            self.bind(attention, module, role=role, eager=eager_of(module))
+            note = f"{role.operation}_kv_cache_write into static and paged caches"
+            self.call(path, module, role.operation, note=note)
+
+    def add_layer(
+        self, path: str, layer: Any, family: Family, attention: Attention | None, attention_note: str, first: bool
+    ) -> None:
+        sublayers, fed = (family.attention, family.mlp), []
         for sublayer in sublayers:
             module = getattr(layer, sublayer.module)
-            key, note = _shared_key(module, sublayer.linears)
-            quantized.append(key is not None)
-            feeds = sublayer.linears if key else ()
+            linears = tuple(name for name in sublayer.linears if hasattr(module, name))
+            key, note = _shared_key(module, linears)
+            feeds = linears if key else ()
+            fed.append(feeds[0] if key else None)
             if sublayer.before is not None:
                 norm = getattr(layer, sublayer.before)
                 self.add_norm(f"{path}.{sublayer.before}", norm, first, key, feeds, note)
             else:
                 self.add_sum(f"{path}.{sublayer.module}", module, key, feeds, note)
-            for left, reason in family.left:
-                if left == sublayer.module:
-                    self.leave(f"{path}.{left}", module, reason)
+            if sublayer is family.attention:
+                self.add_attention(f"{path}.{sublayer.module}", layer, attention, attention_note)
             if sublayer.after is not None:
                 self.after = f"{path}.{sublayer.after}", getattr(layer, sublayer.after)
             first = False
-        self.bind(decoder_layer, layer, sublayers=sublayers, norm=family.norm, quantized=tuple(quantized))
+        self.bind(decoder_layer, layer, sublayers=sublayers, norm=family.norm, fed=tuple(fed))
 
     def add_norm(
         self,
@@ -166,16 +197,20 @@ class _Plan:
         elif note:
             self.leave(path, module, note)
 
-    def add_gated(self, path: str, layer: Any, gated: Gated) -> None:
+    def add_gated(self, path: str, layer: Any, place: str, kinds: tuple[Gated, ...]) -> None:
         try:
-            module: Any = layer.get_submodule(gated.path)
+            module: Any = layer.get_submodule(place)
         except AttributeError:
-            return  # the layer isn't a known one either
-        path = f"{path}.{gated.path}"
-        problem, activate = _problem(module, gated.stock, "MLP"), None
-        if problem is None and gated.activation is not None:
+            return
+        problems = [_problem(module, gated.stock, "MLP") for gated in kinds]
+        if None not in problems:
+            routed = "the router and the products of the experts are the model's own"
+            self.leave(path, module, routed if hasattr(module, "experts") else str(problems[0]))
+            return
+        gated, activate, problem = kinds[problems.index(None)], None, None
+        if gated.activation is not None:
             activation = getattr(module, gated.activation)
-            problem = _replaced(activation, "forward")
+            problem = replaced(activation, "forward")
             if problem is None:
                 activate, problem = activation_of(activation)
         if problem is not None:
@@ -185,7 +220,7 @@ class _Plan:
             self.call(path, module, gated.operation)
         else:
             key, note = _agreed_key(module, DOWN)
-            self.bind(gated.body, module, activate=activate, quantized=key is not None)
+            self.bind(gated.body, module, gated.method, activate=activate, quantized=key is not None)
             name = activate.__name__ if key else activate.__name__.removesuffix("_quant")
             self.call(path, module, name, key, DOWN if key else (), note)
 
@@ -210,35 +245,20 @@ class _Plan:
 
 def _stream_problem(base: Any, family: Family) -> str | None:
     """Why the additions between the layers of `base` can't be fused; None where they can."""
-    norms = [*family.attention.norms, *family.mlp.norms]
-    problems = [_replaced(base, "forward") or mismatch_loop(base, family)]
-    for layer in base.layers:
-        problems.append(_replaced(layer, "forward") or mismatch_layer(layer, family))
-        if problems[-1] is None:
-            problems += [_problem(getattr(layer, name), family.norm.stock, "norm") for name in norms]
-    problems.append(_problem(base.norm, family.norm.stock, "norm"))
-    return next(filter(None, problems), None)
+    names = [*family.attention.norms, *family.mlp.norms]
+    norms = [getattr(layer, name) for layer in base.layers for name in names if hasattr(layer, name)]
+    problems = (replaced(module) for module in (base, *base.layers, *norms, base.norm))
+    return next(filter(None, problems), None) or mismatch_stream(base, family)
 
 
 def _problem(module: nn.Module, expected: type, role: str) -> str | None:
-    return _replaced(module, *vars(expected)) or mismatch(module, expected, role)
-
-
-def _replaced(module: nn.Module, *methods: str) -> str | None:
-    for name in methods:
-        if callable(own := vars(module).get(name)) and not _is_ours(own):
-            return f"the {name} of this {type(module).__name__} has been replaced by something else already"
-    return None
-
-
-def _is_ours(method: Any) -> bool:
-    return isinstance(method, partial) and method.func in BODIES
+    return replaced(module, *vars(expected)) or mismatch(module, expected, role)
 
 
 def _shared_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
     """`_agreed_key` of linear layers that get their input through the stock forward of `module`."""
     key, note = _agreed_key(module, linears) if linears else (None, "")
-    if key is not None and (_replaced(module, "forward") or not passes_on(module, linears)):
+    if key is not None and (replaced(module, "forward") or not passes_on(module, linears)):
         return None, f"{type(module).__name__}.forward reads its input elsewhere too, so each quantizes its input"
     return key, note
 

@@ -1,4 +1,4 @@
-"""What a family's decoder layers are made of, as data: what the stock layer computes, and what the fused body does."""
+"""What decoder layers are made of, as data: what the stock layer computes, and what the fused bodies do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sublayer:
     module: attention or MLP, as the layer names it; so do before and after (norms), dropout and multiplier. No
         operation has a norm and a factor before its addition: there is no `after` with a multiplier.
     call: how the stock layer calls it.
-    linears: the linear layers in it that all take its input.
+    linears: the linear layers in it that take its input, of which a module may have some.
     """
 
     module: str
@@ -58,3 +58,45 @@ class Sublayer:
         for name in (self.dropout, self.after):
             delta = f"self.{name}({delta})" if name else delta
         return f"{x} + {delta}" + (f" * self.{self.multiplier}" if self.multiplier else "")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A form of rotary embedding.
+
+    stock: the functions of it in the attention's module.
+    tables: what the model's module may be that makes cosines and sines. repeats: whether these have each angle twice.
+    is_neox, round_products: as in `fused_ops.rope`.
+    """
+
+    stock: type
+    tables: tuple[type, ...]
+    repeats: bool = True
+    is_neox: bool = True
+    round_products: bool = True
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """`fused_ops.rope`'s."""
+        return {"is_neox": self.is_neox, "round_products": self.round_products}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention module's way from the hidden states to the attention function.
+
+    packed: whether `qkv_proj` gives queries, keys and values, which are views of its result then.
+    norm: the kind of `q_norm` and `k_norm`; None where there are none.
+    whole_vector: whether they take all heads of a token at once.
+    options: what the attention function is handed beside the usual: (keyword, path of the attribute).
+    """
+
+    rotation: Rotation
+    packed: bool = False
+    norm: Norm | None = None
+    whole_vector: bool = False
+    options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @property
+    def operation(self) -> str:
+        return "rope" if self.norm is None else "qk_norm_rope"

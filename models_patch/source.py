@@ -10,33 +10,22 @@ from collections.abc import Callable
 
 
 @functools.cache
-def formula(function: Callable) -> str | None:
+def formula(function: Callable, **helpers: Callable) -> str | None:
     """What `function` returns, as one expression of its parameters; None where it does more than assign and return.
 
-    Locals are replaced by their values, keywords stand in order, and an option (a parameter after the first) that is
-    passed on under its own name counts as part of `**kwargs`. So names of variables and options that are only handed
-    through don't matter, and of the same object two methods with the same formula compute the same.
+    Locals are replaced by their values, by a conditional expression where a branch assigns them; `not` in a condition
+    turns it round; keywords stand in order, and an option (a parameter after the first) that is passed on under its own
+    name counts as part of `**kwargs`. So names of variables and options that are only handed through don't matter, and
+    of the same object two methods with the same formula compute the same.
+
+    helpers: functions whose calls, by these names, are replaced by what they return.
     """
     definition = _definition(function)
     if definition is None:
         return None
-    inline = _Inline({argument.arg for argument in definition.args.args[2:]} | {"kwargs"})
-    for statement in definition.body:
-        match statement:
-            case ast.Expr(ast.Constant()):  # the docstring
-                pass
-            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
-                inline.values[name] = inline.visit(value)
-            case ast.Assign([ast.Tuple(targets)], value):
-                for target, part in zip(targets, _parts(inline.visit(value), len(targets)), strict=True):
-                    if not isinstance(target, ast.Name):
-                        return None
-                    inline.values[target.id] = part
-            case ast.Return(ast.expr() as value):
-                return ast.unparse(inline.visit(value))
-            case _:
-                return None
-    return None
+    options = {argument.arg for argument in definition.args.args[2:]} | {"kwargs"}
+    value = _Inline(options, helpers, {}).returned(definition)
+    return None if value is None else ast.unparse(value)
 
 
 @functools.cache
@@ -63,9 +52,10 @@ def first_argument(function: Callable) -> str | None:
 
 
 def _definition(function: Callable) -> ast.FunctionDef | None:
-    # Decorators of transformers are known to leave the result alone; what else wraps a forward may change it.
+    # Decorators of transformers and torch are known to leave the result alone; others may change it.
     while (wrapped := getattr(function, "__wrapped__", None)) is not None:
-        if getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] != "transformers":
+        module = getattr(function, "__globals__", {}).get("__name__", "")
+        if module.partition(".")[0] not in ("transformers", "torch"):
             return None
         function = wrapped
     try:
@@ -85,20 +75,74 @@ def _parts(value: ast.expr, count: int) -> list[ast.expr]:
     return [ast.Subscript(value, ast.Constant(index), ast.Load()) for index in range(count)]
 
 
+def _conditional(test: ast.expr, then: ast.expr, otherwise: ast.expr) -> ast.expr:
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return ast.IfExp(test.operand, otherwise, then)
+    return ast.IfExp(test, then, otherwise)
+
+
 class _Inline(ast.NodeTransformer):
-    def __init__(self, options: set[str]) -> None:
-        self.options = options
-        self.values: dict[str, ast.expr] = {}
+    def __init__(self, options: set[str], helpers: dict[str, Callable], values: dict[str, ast.expr]) -> None:
+        self.options, self.helpers, self.values = options, helpers, values
+
+    def returned(self, definition: ast.FunctionDef) -> ast.expr | None:
+        *body, last = definition.body
+        if not all(map(self.assign, body)) or not isinstance(last, ast.Return) or last.value is None:
+            return None
+        return self.visit(last.value)
+
+    def assign(self, statement: ast.stmt) -> bool:
+        """Take note of what the statement assigns to names; False where it does anything else."""
+        match statement:
+            case ast.Expr(ast.Constant()):  # the docstring
+                pass
+            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
+                self.values[name] = self.visit(value)
+            case ast.Assign([ast.Tuple(targets)], value) if all(isinstance(target, ast.Name) for target in targets):
+                parts = _parts(self.visit(value), len(targets))
+                self.values.update(zip((ast.unparse(target) for target in targets), parts, strict=True))
+            case ast.If(test, body, orelse):
+                return self.choose(self.visit(test), body, orelse)
+            case _:
+                return False
+        return True
+
+    def choose(self, test: ast.expr, *branches: list[ast.stmt]) -> bool:
+        before, after = self.values, []
+        for branch in branches:
+            self.values = dict(before)
+            if not all(map(self.assign, branch)):
+                return False
+            after.append(self.values)
+        self.values = before
+        for name in sorted({*after[0], *after[1]}):
+            then, otherwise = (values.get(name, ast.Name(name, ast.Load())) for values in after)
+            before[name] = then if then is otherwise else _conditional(test, then, otherwise)
+        return True
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return self.values.get(node.id, node)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id in self.helpers:
+            return self.inlined(self.helpers[node.func.id], node.args)
         own = [keyword for keyword in node.keywords if not self._handed_through(keyword)]
         kwargs = [ast.keyword(None, ast.Name("kwargs", ast.Load()))] if len(own) < len(node.keywords) else []
         node.keywords = sorted(own, key=lambda keyword: keyword.arg or "") + kwargs
         return node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        self.generic_visit(node)
+        return _conditional(node.test, node.body, node.orelse)
+
+    def inlined(self, helper: Callable, arguments: list[ast.expr]) -> ast.expr:
+        definition = _definition(helper)
+        assert definition is not None, helper
+        names = [argument.arg for argument in definition.args.args]
+        value = _Inline(self.options, self.helpers, dict(zip(names, arguments, strict=True))).returned(definition)
+        assert value is not None, helper
+        return value
 
     def _handed_through(self, keyword: ast.keyword) -> bool:
         value = keyword.value
@@ -109,6 +153,8 @@ def _read(node: ast.expr, parents: dict[ast.AST, ast.AST]) -> str:
     parent = parents[node]
     while isinstance(parent, (ast.Attribute, ast.Subscript)) and parent.value is node:
         node, parent = parent, parents[parent]
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+        return ast.unparse(parent)
     passed = parents[parent] if isinstance(parent, ast.keyword) else parent
     if isinstance(passed, ast.Call) and passed.func is not node:
         return f"{ast.unparse(passed.func)}({ast.unparse(node)})"

@@ -1,9 +1,11 @@
 """What the stock modules compute whose place a fused operation may take.
 
 Nothing here is ever run. A module is one of these if each function of the class has the same formula as the module's of
-that name, and each other attribute the same value: `families.mismatch` compares.
+that name, and each other attribute the same value: `families.mismatch` compares. Of attention, `heads` and `rotate`
+stand for what models do differently there; `rotations.attention_of` puts them together.
 """
 
+# ruff: noqa: F821
 from __future__ import annotations
 
 from functools import partial
@@ -51,11 +53,17 @@ class PackedMLP:
         return self.down_proj(up * self.activation_fn(gate))
 
 
-class Experts:
+class OaiExperts:
     def _apply_gate(self, gate_up):
         gate, up = gate_up[..., ::2], gate_up[..., 1::2]
         gate, up = gate.clamp(min=None, max=self.limit), up.clamp(min=-self.limit, max=self.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * self.alpha))
+
+
+class PackedExperts:
+    def _apply_gate(self, gate_up_out):
+        gate, up = gate_up_out.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
 
 # Activations: those of transformers, then torch's own.
@@ -83,3 +91,182 @@ class GELU:
 
     def forward(self, input):
         return F.gelu(input, approximate=self.approximate)
+
+
+# Attention, but for the options that each model hands to the attention function.
+
+
+class Attention:
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs):
+        query, key, value = heads(self, hidden_states)
+        query, key = rotate(self, query, key, position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        output = attended[0].reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return self.o_proj(output), attended[1]
+
+
+def rotated(self, query, key, position_embeddings):
+    cos, sin = position_embeddings
+    return apply_rotary_pos_emb(query, key, cos, sin)
+
+
+def rotated_in_some_layers(self, query, key, position_embeddings):
+    if self.use_rope:
+        cos, sin = position_embeddings
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    return query, key
+
+
+# Its heads: plain, of one projection, and normed in several ways.
+
+
+def separate(self, hidden_states):
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+    key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+    return query, key, self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+
+def packed(self, hidden_states):
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    qkv = self.qkv_proj(hidden_states)
+    queries = self.config.num_attention_heads * self.head_dim
+    query = qkv[..., :queries].view(shape).transpose(1, 2)
+    key = qkv[..., queries : queries + self.num_key_value_heads * self.head_dim].view(shape).transpose(1, 2)
+    value = qkv[..., queries + self.num_key_value_heads * self.head_dim :].view(shape).transpose(1, 2)
+    return query, key, value
+
+
+def normed(self, hidden_states):
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+    key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+    return query, key, self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+
+def normed_after_transpose(self, hidden_states):
+    query, key, value = separate(self, hidden_states)
+    return self.q_norm(query), self.k_norm(key), value
+
+
+def normed_if_asked(self, hidden_states):
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query, key = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+    if self.use_qk_norm:
+        query, key = self.q_norm(query), self.k_norm(key)
+    return query.transpose(1, 2), key.transpose(1, 2), self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+
+def normed_whole(self, hidden_states):
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query = self.q_norm(self.q_proj(hidden_states)).view(shape).transpose(1, 2)
+    key = self.k_norm(self.k_proj(hidden_states)).view(shape).transpose(1, 2)
+    return query, key, self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+
+# Rotary embedding: the functions in the attention's module.
+
+
+class Halves:
+    def rotate_half(x):
+        first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        return torch.cat((-second, first), dim=-1)
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+class PartialHalves:
+    rotate_half = Halves.rotate_half
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        rotary_dim = cos.shape[-1]
+        q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
+        k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
+        q_rot, k_rot = q_rot * cos + rotate_half(q_rot) * sin, k_rot * cos + rotate_half(k_rot) * sin
+        return torch.cat([q_rot, q_pass], dim=-1), torch.cat([k_rot, k_pass], dim=-1)
+
+
+class PartialPairs:
+    def rotate_half(x):
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((-odd, even), dim=-1).flatten(-2)
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
+        sin = sin[..., : sin.shape[-1] // 2].repeat_interleave(2, dim=-1)
+        rotary_dim = cos.shape[-1]
+        q_rot, q_pass = q[..., :rotary_dim], q[..., rotary_dim:]
+        k_rot, k_pass = k[..., :rotary_dim], k[..., rotary_dim:]
+        q_rot, k_rot = q_rot * cos + rotate_half(q_rot) * sin, k_rot * cos + rotate_half(k_rot) * sin
+        return torch.cat([q_rot, q_pass], dim=-1), torch.cat([k_rot, k_pass], dim=-1)
+
+
+class Float32Halves:
+    rotate_half = Halves.rotate_half
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        q_embed, k_embed = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        return q_embed.to(q.dtype), k_embed.to(k.dtype)
+
+
+class ChunkedHalves:
+    def _apply_rotary_emb(x, cos, sin):
+        first, second = torch.chunk(x, 2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return _apply_rotary_emb(q, cos, sin), _apply_rotary_emb(k, cos, sin)
+
+
+# The model's table of cosines and sines: each angle twice, or once; in S or in float32.
+
+
+class TwiceInS:
+    def forward(self, x, position_ids):
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos, sin = emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+class TwiceInSForEachType:
+    def forward(self, x, position_ids, layer_type):
+        inv_freq = getattr(self, f"{layer_type}_inv_freq")
+        attention_scaling = getattr(self, f"{layer_type}_attention_scaling")
+        freqs = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos, sin = emb.cos() * attention_scaling, emb.sin() * attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+class TwiceInFloat32:
+    def forward(self, x, position_ids):
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        return emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
+
+
+class TwiceInFloat32ForEachType:
+    def forward(self, x, position_ids, layer_type):
+        inv_freq = getattr(self, f"{layer_type}_inv_freq")
+        attention_scaling = getattr(self, f"{layer_type}_attention_scaling")
+        freqs = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        return emb.cos() * attention_scaling, emb.sin() * attention_scaling
+
+
+class OnceInS:
+    def forward(self, x, position_ids):
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        cos, sin = freqs.cos() * self.attention_scaling, freqs.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)

@@ -15,6 +15,33 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+L = 2
+FAMILIES = {  # by `<name>Config`, with what its tiny model needs
+    "Qwen3": {"head_dim": 16},
+    "Qwen3Moe": {"head_dim": 16, **_EXPERTS},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Granite": {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.3},
+    "Phi3": {"resid_pdrop": 0.1, "partial_rotary_factor": 0.5},
+    "Glm4": {"head_dim": 16, "partial_rotary_factor": 0.5},
+    "Glm4Moe": {
+        "head_dim": 16, "use_qk_norm": True, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1,
+        "topk_group": 1, "n_shared_experts": 1, **_EXPERTS,
+    },
+    "Gemma2": {"head_dim": 16, "sliding_window": 4},
+    "Gemma3Text": {
+        "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+    },
+    "Olmo2": {},
+    "GptOss": {
+        "head_dim": 16, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "swiglu_alpha": 1.5, "swiglu_limit": 2.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
 
 
 def tiny(name: str = "Llama", dtype: torch.dtype = torch.bfloat16, **changes):
@@ -27,6 +54,11 @@ def tiny(name: str = "Llama", dtype: torch.dtype = torch.bfloat16, **changes):
     return model.requires_grad_(False)
 
 
+def tiny_model(name: str, dtype: torch.dtype = torch.bfloat16, **changes):
+    """One of L layers, of `FAMILIES`."""
+    return tiny(name, dtype, **{"num_hidden_layers": L, **FAMILIES[name], **changes})
+
+
 def tokens(length: int = 7, batch: int = 2) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
 
@@ -35,13 +67,13 @@ def quantize(model: nn.Module, scheme: str) -> nn.Module:
     return quantize_model(model, scheme, [tokens(9)] if SCHEMES[scheme].calibrated else None)
 
 
-def generate(model: nn.Module, cache: str):
+def generate(model: nn.Module, cache: str | None = None, **options):
     """Greedy, with logits, of two prompts of which the first is padded on its left."""
     prompts, mask = tokens(), torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
     return model.generate(
         prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation=cache,
-        return_dict_in_generate=True, output_logits=True,
+        return_dict_in_generate=True, output_logits=True, **options,
     )  # fmt: skip
 
 

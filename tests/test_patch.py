@@ -53,7 +53,8 @@ def test_logits_are_stocks_bit_for_bit(reference, name, dtype):
     model = tiny_llama(name, dtype)
     expected = model(tokens()).logits
     models_patch.patch(model)
-    assert count(lambda: model(tokens())) == {"rms_norm": 1, "fused_add_rms_norm": 2 * LAYERS, "silu_mul": LAYERS}
+    operations = {"rms_norm": 1, "fused_add_rms_norm": 2 * LAYERS, "silu_mul": LAYERS, "rope": LAYERS}
+    assert count(lambda: model(tokens())) == operations
     assert torch.equal(model(tokens()).logits, expected)
 
 
@@ -162,7 +163,7 @@ def test_a_quantized_model_keeps_its_bits(reference, name, scheme):
     assert calls.pop("scaled_linear") == 7 * LAYERS
     assert calls == Counter(entry.operation for entry in report.replaced)
     assert calls == {"rms_norm_quant": 1, "fused_add_rms_norm_quant": 2 * LAYERS - 1, "silu_mul_quant": LAYERS,
-                     "fused_add_rms_norm": 1}  # fmt: skip
+                     "fused_add_rms_norm": 1, "rope": LAYERS}  # fmt: skip
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -274,7 +275,7 @@ def test_patching_again_undoes_what_no_longer_fits(reference, model):
 
 def test_the_report_is_a_table():
     lines = str(models_patch.patch(quantized("int8_token"))).splitlines()
-    assert lines[0] == "LlamaForCausalLM: fused operations in 10 places, 3 left as they were"
+    assert lines[0] == "LlamaForCausalLM: fused operations in 13 places, 0 left as they were"
     assert lines[1].split() == ["module", "class", "calls", "quantized", "as", "for", "note"]
     assert lines[2].split()[:4] == [
         "model.layers.0.input_layernorm",
@@ -291,46 +292,3 @@ def test_the_report_is_a_table():
 def test_pending_moves_and_adds():
     pending = Pending(torch.ones(2), torch.full((2,), 2.0)).to("cpu")
     assert torch.equal(pending.sum(), torch.full((2,), 3.0))
-
-
-# Real weights.
-
-
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def smollm2(request):
-    from bench import smollm2
-
-    model, tokenizer = smollm2.load(request.param)
-    return model, tokenizer(smollm2.text(), return_tensors="pt").input_ids[:, :200]
-
-
-@torch.no_grad()
-def test_smollm2_on_the_reference_backend_is_stock_bit_for_bit(smollm2, reference):
-    model, ids = smollm2
-    expected = model(ids[:, :24]).logits
-    models_patch.patch(model)
-    actual = model(ids[:, :24]).logits
-    models_patch.unpatch(model)
-    assert torch.equal(actual, expected)
-
-
-# On the cpu backend the order of a norm's sum differs from torch's. In float32 that is all there is to see. In bfloat16
-# a value rounded the other way now and then moves a token's log-likelihood by 0.058 (standard deviation; 0.054 where
-# stock itself sums its norms in float64; 900 tokens each), so the perplexity of 200 tokens by 0.4 %: three times that
-# are allowed.
-@torch.no_grad()
-def test_smollm2_on_the_cpu_backend_predicts_as_stock_does(smollm2):
-    model, ids = smollm2
-    perplexity_bound, margin_bound = (1e-5, 1e-3) if model.dtype == torch.float32 else (0.012, 0.5)
-    with fused_ops.use_backend("cpu"):
-        stock = model(ids).logits.float()
-        models_patch.patch(model)
-        patched = model(ids).logits.float()
-        models_patch.unpatch(model)
-    assert not torch.equal(patched, stock)
-    perplexity = [nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).exp() for logits in (stock, patched)]
-    assert abs(perplexity[1] / perplexity[0] - 1) < perplexity_bound
-    first, second = stock.topk(2).values.unbind(-1)
-    certain = first - second > margin_bound
-    assert certain.float().mean() > 0.5
-    assert torch.equal(patched.argmax(-1)[certain], stock.argmax(-1)[certain])

@@ -8,6 +8,7 @@ import transformers
 from patching import LAYERS, tiny, tokens
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama import modeling_llama as llama
 
 import fused_ops
@@ -69,7 +70,13 @@ class _Peeking(llama.LlamaModel):
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(hidden_states, **kwargs)
             hidden_states = hidden_states.clamp(-1, 1)
-        return self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states)
+
+
+class _Bidirectional(llama.LlamaAttention):
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, is_causal=False, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,8 @@ def test_an_unknown_forward_is_left_by_name(model, module, cls, reason):
     report = models_patch.patch(model)
     assert report.left[0].path == "model.layers"
     assert report.left[0].note == reason.format(transformers.__version__)
-    assert {entry.operation for entry in report.replaced} == {"silu_mul"}
+    left = {"silu_mul"} | ({"rope"} if module != "model" else set())
+    assert {entry.operation for entry in report.replaced} == left
     assert "forward" not in vars(model.model.layers[0])
 
 
@@ -112,7 +120,8 @@ def test_layers_are_left_where_one_forward_was_replaced(model, path):
     report = models_patch.patch(model)
     assert report.left[0].path == "model.layers"
     assert report.left[0].note.startswith(f"the forward of this {type(module).__name__} has been replaced")
-    assert {entry.operation for entry in report.replaced} == {"silu_mul"}
+    left = {"silu_mul"} | ({"rope"} if path.endswith("norm") else set())
+    assert {entry.operation for entry in report.replaced} == left
 
 
 def test_a_forward_that_something_else_wrapped_is_left(model, monkeypatch):
@@ -136,10 +145,9 @@ def test_a_wrapped_patch_is_not_undone_by_halves(model):
 
 def test_nothing_known_raises(model):
     for layer in model.model.layers:
-        layer.__class__, layer.mlp.act_fn = _Scaled, nn.GELU()
-    with pytest.raises(
-        ValueError, match=r"nothing in LlamaForCausalLM can be patched: _Scaled\.forward .*; GELU\.forward"
-    ):
+        layer.__class__, layer.mlp.act_fn, layer.self_attn.__class__ = _Scaled, nn.GELU(), _Bidirectional
+    reasons = r"_Scaled\.forward .*; _Bidirectional\.forward .*; GELU\.forward"
+    with pytest.raises(ValueError, match=f"nothing in LlamaForCausalLM can be patched: {reasons}"):
         models_patch.patch(model)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -174,11 +182,17 @@ def test_source_comparison():
                 x = x[None]
             return self.weight * x
 
+        def looping(self, x):
+            for weight in self.weight:
+                x = x * weight
+            return x
+
     expected = formula(PRE_NORM.norm.stock.forward)
     assert formula(llama.LlamaRMSNorm.forward) == formula(Norm.forward) == expected
     assert formula(Norm.fp32_weight) != expected
     assert formula(llama.LlamaDecoderLayer.forward) == PRE_NORM.layer
-    assert formula(Norm.branching) is None
+    assert formula(Norm.branching) == "self.weight * (x[None] if x.dim() == 2 else x)"
+    assert formula(Norm.looping) is None
     assert formula(torch.relu) is None
     assert reads(Norm.branching, "x") == ("x.dim", "x[None]", "self.weight * x")
     assert first_argument(llama.LlamaMLP.forward) == "x"

@@ -1,0 +1,178 @@
+"""Which attentions can be patched: tables of what they are made of, and how one is recognised by its source."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import stock
+from .binding import replaced
+from .families import NORMS, computes, mismatch, version
+from .roles import Attention, Norm, Rotation
+from .source import formula, reads
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A way to make queries, keys and values.
+
+    stock: what it computes.
+    norms: whether `q_norm` and `k_norm` are in it. asked: the attribute that says whether they are used; None: always.
+    packed, whole_vector: as in `Attention`.
+    """
+
+    stock: Callable
+    norms: bool = False
+    asked: str | None = None
+    packed: bool = False
+    whole_vector: bool = False
+
+
+HEADS = (
+    Heads(stock.separate),
+    Heads(stock.packed, packed=True),
+    Heads(stock.normed, norms=True),
+    Heads(stock.normed_after_transpose, norms=True),
+    Heads(stock.normed_if_asked, norms=True, asked="use_qk_norm"),
+    Heads(stock.normed_whole, norms=True, whole_vector=True),
+)
+ROTATIONS = (
+    Rotation(stock.Halves, (stock.TwiceInS, stock.TwiceInSForEachType)),
+    Rotation(stock.PartialHalves, (stock.TwiceInS,)),
+    Rotation(stock.PartialPairs, (stock.TwiceInS,), is_neox=False),
+    Rotation(stock.Float32Halves, (stock.TwiceInFloat32, stock.TwiceInFloat32ForEachType), round_products=False),
+    Rotation(stock.ChunkedHalves, (stock.OnceInS,), repeats=False),
+)
+NO_ROTATION = "it doesn't rotate: nothing to fuse"
+
+
+def attentions_of(model: Any) -> list[tuple[Attention | None, str]]:
+    """(what it does, why it is left) of each layer's attention.
+
+    One that isn't known leaves all, since all get the same table of cosines and sines.
+    """
+    problem = _table_problem(model)
+    if problem is None:
+        found = [_attention_of(layer, model.rotary_emb) for layer in model.layers]
+        problem = next((note for role, note in found if role is None and note is not NO_ROTATION), None)
+    return found if problem is None else [(None, problem)] * len(model.layers)
+
+
+def eager_of(module: nn.Module) -> Callable:
+    """The attention function of a model's own, for `attn_implementation="eager"`."""
+    return inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
+
+
+_HANDED_TO_LAYERS = {
+    "decoder_layer(position_embeddings)",
+    "decoder_layer(position_embeddings[self.config.layer_types[i]])",
+    "position_embeddings[layer_type] = self.rotary_emb(hidden_states, position_ids, layer_type)",
+}
+_HANDED_TO_ATTENTION = {"self.self_attn(position_embeddings)"}
+
+
+def _table_problem(model: Any) -> str | None:
+    """Why the model's cosines and sines can't be replaced by float32 rows; None where only attentions read them."""
+    table = getattr(model, "rotary_emb", None)
+    if table is None or not all(hasattr(layer, "self_attn") for layer in model.layers):
+        return f"{type(model).__name__} has no rotary_emb, or a layer no self_attn"
+    if not _HANDED_TO_LAYERS.issuperset(reads(type(model).forward, "position_embeddings") or ("unknown",)):
+        return f"{type(model).__name__}.forward reads position_embeddings elsewhere too"
+    return replaced(model) or replaced(table)
+
+
+def _attention_of(layer: Any, table: nn.Module) -> tuple[Attention | None, str]:
+    """(what the attention of `layer` does, why that is unknown)"""
+    module = layer.self_attn
+    problem = next(filter(None, map(replaced, (layer, module, *_norms(module)))), None)
+    if problem is None and set(reads(type(layer).forward, "position_embeddings") or ()) - _HANDED_TO_ATTENTION:
+        problem = f"{type(layer).__name__}.forward reads position_embeddings elsewhere too"
+    if problem is not None:
+        return None, problem
+    forward = inspect.unwrap(type(module).forward)
+    text, options = _without_options(forward)
+    found = [(heads, rotates) for heads in HEADS for rotates in _ROTATES if _stock_attention(heads, rotates) == text]
+    if text is None or not found:
+        return None, f"{type(module).__name__}.forward of {version()} is not a known attention"
+    (heads, rotates), *_ = found
+    if rotates is stock.rotated_in_some_layers and not module.use_rope:
+        return None, NO_ROTATION
+    rotation, rotation_problem = _rotation_of(forward, table)
+    norm, norm_problem = _norm_of(module) if _uses_norms(module, heads) else (None, "")
+    if rotation is None or norm_problem:
+        return None, rotation_problem or norm_problem
+    options = tuple((key, path) for key, path in options if path[0] != "config" or hasattr(module.config, path[1]))
+    return Attention(rotation, heads.packed, norm, heads.whole_vector, options), ""
+
+
+_ROTATES = (stock.rotated, stock.rotated_in_some_layers)
+_USUAL = ("dropout", "scaling", None)  # keywords of every attention function; None: **kwargs
+
+
+@functools.cache
+def _stock_attention(heads: Heads, rotates: Callable) -> str | None:
+    return formula(stock.Attention.forward, heads=heads.stock, rotate=rotates, separate=stock.separate)
+
+
+@functools.cache
+def _without_options(forward: Callable) -> tuple[str | None, tuple[tuple[str, tuple[str, ...]], ...]]:
+    """(the formula of an attention's forward without the options of the attention function, these options)"""
+    text, options = formula(forward), dict[str, tuple[str, ...]]()
+    tree = ast.parse(text or "None", mode="eval")
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and any(keyword.arg == "scaling" for keyword in call.keywords):
+            for keyword in [keyword for keyword in call.keywords if keyword.arg not in _USUAL]:
+                path = _path(keyword.value)
+                if path is None:
+                    return None, ()
+                options[str(keyword.arg)] = path
+                call.keywords.remove(keyword)
+    return text and ast.unparse(tree), tuple(options.items())
+
+
+def _path(value: ast.expr) -> tuple[str, ...] | None:
+    """The attribute of `self` that is read: of `self.sinks`, or of `getattr(self.config, "sliding_window", None)`."""
+    match value:
+        case ast.Attribute(ast.Name("self"), name):
+            return (name,)
+        case ast.Call(ast.Name("getattr"), [config, ast.Constant(str(name)), ast.Constant(None)]):
+            return ("config", name) if ast.unparse(config) == "self.config" else None
+    return None
+
+
+def _rotation_of(forward: Any, table: nn.Module) -> tuple[Rotation | None, str]:
+    functions = forward.__globals__
+    for rotation in ROTATIONS:
+        expected = {name: value for name, value in vars(rotation.stock).items() if not name.startswith("__")}
+        if all(computes(functions.get(name), formula(value)) for name, value in expected.items()):
+            problems = [mismatch(table, stock_table, "table of cosines and sines") for stock_table in rotation.tables]
+            return (rotation, "") if None in problems else (None, str(problems[0]))
+    return None, f"apply_rotary_pos_emb of {forward.__globals__['__name__']} of {version()} is not a known rotation"
+
+
+def _uses_norms(module: Any, heads: Heads) -> bool:
+    return heads.norms and (heads.asked is None or getattr(module, heads.asked))
+
+
+def _norm_of(module: Any) -> tuple[Norm | None, str]:
+    """(the kind of `q_norm` and `k_norm`, why they can't be fused)"""
+    kinds, arguments = [], []
+    for norm in _norms(module):
+        problems = [mismatch(norm, kind.stock, "norm") for kind in NORMS]
+        if None not in problems:
+            return None, str(problems[0])
+        kinds.append(NORMS[problems.index(None)])
+        arguments.append(kinds[-1].of(norm))
+    if kinds[0] != kinds[1] or arguments[0]["eps"] != arguments[1]["eps"]:
+        return None, f"q_norm and k_norm of this {type(module).__name__} differ"
+    return kinds[0], ""
+
+
+def _norms(module: Any) -> list[nn.Module]:
+    return [getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)]

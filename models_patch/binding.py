@@ -1,0 +1,23 @@
+"""What is bound on a module in the place of its class's own methods."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+METHODS = ("forward", "_apply_gate")  # what is bound in the place of a class's own
+
+
+def is_ours(method: Any) -> bool:
+    """Whether a fused forward was bound here."""
+    return isinstance(method, partial) and method.func.__module__.rpartition(".")[0] == __package__
+
+
+def replaced(module: nn.Module, *methods: str) -> str | None:
+    """Why a fused forward can't be bound: something else was; None where it can."""
+    for name in methods or (*METHODS, "_norm"):
+        if callable(own := vars(module).get(name)) and not is_ours(own):
+            return f"the {name} of this {type(module).__name__} has been replaced by something else already"
+    return None

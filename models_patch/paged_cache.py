@@ -1,0 +1,254 @@
+"""A key-value cache in blocks, for the models of transformers and for engines that keep many sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .blocks import BlockTables, OutOfBlocks, Step
+from .slots import Slots
+
+__all__ = ["OutOfBlocks", "PagedKVCache", "PagedLayer", "Step"]
+
+
+class PagedLayer(CacheLayerMixin):
+    """The memory of one layer, made when its first keys and values are seen.
+
+    k_cache, v_cache: [blocks, block_size, kv_heads, head_dim] in S. A cache in FP8 or INT8 would hold codes here, and
+    have `k_scale` and `v_scale` for `Slots` to hand on.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        super().__init__()
+        self.shape = num_blocks, block_size
+        self.device = torch.device("cpu")
+        self.written: Step | None = None  # the last step whose tokens this layer has got
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Zeros: where a mask makes a probability zero, what it weighs must be finite.
+        self.k_cache, self.v_cache = (x.new_zeros((*self.shape, *x.shape[1::2])) for x in (key_states, value_states))
+        self.is_initialized = True
+
+    def copy(self, copies: list[tuple[int, int]]) -> None:
+        """Copy blocks, from the first of each pair to the second."""
+        if self.is_initialized and copies:
+            source, target = torch.tensor(copies, device=self.device).unbind(1)
+            for cache in self.k_cache, self.v_cache:
+                cache[target] = cache[source]
+
+    def read(self, step: Step, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a step's sequences: [batch, kv_heads, length, head_dim], or packed in one row."""
+        k, v = (self._gathered(cache, step, batch).transpose(1, 2) for cache in (self.k_cache, self.v_cache))
+        return k, v
+
+    def _gathered(self, cache: Tensor, step: Step, batch: int) -> Tensor:
+        tables = step.block_tables.to(cache.device)
+        if batch == len(step.sequences):
+            return cache[tables].flatten(1, 2)[:, : step.lengths[0]]
+        each = zip(tables, step.lengths, strict=True)
+        return torch.cat([cache[table].flatten(0, 1)[:length] for table, length in each])[None]
+
+    def get_max_length(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    # What else `Cache` asks of its layers none can do alone: blocks are those of all.
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("PagedLayer: call update of the PagedKVCache")
+
+    def get_mask_sizes(self, *args: Any) -> Any:
+        raise NotImplementedError("PagedLayer: call get_mask_sizes of the PagedKVCache")
+
+    def get_seq_length(self) -> Any:
+        raise NotImplementedError("PagedLayer: call get_seq_length of the PagedKVCache")
+
+
+class PagedKVCache(Cache):
+    """Keys and values of many sequences in blocks of one memory, which sequences share where they have the same past.
+
+        cache = PagedKVCache(model.config, num_blocks=256)
+        model.generate(**inputs, past_key_values=cache)
+
+    In `generate` the rows of a batch are its sequences; a beam search's share blocks. Other sequences may be there at
+    the same time and stay. An engine names the sequences itself, and packs their tokens into one row:
+
+        first = cache.add()
+        second = cache.add(prefix_of=first, length=100)
+        step = cache.step({first: 1, second: 20})  # block tables, lengths and slots, for all layers
+        model(packed[None], position_ids=step.positions[None], past_key_values=cache, attention_mask=mask_4d)
+
+    The next call of the model writes this step. `set_rows` lets `generate` go on from sequences, whose prefixes may be
+    shared. `fused_ops`' cache writes take `layers[i].k_cache`, `.v_cache` and `step.slot_mapping` as they are; models
+    that aren't patched go through `update`. Layers with a sliding window keep the whole past, and the model's mask does
+    the sliding.
+
+    Args:
+        config: the model's; only the number of its layers is read. Heads, dtype and device come from the first keys.
+        num_blocks, block_size: the memory, in blocks and in tokens of each.
+
+    Raises:
+        ValueError: num_blocks or block_size isn't a positive int.
+        OutOfBlocks: by whatever needs blocks; see `step`.
+    """
+
+    layers: list[PagedLayer]  # type: ignore[assignment]
+
+    def __init__(self, config: PreTrainedConfig, num_blocks: int, block_size: int = 16) -> None:
+        self.tables = BlockTables(num_blocks, block_size)
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[PagedLayer(num_blocks, block_size) for _ in range(layers)])
+        self.rows: list[int] = []  # the sequences of a batch
+        self.current: Step | None = None
+
+    # Sequences.
+
+    @property
+    def free_blocks(self) -> int:
+        return self.tables.free_blocks
+
+    def add(self, prefix_of: int | None = None, length: int | None = None) -> int:
+        """The number of a new sequence, empty or with the first `length` tokens of another (None: all), shared.
+
+        Raises ValueError where the other doesn't exist or has fewer.
+        """
+        return self.tables.add(prefix_of, length)
+
+    def free(self, sequence: int) -> None:
+        """Forget the sequence; its blocks are free where nobody shares them. Raises ValueError where there is none."""
+        self.tables.free(sequence)
+
+    def step(self, tokens: Mapping[int, int]) -> Step:
+        """Make room for so many more tokens of each sequence; the model's next call brings them.
+
+        Raises:
+            OutOfBlocks: there are too few free blocks; no sequence has changed.
+            ValueError: there is no such sequence, or one gets no token.
+        """
+        copies = self.tables.grow(tokens)
+        for layer in self.layers:
+            layer.copy(copies)
+        self.current = self.tables.step(tokens, self.layers[0].device)
+        return self.current
+
+    def set_rows(self, sequences: Sequence[int]) -> None:
+        """Let these be the rows of the next batch. Raises ValueError where their lengths differ."""
+        lengths = [self.tables.length(sequence) for sequence in sequences]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"set_rows: sequences have lengths {lengths}, expected one for all")
+        self.rows = list(sequences)
+        self._forget_step()
+
+    # What a model calls, patched or not.
+
+    @torch.compiler.disable  # which blocks are whose is kept in Python
+    def slots(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> Slots:
+        """Where a layer's new keys and values, [batch, kv_heads, length, head_dim], go; they needn't be known yet.
+
+        Raises:
+            OutOfBlocks: there are too few free blocks; no sequence has changed.
+            ValueError: there are other rows than before, or other tokens than those of the step.
+        """
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        batch, _, length, _ = key_states.shape
+        step = self.current
+        if step is None or layer.written is step:  # a call's first layer, and no engine has said which step
+            step = self._step_of_batch(batch, length)
+        rows = len(set(step.lengths)) == 1 and step.counts == (length,) * batch
+        if not rows and (batch, length) != (1, sum(step.counts)):
+            got, expected = f"{batch} x {length}", f"{' + '.join(map(str, step.counts))} in one row"
+            raise ValueError(f"PagedKVCache: keys are of {got} tokens, expected those of the step, {expected}")
+        layer.written = step
+        slot_mapping = step.slot_mapping.to(layer.device)
+        return Slots(layer.k_cache, layer.v_cache, slot_mapping, lambda: layer.read(step, batch))
+
+    @torch.compiler.disable
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [batch, kv_heads, length, head_dim]; returns all keys and values of these sequences, gathered.
+
+        Raises as `slots`.
+        """
+        slots = self.slots(key_states, value_states, layer_idx)
+        for cache, new in (slots.k_cache, key_states), (slots.v_cache, value_states):
+            cache.flatten(0, 1)[slots.slot_mapping] = new.transpose(1, 2).flatten(0, 1)
+        return slots.read()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tables.length(self.rows[0]) if self.rows else 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.layers[0].get_max_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.rows) or -1
+
+    # What `generate` does with a batch.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on from what row beam_idx[i] was, and shares its blocks."""
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(len(self.rows))[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([row for row in range(len(self.rows)) for _ in range(repeats)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens of each row."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}, expected a negative int or 0")
+        for row in self.rows:
+            self.tables.crop(row, self.tables.length(row) + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Free the rows of the batch; other sequences stay."""
+        for row in self.rows:
+            self.tables.free(row)
+        self.rows = []
+        self._forget_step()
+
+    def _select(self, indices: list[int]) -> None:
+        kept = [self.tables.add(prefix_of=self.rows[index]) for index in indices]
+        self.reset()
+        self.rows = kept
+
+    def _forget_step(self) -> None:
+        self.current = None
+        for layer in self.layers:
+            layer.written = None
+
+    def _step_of_batch(self, batch: int, length: int) -> Step:
+        if self.current is not None and not self.rows:
+            raise ValueError("PagedKVCache: called without a step; call step(), set_rows() or reset() first")
+        if self.rows and len(self.rows) != batch:
+            raise ValueError(f"PagedKVCache: keys are of {batch} rows, expected {len(self.rows)}; reset() forgets them")
+        rows = self.rows or [self.tables.add() for _ in range(batch)]
+        try:
+            step = self.step(dict.fromkeys(rows, length))
+        except OutOfBlocks:
+            if not self.rows:
+                for row in rows:
+                    self.tables.free(row)
+            raise
+        self.rows = rows
+        return step

@@ -1,0 +1,28 @@
+"""Where a call's keys and values go in a cache, as the fused operations that write into caches take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Slots:
+    """Where the keys and values of T tokens are written, and how they are read back.
+
+    k_cache, v_cache: [blocks, block_size, kv_heads, D]. slot_mapping: int64 [T], block * block_size + offset.
+    k_scale, v_scale: of caches that hold codes.
+    read: after the write, all keys and values that these tokens may attend to, [batch, kv_heads, length, D].
+    options: what the attention function is handed in the place of what the model got.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    slot_mapping: Tensor
+    read: Callable[[], tuple[Tensor, Tensor]]
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,360 @@
+"""A cache in blocks gives the bits of one that grows; sequences share blocks and never see each other's tokens."""
+
+import random
+
+import pytest
+import torch
+from patching import assert_equal, count, generate, tiny, tiny_model, tokens
+from transformers import DynamicCache
+
+import fused_ops
+import models_patch
+from models_patch.blocks import BlockTables
+from models_patch.paged_cache import OutOfBlocks, PagedKVCache
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    with fused_ops.use_backend("reference"), torch.no_grad():
+        yield
+
+
+# Blocks.
+
+
+def test_a_step_by_hand():
+    tables = BlockTables(num_blocks=8, block_size=4)
+    first = tables.add()
+    tables.grow({first: 6})
+    second = tables.add(prefix_of=first, length=5)
+    assert tables.blocks(first) == tables.blocks(second) == (0, 1)
+    copies = tables.grow(
+        {second: 4, first: 1}
+    )  # the second writes into what the first holds too, which then has it alone
+    assert copies == [(1, 2)]
+    assert (tables.blocks(first), tables.blocks(second)) == ((0, 1), (0, 2, 3))
+    step = tables.step({second: 4, first: 1}, torch.device("cpu"))
+    assert step.block_tables.tolist() == [[0, 2, 3], [0, 1, 0]]
+    assert (step.seq_lens.tolist(), step.query_start_loc.tolist()) == ([9, 7], [0, 4, 5])
+    assert step.positions.tolist() == [5, 6, 7, 8, 6]
+    assert step.slot_mapping.tolist() == [9, 10, 11, 12, 6]
+    dtypes = [
+        t.dtype for t in (step.block_tables, step.seq_lens, step.query_start_loc, step.positions, step.slot_mapping)
+    ]
+    assert dtypes == [torch.int32] * 3 + [torch.int64] * 2
+
+
+def test_the_last_holder_of_a_block_keeps_it():
+    tables = BlockTables(num_blocks=8, block_size=4)
+    beams = [tables.add()]
+    tables.grow({beams[0]: 2})
+    beams += [tables.add(prefix_of=beams[0]) for _ in range(2)]
+    assert len(tables.grow(dict.fromkeys(beams, 1))) == 2
+    assert sorted(tables.blocks(beam) for beam in beams) == [(0,), (1,), (2,)]
+    assert not tables.grow(dict.fromkeys(beams, 1))
+
+
+class Simulation:
+    """Sequences at random, in a memory of slots whose content is written as a cache writes it."""
+
+    def __init__(self, seed: int, num_blocks: int, block_size: int):
+        self.random, self.tables = random.Random(seed), BlockTables(num_blocks, block_size)
+        self.memory, self.expected, self.written = {}, {}, 0
+
+    def grow(self):
+        some = self.random.sample(list(self.expected), min(len(self.expected), 3))
+        counts = {sequence: self.random.randint(1, 9) for sequence in some}
+        before = self.state()
+        if not counts:
+            return
+        try:
+            copies = self.tables.grow(counts)
+        except OutOfBlocks:
+            assert self.state() == before
+            self.free()
+            return
+        size = self.tables.block_size
+        for source, target in copies:
+            self.memory |= {target * size + i: self.memory.get(source * size + i) for i in range(size)}
+        step = self.tables.step(counts, torch.device("cpu"))
+        assert len(set(step.slot_mapping.tolist())) == sum(counts.values())
+        new = list(range(self.written, self.written + sum(counts.values())))
+        self.written += len(new)
+        self.memory |= dict(zip(step.slot_mapping.tolist(), new, strict=True))
+        for sequence, n in counts.items():
+            self.expected[sequence] = self.expected[sequence] + new[:n]
+            del new[:n]
+
+    def add(self):
+        other = self.random.choice([None, *self.expected])
+        length = None if other is None else self.random.randint(0, len(self.expected[other]))
+        self.expected[self.tables.add(other, length)] = [] if other is None else self.expected[other][:length]
+
+    def free(self):
+        sequence = self.random.choice(list(self.expected))
+        self.tables.free(sequence)
+        del self.expected[sequence]
+
+    def crop(self):
+        if self.expected:
+            sequence = self.random.choice(list(self.expected))
+            length = self.random.randint(0, len(self.expected[sequence]))
+            self.tables.crop(sequence, length)
+            self.expected[sequence] = self.expected[sequence][:length]
+
+    def state(self):
+        tables = [(sequence, self.tables.blocks(sequence), self.tables.length(sequence)) for sequence in self.expected]
+        return tables, self.tables.free_blocks
+
+    def check(self):
+        held, size = set(), self.tables.block_size
+        for sequence, content in self.expected.items():
+            blocks = self.tables.blocks(sequence)
+            held |= set(blocks)
+            assert [self.memory[blocks[i // size] * size + i % size] for i in range(len(content))] == content
+        assert self.tables.free_blocks == self.tables.num_blocks - len(held)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sequences_keep_their_tokens_whatever_others_do(seed):
+    simulation = Simulation(seed, num_blocks=24, block_size=1 + seed % 4)
+    for _ in range(150):
+        simulation.random.choice([simulation.grow] * 4 + [simulation.add] * 2 + [simulation.crop])()
+        simulation.check()
+    assert simulation.written > 100
+
+
+# As the cache of `generate`.
+
+
+def paged(model, num_blocks: int = 64, block_size: int = 4) -> PagedKVCache:
+    return PagedKVCache(model.config, num_blocks, block_size)
+
+
+def assert_same_generation(actual, expected):
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert_equal(actual.logits, expected.logits)
+
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+# Stock gets a cache whose sliding layers have the whole past too: sums over fewer keys have other bits.
+FUSED = {"Llama": "rope", "Qwen3": "qk_norm_rope", "Gemma3Text": "qk_norm_rope", "SmolLM3": "rope", "GptOss": "rope"}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_generation_with_left_padding(name):
+    model = tiny(name, num_hidden_layers=2) if name == "Llama" else tiny_model(name)
+    expected = generate(model, past_key_values=DynamicCache())
+    cache = paged(model)
+    assert_same_generation(generate(model, past_key_values=cache), expected)
+    assert cache.free_blocks == 64 - 2 * 3  # 12 tokens each: the last one is never put in
+    models_patch.patch(model)
+    assert_same_generation(generate(model, past_key_values=paged(model)), expected)
+    calls = count(lambda: generate(model, past_key_values=paged(model)))
+    rotating = 1 if name == "SmolLM3" else 2
+    assert {name: n for name, n in calls.items() if "rope" in name} == {f"{FUSED[name]}_kv_cache_write": 6 * rotating}
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}],
+    ids=str,
+)
+def test_beams_share_blocks_and_rejected_guesses_are_cropped(options, patched):
+    model, prompt = tiny(num_hidden_layers=2), tokens(7, batch=1).repeat(1, 3)
+    options = {
+        **options,
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    expected = model.generate(prompt, **options)
+    if patched:
+        models_patch.patch(model)
+    cache = paged(model)
+    assert_same_generation(model.generate(prompt, past_key_values=cache, **options), expected)
+    beams = options.get("num_beams", 1)
+    assert cache.free_blocks >= 64 - 5 - 4 * beams  # five full blocks of the prompt once
+    cache.reset()
+    assert cache.free_blocks == 64
+
+
+def test_rows_of_a_batch_are_repeated_selected_and_forgotten():
+    cache = paged(tiny(), num_blocks=8)
+    k = torch.arange(2 * 3.0)[:, None, None].expand(6, 2, 8).view(2, 3, 2, 8).transpose(1, 2)
+    for layer in range(3):
+        cache.update(k, -k, layer)
+    cache.batch_repeat_interleave(2)
+    assert (cache.batch_size, cache.free_blocks) == (4, 6)
+    cache.batch_select_indices(torch.tensor([False, True, True, False]))
+    keys, values = cache.update(k[:, :, :1] + 9, k[:, :, :1] - 9, 0)
+    assert keys[..., 0, :, 0].tolist() == [[0, 1, 2, 9], [3, 4, 5, 12]]
+    assert values[..., 1, :, 7].tolist() == [[0, -1, -2, -9], [-3, -4, -5, -6]]
+    assert (cache.get_seq_length(), cache.get_mask_sizes(5, 0)) == (4, (9, 0))
+    cache.reset()
+    assert (cache.get_seq_length(), cache.free_blocks, cache.batch_size) == (0, 8, -1)
+    assert cache.update(k, k, 0)[0].shape == k.shape
+
+
+def test_a_compiled_model_takes_it_too():
+    torch._dynamo.reset()
+    model = tiny(num_hidden_layers=1)
+    models_patch.patch(model)
+    compiled, caches = torch.compile(model, backend="eager"), [paged(model), DynamicCache()]
+    for length in 7, 1, 3:
+        actual = compiled(tokens(length), past_key_values=caches[0])
+        assert torch.equal(actual.logits, model(tokens(length), past_key_values=caches[1]).logits)
+
+
+# With sequences that an engine names.
+
+
+def engine_step(model, cache, new: dict[int, list[int]]) -> dict[int, torch.Tensor]:
+    """The logits of each sequence's new tokens, of all sequences in one row."""
+    step = cache.step({sequence: len(ids) for sequence, ids in new.items()})
+    owner = torch.arange(len(new)).repeat_interleave(step.seq_lens)
+    position = torch.cat([torch.arange(length) for length in step.lengths])
+    query = torch.arange(len(new)).repeat_interleave(torch.tensor(step.counts))
+    mask = (owner == query[:, None]) & (position <= step.positions[:, None])
+    ids = torch.tensor([[token for sequence in new.values() for token in sequence]])
+    logits = model(
+        ids, position_ids=step.positions[None], past_key_values=cache, attention_mask=mask[None, None]
+    ).logits
+    return dict(zip(new, logits[0].split(step.counts), strict=True))
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+def test_sequences_of_an_engine_are_what_each_is_alone(name, patched):
+    model = tiny("Llama", torch.float32) if name == "Llama" else tiny_model(name, torch.float32)
+    prompt, text = [5, 6, 7, 8, 9, 10], {}
+    alone = {
+        n: model(torch.tensor([ids])).logits[0]
+        for n, ids in {0: [*prompt, 11, 12], 1: [*prompt[:5], 20, 21, 22, 23]}.items()
+    }
+    if patched:
+        models_patch.patch(model)
+    cache = paged(model)
+    first = cache.add()
+    text[first] = [engine_step(model, cache, {first: prompt})[first]]
+    second = cache.add(prefix_of=first, length=5)
+    text[second] = [text[first][0][:5]]
+    for new in {second: [20, 21, 22], first: [11]}, {first: [12], second: [23]}:
+        for sequence, logits in engine_step(model, cache, new).items():
+            text[sequence].append(logits)
+    for sequence, parts in text.items():
+        # float32: sums over other sequences' keys, which weigh nothing, are in another order
+        torch.testing.assert_close(torch.cat(parts), alone[sequence], rtol=1e-4, atol=1e-4)
+    assert cache.free_blocks == 64 - 4  # one of five shared
+
+
+def test_the_fused_write_takes_layers_and_steps_as_they_are():
+    cache = paged(tiny())
+    q, k, v = (torch.randn(5, heads, 8) for heads in (4, 2, 2))
+    cache.step({cache.add(): 5})
+    slots = cache.slots(k.transpose(0, 1)[None], v.transpose(0, 1)[None], 1)
+    rows = torch.cat((torch.ones(5, 4), torch.zeros(5, 4)), dim=-1)  # turned by nothing
+    layer = cache.layers[1]
+    assert not layer.k_cache.any()  # nothing that a masked weight of zero would turn into NaN
+    fused_ops.rope_kv_cache_write(q, k, v, None, rows, layer.k_cache, layer.v_cache, cache.current.slot_mapping)
+    assert_equal(slots.read(), (k.transpose(0, 1)[None], v.transpose(0, 1)[None]))
+
+
+def test_generate_goes_on_from_a_shared_prefix():
+    model = tiny(num_hidden_layers=2)
+    models_patch.patch(model)
+    prefix = tokens(9, batch=1)
+    prompts = torch.cat((prefix.repeat(2, 1), tokens(3)), dim=1)
+    options = {**GREEDY, "max_new_tokens": 4}
+    start = DynamicCache()
+    model(prefix.repeat(2, 1), past_key_values=start)
+    expected = model.generate(prompts, past_key_values=start, **options)
+    cache = paged(model)
+    system = cache.add()
+    engine_step(model, cache, {system: prefix[0].tolist()})
+    cache.set_rows([cache.add(prefix_of=system) for _ in range(2)])
+    assert cache.free_blocks == 64 - 3
+    assert_same_generation(model.generate(prompts, past_key_values=cache, **options), expected)
+    cache.reset()
+    assert cache.free_blocks == 64 - 3  # the prefix is there for others
+
+
+# Out of blocks, and other mistakes.
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_running_sequences_lose_nothing_when_blocks_run_out(patched):
+    model = tiny(num_hidden_layers=2)
+    if patched:
+        models_patch.patch(model)
+    whole, cache = paged(model), paged(model, num_blocks=6)
+    running, expected = cache.add(), whole.add()
+    for each, sequence in (cache, running), (whole, expected):
+        engine_step(model, each, {sequence: [5, 6, 7, 8, 9, 10]})
+    message = r"2 sequences need 6 more blocks of 4 tokens, and 4 of 6 are free; nothing has changed"
+    with pytest.raises(OutOfBlocks, match=message):
+        cache.step({running: 1, cache.add(): 24})
+    cache.reset()
+    with pytest.raises(OutOfBlocks, match="2 sequences need 2 more blocks"):
+        generate(model, past_key_values=cache)
+    cache.reset()
+    assert cache.free_blocks == 4
+    with pytest.raises(OutOfBlocks, match="4 sequences need 12 more"):  # at once: no rows are left behind
+        model(tokens(9, batch=4), past_key_values=cache)
+    assert (cache.free_blocks, cache.rows) == (4, [])
+    actual = engine_step(model, cache, {running: [11, 12, 13]})[running]
+    assert torch.equal(actual, engine_step(model, whole, {expected: [11, 12, 13]})[expected])
+
+
+def _cache():
+    return paged(tiny(num_hidden_layers=2))
+
+
+def _started():
+    cache = _cache()
+    cache.step({cache.add(): 3, cache.add(): 3})
+    return cache
+
+
+def _keys(batch: int, length: int):
+    return torch.zeros(batch, 2, length, 16)
+
+
+def _again(cache):
+    for length in 3, 1:
+        cache.update(_keys(1, 2 * length), _keys(1, 2 * length), 0)
+
+
+def _other_rows(cache):
+    cache.update(_keys(2, 3), _keys(2, 3), 0)
+    cache.update(_keys(3, 1), _keys(3, 1), 0)
+
+
+def _uneven_rows(cache):
+    cache.step({0: 1})
+    cache.set_rows([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("make", "use", "message"),
+    [
+        (tiny, lambda model: PagedKVCache(model.config, 0), "num_blocks is 0, expected a positive int"),
+        (tiny, lambda model: PagedKVCache(model.config, 1, 2.0), "block_size is 2.0, expected a positive int"),
+        (_cache, lambda cache: cache.free(3), r"there is no sequence 3; there are \[\]"),
+        (_started, lambda cache: cache.step({1: 0}), "sequence 1 gets 0 tokens, expected at least one"),
+        (_started, lambda cache: cache.add(prefix_of=0, length=4), "length is 4, expected 0 to 3, sequence 0's"),
+        (_started, lambda cache: cache.tables.crop(0, 4), "length is 4, expected 0 to 3, sequence 0's"),
+        (_started, lambda cache: cache.update(_keys(1, 5), _keys(1, 5), 0), r"1 x 5 tokens, .* 3 \+ 3 in one row"),
+        (_started, lambda cache: cache.update(_keys(3, 2), _keys(3, 2), 0), r"3 x 2 tokens, .* 3 \+ 3 in one row"),
+        (_started, _again, r"called without a step; call step\(\), set_rows\(\) or reset\(\) first"),
+        (_started, _uneven_rows, r"sequences have lengths \[4, 3\], expected one for all"),
+        (_cache, _other_rows, r"keys are of 3 rows, expected 2; reset\(\) forgets them"),
+        (_cache, lambda cache: cache.crop(2), "tokens_to_remove is 2, expected a negative int or 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_raise_by_name(make, use, message):
+    made = make()
+    with pytest.raises(ValueError, match=message):
+        use(made)
