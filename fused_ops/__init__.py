@@ -2,6 +2,7 @@
 
 import os as _os
 
+from . import heads_inputs as _heads_inputs  # noqa: F401  declares them
 from ._cpu import load as _load_cpu
 from ._cuda import load as _load_cuda
 from ._cuda import warmup

@@ -12,39 +12,34 @@ written for it, nor for one whose position is outside the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from quant import FP8_STATIC_TENSOR, NAMED_KEYS, QuantizedActivation, QuantKey, formats
+from quant import QuantizedActivation, QuantKey, formats
 from quant.key import FP8, FP8_FNUZ
 
 from ._check import FLOATS, INDICES, boolean, check, check_key
 from ._memory import overlap, rows_overlap
 from ._op import NO_KEY, Op, Written, invoke, op, refuse_backward_of, refused
-from .quantize import key_inputs, quantized
+from .quantize import quantized
 from .rope import (
-    IS_NEOX,
     NORM_FLAGS,
     NORM_V,
     ROTARY_FLAGS,
     RotaryOptions,
-    _qk_norm_rope,
     _rope,
     check_indices,
     check_norms,
     check_rope,
-    heads_workload,
     normed,
     poisoned,
     positions_outside,
     qk_norm_flags,
     rotary_code,
 )
-from .rope import cases as rope_cases
 
 CODES = (FP8, FP8_FNUZ, torch.int8)  # what a cache holds besides S
 
@@ -214,85 +209,6 @@ def _empty(q: Tensor, k: Tensor, code: int) -> tuple:
         return q.new_empty(q.shape), k.new_empty(k.shape), None
     data, scale, _ = formats.empty(q.shape, QuantKey.from_code(code), q.device)
     return data, k.new_empty(k.shape), scale
-
-
-def caches_for(k: Tensor, v: Tensor, dtype: torch.dtype, order: int = 0) -> tuple:
-    """(k_cache, v_cache, slot_mapping, k_scale, v_scale) in one of several memory orders, for tests."""
-    tokens, heads = k.shape[:2]
-    block, blocks = (16, 5, 1)[order % 3], tokens + 3
-
-    def cache(cols: int) -> Tensor:
-        if order % 2:  # heads outermost in a block
-            return torch.zeros(blocks, heads, block, cols, device=k.device).to(dtype).transpose(1, 2)
-        return torch.zeros(blocks, block, heads, cols, device=k.device).to(dtype)
-
-    if order in (2, 3) and k.shape == v.shape:  # both in one
-        both = torch.zeros(blocks, block, 2, heads, k.shape[-1], device=k.device).to(dtype)
-        k_cache, v_cache = both.unbind(2)
-    else:
-        k_cache, v_cache = cache(k.shape[-1]), cache(v.shape[-1])
-    slots = torch.randperm(blocks * block, device=k.device)[: tokens - tokens // 8]
-    slots[1::7] = -1
-    if dtype not in CODES:
-        return k_cache, v_cache, slots, None, None
-    scales = torch.rand(2, heads, device=k.device) / 8 + 0.01
-    return k_cache, v_cache, slots.int(), scales[0], scales[1, :1]
-
-
-Q_KEYS = [NO_KEY, *(key.code for key in NAMED_KEYS.values() if key.symmetric and key.scale2 is None)]
-
-
-def _q_key(i: int, dim: int, device: str) -> tuple:
-    """(code, given) of one of the keys that serve heads of `dim`."""
-    key = None if Q_KEYS[i % len(Q_KEYS)] == NO_KEY else QuantKey.from_code(Q_KEYS[i % len(Q_KEYS)])
-    if key is None or (key.per_tensor and not key.scale.static) or dim % 32:
-        return ()
-    return key_inputs(key, device)[:2]
-
-
-def write_cases(device: str) -> Iterator[tuple]:
-    for i, (q, k, positions, table, flags, mrope) in enumerate(rope_cases(device)):
-        v = torch.randn(*k.shape[:2], k.shape[2] // 2 if i % 4 == 3 else k.shape[2], device=device).to(k.dtype)
-        dtype = (k.dtype, FP8, torch.int8, k.dtype, FP8_FNUZ)[i % 5]
-        yield q, k, v, positions, table, caches_for(k, v, dtype, i % 6), flags, mrope
-
-
-@_rope_kv_cache_write.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for i, (*inputs, caches, flags, mrope) in enumerate(write_cases(device)):
-        yield *inputs, *caches, flags, mrope, *(_q_key(i, inputs[0].shape[-1], device) if i % 3 == 0 else ())
-
-
-@_qk_norm_rope_kv_cache_write.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for i, (args, write) in enumerate(zip(_qk_norm_rope.cases(device), write_cases(device), strict=True)):
-        q, k, positions, table, q_weight, k_weight, eps, flags, mrope, *gate = args
-        v, caches = write[2], write[5]
-        flags |= NORM_V * (i % 2)
-        more = _q_key(i, q.shape[-1], device) if i % 3 == 0 else ()
-        more = (*(more or (NO_KEY, None)), *gate) if gate else more
-        yield q, k, v, positions, table, q_weight, k_weight, eps, *caches, flags, mrope, *more
-
-
-def _workload(tokens: int, cols: int, key: QuantKey | None, dtype: torch.dtype, device: str) -> tuple:
-    q, k, positions, table = heads_workload(tokens, cols, dtype, device)
-    v = torch.randn(k.shape, device=device).to(dtype)
-    blocks, held = -(-tokens // 16), FP8 if key == FP8_STATIC_TENSOR else dtype
-    caches = [torch.zeros(blocks, 16, *k.shape[1:], device=device).to(held) for _ in range(2)]
-    scales = [None if held is dtype else torch.full((1,), 0.02, device=device)] * 2
-    return q, k, v, positions, table, *caches, torch.randperm(blocks * 16, device=device)[:tokens], *scales
-
-
-@_rope_kv_cache_write.declares("workload")
-def _(tokens: int, cols: int, key: QuantKey | None, dtype: torch.dtype, device: str) -> tuple:
-    return *_workload(tokens, cols, key, dtype, device), IS_NEOX, 0
-
-
-@_qk_norm_rope_kv_cache_write.declares("workload")
-def _(tokens: int, cols: int, key: QuantKey | None, dtype: torch.dtype, device: str) -> tuple:
-    *inputs, k_cache, v_cache, slots, k_scale, v_scale = _workload(tokens, cols, key, dtype, device)
-    weight = torch.ones(128, dtype=dtype, device=device)
-    return *inputs, weight, weight, 1e-6, k_cache, v_cache, slots, k_scale, v_scale, IS_NEOX, 0
 
 
 def rope_kv_cache_write(

@@ -9,18 +9,12 @@ Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
-
-from quant import FP8_STATIC_TENSOR, QuantKey
-from quant.key import FP8
 
 from ._check import FLOATS, check
 from ._op import Written, invoke, op
-from .kv_cache import _rope_kv_cache_write, check_write, write_cases
-from .rope import check_rope, heads_workload, rotary_code
+from .kv_cache import _rope_kv_cache_write, check_write
+from .rope import check_rope, rotary_code
 
 
 @op("q_pe")
@@ -58,29 +52,6 @@ def _(q_pe, k_pe, kv_c, positions, cos_sin_cache, kv_cache, slot_mapping, kv_sca
 @_mla_rope_kv_cache_concat.declares("empty")
 def _(q_pe, *_):
     return q_pe.new_empty(q_pe.shape)
-
-
-@_mla_rope_kv_cache_concat.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for i, (q, k, v, positions, table, caches, flags, mrope) in enumerate(write_cases(device)):
-        if mrope:
-            continue
-        rank = 512 if i % 2 else v.shape[-1]
-        kv_c = torch.randn(q.shape[0], rank + 8, device=device).to(q.dtype)[:, :rank]
-        k_cache, _, slots, _, scale = caches
-        cache = torch.zeros(*k_cache.shape[:2], rank + q.shape[-1], device=device).to(k_cache.dtype)
-        yield q, k[:, 0], kv_c, positions, table, cache, slots, scale, flags
-
-
-@_mla_rope_kv_cache_concat.declares("workload")
-def _(tokens: int, cols: int, key: QuantKey | None, dtype: torch.dtype, device: str) -> tuple:
-    q, *_, positions, table = heads_workload(tokens, cols, dtype, device)
-    kv_c, k_pe = torch.randn(tokens, 512 + 64, device=device).to(dtype).split([512, 64], dim=-1)
-    coded = key == FP8_STATIC_TENSOR
-    cache = torch.zeros(-(-tokens // 16), 16, 512 + 64, device=device).to(FP8 if coded else dtype)
-    scale = torch.full((1,), 0.02, device=device) if coded else None
-    slots = torch.randperm(cache.shape[0] * 16, device=device)[:tokens]
-    return q[..., :64], k_pe, kv_c, positions, table[:, :64].contiguous(), cache, slots, scale, 0
 
 
 def mla_rope_kv_cache_concat(

@@ -18,7 +18,6 @@ Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embeddin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, TypedDict
 
 import torch
@@ -199,73 +198,6 @@ def _(q, k, *_):
 def _(q, k, *rest):
     gate = rest[7] if len(rest) > 7 else None
     return q.new_empty(q.shape), k.new_empty(k.shape), None if gate is None else gate.new_empty(gate.shape)
-
-
-def rope_inputs(tokens: int, heads: int, kv_heads: int, dim: int, rotary_dim: int, dtype, device) -> tuple:
-    """q, k cut out of one packed projection, positions and a cos_sin_cache, for tests and benchmarks."""
-    qkv = torch.randn(tokens, heads + 2 * kv_heads, dim, device=device).to(dtype)
-    q, k, _ = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    frequencies = 10000.0 ** -(torch.arange(0, rotary_dim, 2, device=device) / rotary_dim)
-    angles = torch.arange(4096, device=device)[:, None] * frequencies
-    return q, k, torch.randint(0, 4096, (tokens,), device=device), torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-SHAPES = (  # tokens, heads, kv_heads, dim, rotary_dim
-    (1, 9, 3, 64, 64),
-    (4, 4, 1, 128, 64),
-    (33, 2, 2, 128, 96),
-    (5, 3, 1, 80, 80),
-    (3, 2, 1, 256, 256),
-    (2, 2, 1, 576, 64),
-    (7, 2, 2, 192, 48),
-    (0, 2, 1, 64, 64),
-    (3, 1, 1, 10, 6),
-)
-
-
-@_rope.declares("cases")
-def cases(device: str) -> Iterator[tuple]:
-    for shape in SHAPES:
-        for dtype in FLOATS:
-            q, k, positions, table = rope_inputs(*shape, dtype, device)
-            for flags in IS_NEOX, ROUND_PRODUCTS:
-                yield q, k, positions, table, flags, 0
-                yield q, k, None, table[: shape[0]], flags ^ ROUND_PRODUCTS, 0
-                third = shape[4] // 6
-                mrope = mrope_code([shape[4] // 2 - 2 * third, third, third], flags == IS_NEOX)
-                yield q, k, torch.randint(0, 4096, (3, shape[0]), device=device), table, flags, mrope
-
-
-@_qk_norm_rope.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for i, (q, k, positions, table, flags, mrope) in enumerate(cases(device)):
-        gate = torch.randn(*q.shape[:-1], 2 * q.shape[-1], device=device).to(q.dtype)[..., q.shape[-1] :]
-        flags |= (ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE, WHOLE_VECTOR, 0)[i % 4]
-        yield q, k, positions, table, *weights(q, k, flags, i), 1e-6, flags, mrope, *([gate] if i % 5 == 0 else [])
-
-
-def weights(q: Tensor, k: Tensor, flags: int, i: int) -> list[Tensor | None]:
-    """Of q's and k's norms, for tests."""
-    made: list[Tensor | None] = []
-    for x in q, k:
-        cols = x.shape[-1] * (x.shape[1] if flags & WHOLE_VECTOR else 1)
-        made.append(torch.randn(cols, device=x.device).to(torch.float32 if i % 3 else x.dtype))
-    return [None, None] if i % 7 == 6 else made
-
-
-@_rope.declares("workload")
-def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
-    return *heads_workload(tokens, cols, dtype, device), IS_NEOX, 0
-
-
-@_qk_norm_rope.declares("workload")
-def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tuple:
-    weight = torch.ones(128, dtype=dtype, device=device)
-    return *heads_workload(tokens, cols, dtype, device), weight, weight, 1e-6, IS_NEOX | ROUND_BEFORE_WEIGHT, 0
-
-
-def heads_workload(tokens: int, cols: int, dtype: torch.dtype, device: str) -> tuple:
-    return rope_inputs(tokens, cols // 128, max(1, cols // 512), 128, 128, dtype, device)
 
 
 def mrope_code(section: list[int] | None, interleaved: bool) -> int:

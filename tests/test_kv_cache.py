@@ -5,8 +5,7 @@ import torch
 from compare import assert_same, raw
 
 import fused_ops
-from fused_ops.kv_cache import caches_for
-from fused_ops.rope import rope_inputs
+from fused_ops.heads_inputs import caches_for, rope_inputs
 from quant import (
     FP8_DYNAMIC_GROUP_64,
     FP8_DYNAMIC_TENSOR,

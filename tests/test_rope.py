@@ -3,7 +3,7 @@ import torch
 from compare import assert_same, steps
 
 import fused_ops
-from fused_ops.rope import rope_inputs
+from fused_ops.heads_inputs import rope_inputs
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
