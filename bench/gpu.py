@@ -28,8 +28,9 @@ from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, I
 from quant.methods import SCHEMES
 
 from . import linear, machine
+from .bars import HEADS
 from .peers import compiled, eager, gpu
-from .rows import Case
+from .rows import CACHES, Case
 from .table import table
 from .timing import Timing, interleaved
 
@@ -38,7 +39,7 @@ TOKENS = (1, 16, 256, 4096, 16384, 32768)
 COLS = (4096, 7168, 2048)
 QUANTIZED = ("fused_add_rms_norm_quant", "silu_mul_quant", "rms_norm_quant", "quantize")
 KEYS = (FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128, FP8_STATIC_TENSOR, NVFP4, INT8_DYNAMIC_TOKEN, MXFP8)
-UNQUANTIZED = ("fused_add_rms_norm", "rms_norm", "silu_mul", "rope", "gelu_tanh_mul", "layer_norm", "relu2")
+UNQUANTIZED = ("fused_add_rms_norm", "rms_norm", "silu_mul", "gelu_tanh_mul", "layer_norm", "relu2")
 BACKENDS = ("cuda", "triton")
 
 
@@ -98,6 +99,10 @@ def _cases(only: list[str], every_cols: list[int]) -> Iterator[Case]:
             yield from (Case(OPS[op], key, cols) for op in QUANTIZED if not only or op in only)
             if key is KEYS[0]:
                 yield from (Case(OPS[op], None, cols) for op in UNQUANTIZED if not only or op in only)
+        if cols == COLS[0]:  # 32 heads of 128 and 8 of keys; caches of S and FP8
+            heads = [OPS[op] for op in HEADS if not only or op in only]
+            yield from (Case(op, None, cols) for op in heads)
+            yield from (Case(op, FP8_STATIC_TENSOR, cols) for op in heads if op.name in CACHES)
 
 
 def _measure(case: Case, every_tokens: list[int], device: str, budget: float) -> Iterator[dict]:

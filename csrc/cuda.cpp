@@ -1,32 +1,29 @@
 // Row pipelines on a CUDA device: which kernel, with which arguments, on which stream.
 //
 // Kernels are compiled by Python (fused_ops/_cuda.py) when they are first asked for.
-#include <cstdio>
-#include <cstring>
-#include <mutex>
-#include <stdexcept>
-#include <string>
-#include <unordered_map>
+#include "cuda.h"
 
-#include "cuda/stages.h"
-#include "cuda_driver.h"
-#include "row.h"
+#include <cstdio>
 
 namespace fused_ops {
-namespace {
 
-constexpr int kMaxPacks = 8;  // of a thread: as many as its registers hold
-
-// Threads that own a row of so many packs of 16 bytes. They fix the order of sums, so nothing else may decide them.
 int threads_of(int64_t packs) {
-  int threads = cuda::kWarp;
+  int threads = 1;
   while (threads < cuda::kMaxThreads && packs > threads * (threads < 256 ? 2 : 4)) threads *= 2;
   return threads;
+}
+
+void check_served(int64_t cols, ScalarType dtype) {
+  constexpr int kMaxPacks = 8;  // of a thread: as many as its registers hold
+  const int64_t most = pack_of(dtype) * cuda::kMaxThreads * kMaxPacks;
+  STD_TORCH_CHECK(cols <= most, "the cuda backend serves rows of up to ", most, " columns, got ", cols);
 }
 
 cuda::Dtype dtype_of_stage(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? cuda::kBf16 : dtype == ScalarType::Half ? cuda::kFp16 : cuda::kFp32;
 }
+
+namespace {
 
 cuda::Strided strided(const Rows& rows) {
   cuda::Strided out = {};
@@ -40,6 +37,8 @@ cuda::Strided strided(const Rows& rows) {
 }
 
 cuda::ScalePlace place(const ScaleOut& out) { return {out.data, out.row_bytes, out.four, out.one}; }
+
+}  // namespace
 
 cuda::Row arguments_of(const Pipeline& p) {
   cuda::Row row = {};
@@ -75,14 +74,41 @@ void set_stage(cuda::NormStage& stage, const Norm& norm) {
   stage.weight_plus_one = norm.weight_plus_one && norm.weight;
 }
 
+std::string norm_text(const cuda::NormStage& n) {
+  char text[96];
+  std::snprintf(text, sizeof(text), "{(NormKind)%d, (Dtype)%d, (Dtype)%d, %d, %d}", n.kind, n.weight, n.bias,
+                n.round_before_weight, n.weight_plus_one);
+  return text;
+}
+
+bool aligned_like(const void* vector, ScalarType vector_dtype, ScalarType dtype) {
+  return aligned(vector, std::min<int64_t>(16, pack_of(dtype) * byte_size(vector_dtype)));
+}
+
+void* compiled(const std::string& stages, const std::string* stages_of_b, int device) {
+  STD_TORCH_CHECK(driver.compile, "there is no CUDA driver on this machine");
+  void* kernel = nullptr;
+  const char* reason = "Python was interrupted";
+  driver.compile(stages.c_str(), stages_of_b ? stages_of_b->c_str() : nullptr, device, &kernel, &reason);
+  if (!kernel) throw std::runtime_error(std::string("fused_ops: a kernel could not be compiled: ") + reason);
+  return kernel == kNotNow ? nullptr : kernel;
+}
+
+void launch_kernel(void* kernel, int device, int64_t blocks, int threads, void** arguments) {
+  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "too many rows for one launch");
+  if (!kernel) return;
+  const char* const error = driver.launch(device, kernel, static_cast<unsigned>(blocks), threads, arguments);
+  if (error) throw std::runtime_error(std::string("fused_ops: a kernel could not be launched: ") + error);
+}
+
+namespace {
+
 // s is all zeros, padding too, since its bytes are a key.
 void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
-  const int64_t pack = 16 / byte_size(p.dtype), packs = (p.cols + pack - 1) / pack;
+  check_served(p.cols, p.dtype);
   s.dtype = dtype_of_stage(p.dtype);
-  STD_TORCH_CHECK(p.cols <= pack * cuda::kMaxThreads * kMaxPacks, "the cuda backend serves rows of up to ",
-                  pack * cuda::kMaxThreads * kMaxPacks, " columns, got ", p.cols);
   s.cols = static_cast<int>(p.cols);
-  s.threads = threads_of(packs);
+  s.threads = threads_of(packs_of(p.cols, p.dtype));
   s.block = std::max(s.threads, 128);
   s.load = static_cast<cuda::Load>(p.load);
   s.multiplied = p.x_multiplier != 1.0f;
@@ -103,9 +129,8 @@ void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
 
   s.flat = true;
   for (const Rows* rows : {&p.x, &p.other, &p.sum, &p.y, &p.data}) s.flat = s.flat && rows->dims <= 1;
-  const auto vector = [&](const void* data, ScalarType dtype) {
-    return aligned(data, std::min<int64_t>(16, pack * byte_size(dtype)));
-  };
+  const auto vector = [&](const void* data, ScalarType dtype) { return aligned_like(data, dtype, p.dtype); };
+  const int64_t pack = pack_of(p.dtype);
   s.aligned = p.cols % pack == 0 && aligned(p.x, 16) && aligned(p.other, 16) && aligned(p.sum, 16) &&
               aligned(p.y, 16) && aligned(p.data, pack / p.key.codes_per_byte()) &&
               vector(p.norm.weight, p.norm.weight_dtype) && vector(p.norm.bias, p.norm.bias_dtype) &&
@@ -115,52 +140,20 @@ void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
 // The stages as NVRTC reads them.
 std::string text_of(const cuda::Stages& s) {
   char text[512];
-  const auto norm = [](const cuda::NormStage& n, char (&out)[96]) {
-    std::snprintf(out, sizeof(out), "{(NormKind)%d, (Dtype)%d, (Dtype)%d, %d, %d}", n.kind, n.weight, n.bias,
-                  n.round_before_weight, n.weight_plus_one);
-    return out;
-  };
-  char post[96], last[96];
   std::snprintf(
       text, sizeof(text),
       "{(Dtype)%d, %d, %d, %d, %d, %d, (Load)%d, %d, %d, %d, %d, %s, %s, %d, %d, %d, %d, %d, %d, %lld, %d, %d}",
       s.dtype, s.cols, s.threads, s.block, s.aligned, s.flat, s.load, s.multiplied, s.round_activation, s.interleaved,
-      s.expert_bytes, norm(s.post, post), norm(s.norm, last), s.sum, s.y, s.data, s.scale, s.zero_point, s.y_cols,
-      s.key, s.collect_amax, s.by_tensor_amax);
+      s.expert_bytes, norm_text(s.post).c_str(), norm_text(s.norm).c_str(), s.sum, s.y, s.data, s.scale, s.zero_point,
+      s.y_cols, s.key, s.collect_amax, s.by_tensor_amax);
   return text;
 }
 
 struct Choice {
   cuda::Stages a, b;
   int device;
-
-  bool operator==(const Choice& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
-
-struct Hash {
-  size_t operator()(const Choice& choice) const {
-    return std::hash<std::string_view>()({reinterpret_cast<const char*>(&choice), sizeof(choice)});
-  }
-};
-
-// Null where it isn't to be launched.
-void* kernel_for(const Choice& choice, bool two) {
-  static std::unordered_map<Choice, void*, Hash> known;
-  static std::mutex mutex;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find(choice);
-    if (found != known.end()) return found->second;
-  }
-  // Compiled without the lock, since Python may switch threads there.
-  void* kernel = nullptr;
-  const char* reason = "Python was interrupted";
-  driver.compile(text_of(choice.a).c_str(), two ? text_of(choice.b).c_str() : nullptr, choice.device, &kernel, &reason);
-  if (!kernel) throw std::runtime_error(std::string("fused_ops: a kernel could not be compiled: ") + reason);
-  if (kernel == kNotNow) return nullptr;
-  const std::lock_guard<std::mutex> lock(mutex);
-  return known.emplace(choice, kernel).first->second;
-}
+Kernels<Choice> kernels;
 
 // Rows that a layout completes its last unit of 128 with are written too, with zeros, and so is a scale that is the
 // tensor's where there are no rows.
@@ -171,7 +164,6 @@ int64_t blocks_of(const Pipeline& p, const cuda::Stages& s) {
 }
 
 void launch(const Pipeline& a, const Pipeline* b = nullptr, bool by_tensor_amax = false) {
-  STD_TORCH_CHECK(driver.launch && driver.compile, "there is no CUDA driver on this machine");
   Choice choice;
   std::memset(&choice, 0, sizeof(choice));
   set_stages(choice.a, a, by_tensor_amax);
@@ -186,12 +178,12 @@ void launch(const Pipeline& a, const Pipeline* b = nullptr, bool by_tensor_amax 
     rows[1] = arguments_of(*b);
   }
   if (!blocks) return;
-  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "too many rows for one launch");
-  void* const kernel = kernel_for(choice, b);
-  if (!kernel) return;
+  void* const kernel = kernels.get(choice, [&] {
+    const std::string of_b = b ? text_of(choice.b) : "";
+    return compiled(text_of(choice.a), b ? &of_b : nullptr, choice.device);
+  });
   void* arguments[] = {&rows[0], &rows[1], &blocks_of_a};
-  const char* const error = driver.launch(a.x.device, kernel, static_cast<unsigned>(blocks), choice.a.block, arguments);
-  if (error) throw std::runtime_error(std::string("fused_ops: a kernel could not be launched: ") + error);
+  launch_kernel(kernel, choice.device, blocks, choice.a.block, arguments);
 }
 
 // One scale for the whole tensor takes two launches: the rows and their largest element, then the codes.

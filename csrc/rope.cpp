@@ -42,10 +42,10 @@ void set_heads(Heads& heads, const Rope& p, T tensor, const char* name) {
   heads.cols = tensor.size(dims - 1);
 }
 
-// On the CPU every position and slot is looked at before anything is written; a kernel on a device checks its own.
+// On the CPU every position and slot is looked at before anything is written; a CUDA kernel checks its own.
 void check_range(const Rope& p, int64_t count, int64_t low, int64_t high, int64_t (*of)(const Rope&, int64_t),
                  const char* name) {
-  if (p.device != kCpu) return;
+  if (on_cuda(p.device)) return;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t value = of(p, i);
     STD_TORCH_CHECK(value >= low && value <= high, name, ": out of range");

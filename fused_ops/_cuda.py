@@ -21,6 +21,7 @@ import torch
 from ._cpu import LIMITS as KEYS
 from ._cpu import library_path, serves
 from ._op import OPS, Backend, Op
+from .rope import WHOLE_VECTOR
 
 HERE = Path(__file__).parent
 CSRC = HERE / "csrc" if (HERE / "csrc").exists() else HERE.parent / "csrc"  # installed, or in a checkout
@@ -36,7 +37,8 @@ Compile = ctypes.CFUNCTYPE(
 Launch = ctypes.CFUNCTYPE(
     ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
 )
-LIMITS = f"rows of up to 65536 columns of 16 bits, 32768 of 32, and {KEYS}"
+LIMITS = f"rows of up to 65536 columns of 16 bits, 32768 of 32, heads of up to 4096 and 2048, and {KEYS}"
+MOST_IN_ROW, MOST_IN_HEAD = 16 * 8 * 1024, 8192  # bytes: a block's registers, and what it shares of each thread's
 NOT_NOW = 1  # in the place of a kernel: nothing is to be launched
 
 
@@ -85,15 +87,25 @@ def serve() -> None:
 
 
 def _supports(op: Op) -> Callable[..., bool]:
+    fits = _heads_fit if "cos_sin_cache" in op.arguments else _row_fits
+    return lambda *args: fits(op, args) and all(map(serves, op.keys(args)))
+
+
+def _row_fits(op: Op, args: tuple) -> bool:
     up = op.argument("up")
+    interleaved = up is not None and args[up] is None
+    return args[0].shape[-1] // (1 + interleaved) * args[0].element_size() <= MOST_IN_ROW
 
-    def supports(*args) -> bool:
-        interleaved = up is not None and args[up] is None
-        cols = args[0].shape[-1] // (1 + interleaved)
-        most = 16 * 8 * 1024 // args[0].element_size()  # a block's registers
-        return cols <= most and all(map(serves, op.keys(args)))
 
-    return supports
+def _heads_fit(op: Op, args: tuple) -> bool:
+    size, whole = args[0].element_size(), args[op.arguments.index("flags")] & WHOLE_VECTOR
+    tensors = [x for name, x in zip(op.arguments, args, strict=False) if name in _HEADS and x is not None]
+    return all(x.shape[-1] * size <= MOST_IN_HEAD for x in tensors) and not (
+        whole and any(x.shape[1] * x.shape[2] * size > MOST_IN_ROW for x in args[:2])
+    )
+
+
+_HEADS = ("q", "k", "v", "gate", "q_pe", "k_pe", "kv_c")
 
 
 def _failure() -> BaseException | None:
@@ -181,11 +193,22 @@ extern "C" __global__ void __launch_bounds__(A.block)
 """
 
 
+_KERNEL_OF_HEADS = """\
+#include "rope.cuh"
+using namespace fused_ops;
+constexpr TokenStages A = %s;
+extern "C" __global__ void __launch_bounds__(A.block) kernel(const __grid_constant__ Tokens a) {
+  SHARED(SharedByHeads<A>, shared);
+  run<A>(a, blockIdx.x, shared);
+}
+"""
+
+
 def source(stages: bytes, stages_of_b: bytes | None = None) -> str:
-    """A kernel for one choice of stages, or for two, of which the first has so many of the blocks."""
-    if stages_of_b is None:
-        return _KERNEL % stages.decode()
-    return _KERNEL_OF_TWO % (stages.decode(), stages_of_b.decode())
+    """A kernel for one choice of stages, of rows or heads, or for two, of which the first has so many of the blocks."""
+    if stages_of_b is not None:
+        return _KERNEL_OF_TWO % (stages.decode(), stages_of_b.decode())
+    return (_KERNEL_OF_HEADS if stages.startswith(b"TokenStages") else _KERNEL) % stages.decode()
 
 
 def architecture(major: int, minor: int) -> str:

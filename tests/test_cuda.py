@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import assert_close, assert_same
 from promises import DEVICE, on_device
-from test_ops import ALL, cases, results
+from test_ops import ALL, HEADS, cases, results
 
 import fused_ops
 from fused_ops import OPS
@@ -25,7 +25,7 @@ from quant import (
     ScaleLayout,
 )
 
-ROW_OPS = [p for p in ALL if p.id not in ("rope", "scaled_linear")]
+ROW_OPS = [p for p in ALL if p.id not in (*HEADS, "scaled_linear")]  # heads are in test_cuda_rope.py
 PER_OP = 6 if DEVICE == "cpu" else 60  # kernels to compile take a third of a second each
 
 
@@ -69,7 +69,7 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("cols", [32, 576, 5120, 16384, 65536])
+@pytest.mark.parametrize("cols", [32, 160, 576, 5120, 16384, 65536])
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_quantize_at_every_row_length(key, cols):
     x = torch.randn(3, cols).bfloat16() * torch.tensor([[1.0], [0.0], [300.0]]).bfloat16()
@@ -80,6 +80,20 @@ def test_quantize_at_every_row_length(key, cols):
         actual = fused_ops.quantize(on_device(x), key, **{k: on_device(v) for k, v in options.items()}).to("cpu")
     for name in "data", "scale", "zero_point":
         assert_same(getattr(actual, name), getattr(expected, name), name)
+
+
+def test_rows_of_a_warp_that_are_left_out():
+    """Short rows share a warp: what comes before the first that is worked on counts for nothing."""
+    x, tokens = torch.randn(3, 5, 64), torch.tensor([0, 5, 2])
+    x[0] = 1e30
+    args = (x, FP8_DYNAMIC_TENSOR.code, None, None, tokens)
+    expected, actual = results(OPS["relu2_quant"], args), run(OPS["relu2_quant"], args)
+    assert_same(actual["scale"], expected["scale"])
+    assert_same(actual["data"][1], expected["data"][1])
+    x = torch.ones(3, 64)
+    x[:, ::2] = -1
+    args = (x, -100 * x[0], torch.full((64,), 100.0), 1e-6, FP8_DYNAMIC_TENSOR.code, None)
+    assert run(OPS["layer_norm_quant"], args)["scale"] < 1e-3  # rows that aren't there would be normed to 100
 
 
 @pytest.mark.parametrize("cols", [1, 31, 577, 4097])
@@ -98,9 +112,9 @@ def test_rows_that_no_pack_divides(cols):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_row_depends_on_nothing_but_itself(dtype):
+@pytest.mark.parametrize("cols", [64, 576])
+def test_a_row_depends_on_nothing_but_itself(dtype, cols):
     """Promise 2: alone, in a batch, at an odd address, with gaps between rows."""
-    cols = 576
     x, w = on_device(torch.randn(9, cols).to(dtype)), on_device(torch.randn(cols))
     shifted = on_device(torch.empty(9 * (cols + 3) + 1, dtype=dtype))[1:].view(9, cols + 3)[:, :cols]
     shifted.copy_(x)

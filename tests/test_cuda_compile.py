@@ -61,6 +61,35 @@ def dual(cols, dtype, key):
         fused_ops.dual_rms_norm(q, kv, None, None, 1e-6, 1e-6, q_quant_key=key, q_options=options(key))
 
 
+def rotated(dim, rotary, dtype=torch.bfloat16, **options):
+    q, k, _ = torch.zeros(2, 48, dim, dtype=dtype).split([32, 8, 8], dim=1)
+    positions = torch.zeros((3, 2) if "mrope_section" in options else 2, dtype=torch.int64)
+    fused_ops.rope(q, k, positions, torch.zeros(9, rotary), **options)
+
+
+def cached(dim, rotary, dtype=torch.bfloat16, held=torch.bfloat16, norm=True, **options):
+    q, k, v = torch.zeros(2, 48, dim, dtype=dtype).split([32, 8, 8], dim=1)
+    weight = (torch.ones(dim * (heads if options.get("whole_vector") else 1)) for heads in (32, 8))
+    k_cache, v_cache = torch.zeros(2, 4, 16, 8, dim).to(held)
+    coded = {} if held == dtype else {"k_scale": torch.ones(8), "v_scale": ONE}
+    inputs, caches = (q, k, v, torch.zeros(2, dtype=torch.int64), torch.zeros(9, rotary)), (k_cache, v_cache)
+    slots = torch.zeros(2, dtype=torch.int64)
+    if norm:
+        fused_ops.qk_norm_rope_kv_cache_write(*inputs, *weight, 1e-6, *caches, slots, **coded, **options)
+    else:
+        fused_ops.rope_kv_cache_write(*inputs, *caches, slots, **coded, **options)
+
+
+def latent(held):
+    q_pe, (kv_c, k_pe) = (
+        torch.zeros(2, 16, 192).bfloat16()[..., 128:],
+        torch.zeros(2, 576).bfloat16().split([512, 64], -1),
+    )
+    positions, cache = torch.zeros(2, dtype=torch.int64), torch.zeros(4, 16, 576).to(held)
+    scale = {} if held == torch.bfloat16 else {"kv_scale": ONE}
+    fused_ops.mla_rope_kv_cache_concat(q_pe, k_pe, kv_c, positions, torch.zeros(9, 64), cache, positions, **scale)
+
+
 def kernels_of(call) -> list[str]:
     """The texts of the first kernel that `call` asks for, which isn't run."""
     asked = []
@@ -119,3 +148,34 @@ def test_kernels_compile(key, tmp_path, monkeypatch):
         check_machine_code(instructions(code, tmp_path))
         assert _cuda.cubin(text, arch) == code  # from the disk
     assert len(list(cache.iterdir())) == len(chosen)
+
+
+HEADS = {
+    "64": lambda: rotated(64, 64, round_products=True),
+    "128, three axes": lambda: rotated(128, 128, mrope_section=[16, 24, 24], mrope_interleaved=True),
+    "128, normed, FP8": lambda: cached(128, 128, held=torch.float8_e4m3fn),
+    "128, q in FP8": lambda: cached(128, 64, norm=False, q_quant_key=FP8_DYNAMIC_TOKEN),
+    "128, normed together": lambda: cached(128, 128, whole_vector=True),
+    "256": lambda: cached(256, 64, torch.float16, torch.float16, norm=False),
+    "256, normed": lambda: cached(256, 256, torch.float32, torch.float32, weight_bias=1.0),
+    "latent": lambda: latent(torch.bfloat16),
+    "latent, FP8": lambda: latent(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_kernels_of_heads_compile(name, tmp_path, monkeypatch):
+    """Each for one architecture in turns; with --full, for all."""
+    monkeypatch.setenv("FUSED_OPS_CACHE", str(tmp_path / "cache"))
+    (text,) = kernels_of(HEADS[name])
+    turn = list(HEADS).index(name) % len(ARCHITECTURES)
+    for arch in ARCHITECTURES if pairwise.everything else ARCHITECTURES[turn : turn + 1]:
+        found = instructions(_cuda.cubin(text, arch), tmp_path)
+        wide = {name: sum(n for i, n in found.items() if i.startswith(name) and ".128" in i) for name in ("LDG", "STG")}
+        moved = {name: sum(n for i, n in found.items() if i.startswith(name)) for name in wide}
+        assert wide["LDG"] >= 4
+        assert moved["LDG"] - wide["LDG"] <= 20, found  # positions, slots and scales: of four bytes or of eight
+        assert moved["STG"] == wide["STG"] + found["STG.E.64"] + (4 if "q in FP8" in name else 0), (
+            found
+        )  # codes; scales
+        assert not any(i.startswith(("LDL", "STL", "F2F.BF16")) for i in found), found

@@ -64,12 +64,31 @@ assert calls() == []
     )
 
 
+def test_heads_of_any_number_of_tokens_are_launched_at_once(folder):
+    process(
+        folder,
+        """
+qkv, table = torch.zeros(600, 48, 128).bfloat16(), torch.zeros(64, 128)
+q, k, v = qkv.split([32, 8, 8], dim=1)
+caches, positions = [torch.zeros(40, 16, 8, 128).bfloat16() for _ in range(2)], torch.arange(600) % 64
+args = lambda n: (q[:n], k[:n], v[:n], positions[:n], table, *caches, torch.arange(n))
+fused_ops.rope(q[:6], k[:6], positions[:6], table)   # 4 heads for 8 threads: 48 and 12 of them, 16 to a block
+assert calls()[-2] == "launch 17 4 1 1 128 1 1 0 stream 1001 rows 6", calls()
+assert fused_ops.warmup(lambda: fused_ops.rope_kv_cache_write(*args(1))) == 1
+fake.fake_reset(0); fused_ops.rope_kv_cache_write(*args(600))
+assert calls() == ["push 1", "launch 17 450 1 1 128 1 1 0 stream 1001 rows 600", "pop"], calls()
+fake.fake_reset(0); fused_ops.rope_kv_cache_write(*args(0))
+assert calls() == []
+""",
+    )
+
+
 def test_the_dispatcher_has_the_row_operations_for_cuda(folder):
     process(
         folder,
         """
 with_kernels = [n for n in fused_ops.OPS if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{n}", "CUDA")]
-assert sorted(set(fused_ops.OPS) - set(with_kernels)) == ["rope", "scaled_linear"], with_kernels
+assert sorted(set(fused_ops.OPS) - set(with_kernels)) == ["scaled_linear"], with_kernels
 assert all("cuda" in fused_ops.OPS[n].backends for n in with_kernels)
 op.redispatch(key, x, w, 1e-6, 0)
 assert calls()[-2].startswith("launch"), calls()

@@ -1,6 +1,6 @@
 """What only a GPU can show of the CUDA and Triton kernels: `make gpu`.
 
-The rest of the suite for them, test_cuda.py and test_triton.py, runs there too, with FUSED_OPS_TEST_DEVICE=cuda.
+The rest of the suite for them, test_cuda*.py and test_triton*.py, runs there too, with FUSED_OPS_TEST_DEVICE=cuda.
 """
 
 import threading
@@ -10,6 +10,8 @@ import torch
 from compare import assert_same, raw
 
 import fused_ops
+from fused_ops import OPS
+from fused_ops.rope import rope_inputs
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN
 
 pytestmark = pytest.mark.gpu
@@ -105,3 +107,63 @@ def test_a_row_is_the_same_in_any_batch(backend, key):
         for rows in (slice(0, 1), slice(4093, 5000)):
             for got, expected in zip(add_norm_quant(x[rows], r[rows], w, key), whole, strict=True):
                 assert_same(got, expected[rows].clone())
+
+
+def heads(backend, tokens, dtype=torch.bfloat16, dim=128):
+    """q, k, v, positions, table, k_cache, v_cache and slots of rope_kv_cache_write, on the GPU."""
+    if backend not in OPS["rope_kv_cache_write"].backends:
+        pytest.skip(f"{backend} has no heads")
+    q, k, positions, table = rope_inputs(tokens, 8, 2, dim, dim, dtype, "cuda")
+    caches = torch.zeros(2, -(-tokens // 16), 16, 2, dim, device="cuda").to(dtype)
+    return q, k, torch.randn_like(k), positions, table, *caches, torch.randperm(tokens, device="cuda")
+
+
+@BACKENDS
+@pytest.mark.parametrize("held", [None, torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_a_16_bit_dtype_as_a_head(backend, dtype, held):
+    *_, positions, table, k_cache, v_cache, slots = heads(backend, 256, dtype)
+    q = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).view(256, 2, 128).cuda()
+    k, scales = q.flip(0), {"k_scale": torch.tensor([0.37]), "v_scale": torch.tensor([3.7])} if held else {}
+    k_cache, v_cache = (cache.to(held or dtype) for cache in (k_cache, v_cache))
+    there = (q, k, k.flip(1), positions, table, k_cache, v_cache, slots)
+    here = [x.cpu() for x in there]
+    with fused_ops.use_backend(backend):
+        actual = fused_ops.rope_kv_cache_write(*there, **{name: scale.cuda() for name, scale in scales.items()})
+    assert_same(actual.cpu(), fused_ops.rope_kv_cache_write(*here, **scales))
+    assert_same(k_cache.cpu(), here[5])
+    assert_same(v_cache.cpu(), here[6])
+
+
+@BACKENDS
+def test_a_captured_graph_writes_into_other_slots(backend):
+    q, k, v, positions, _, k_cache, v_cache, slots = args = heads(backend, 16)
+    weight = torch.randn(128, device="cuda")
+    norms = (weight, weight, 1e-6)
+    with fused_ops.use_backend(backend):
+        call = lambda *caches: fused_ops.qk_norm_rope_kv_cache_write(*args[:5], *norms, *caches, slots)  # noqa: E731
+        fused_ops.warmup(lambda: call(k_cache, v_cache))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(k_cache, v_cache)
+        for _ in range(3):
+            q.normal_(), k.normal_(), v.normal_()
+            positions.random_(0, 4096), slots.copy_(torch.randperm(16))
+            graph.replay()
+            mine = torch.zeros_like(k_cache), torch.zeros_like(v_cache)
+            assert_same(captured, call(*mine))
+            assert_same(k_cache, mine[0])
+            assert_same(v_cache, mine[1])
+
+
+@BACKENDS
+def test_heads_beyond_two_to_the_31_elements(backend):
+    tokens = (1 << 21) + 3
+    q, k, v, positions, table, k_cache, v_cache, slots = heads(backend, tokens)
+    with fused_ops.use_backend(backend):
+        whole = fused_ops.rope_kv_cache_write(q, k, v, positions, table, k_cache, v_cache, slots)
+        for part in slice(0, 5), slice(tokens - 5, tokens):
+            alone = fused_ops.rope(q[part], k[part], positions[part], table)
+            assert_same(whole[part], alone[0])
+            assert_same(k_cache.flatten(0, 1)[slots[part]], alone[1])
+            assert_same(v_cache.flatten(0, 1)[slots[part]], v[part].contiguous())

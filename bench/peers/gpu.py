@@ -29,6 +29,7 @@ from torch import Tensor
 
 import fused_ops
 from fused_ops.norm import ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE
+from fused_ops.rope import IS_NEOX
 from quant import (
     FP8_DYNAMIC_GROUP_64,
     FP8_DYNAMIC_GROUP_128,
@@ -163,6 +164,9 @@ def _for_hopper(path: Path) -> bool:
 
 
 def _bind_sglang(ops: Any, op: str, args: tuple, outs: list[Tensor]) -> dict[str, Call]:
+    if op == "qk_norm_rope":
+        call = _sglang_qk_norm_rope(ops, *args)
+        return {"sglang": call} if call else {}
     if op == "quantize":
         x, key, given = args
         call = _sglang_quantize(ops, x, key, given, outs) if _plain([x]) else None
@@ -194,6 +198,19 @@ def _sglang_kernels(ops: Any, x: Tensor) -> dict[str, Callable[..., partial]]:
         "silu_mul": lambda out, packed: partial(ops.silu_and_mul.default, out, packed),
         "gelu_tanh_mul": lambda out, packed: partial(ops.gelu_tanh_and_mul.default, out, packed),
     }
+
+
+def _sglang_qk_norm_rope(
+    ops: Any, q: Tensor, k: Tensor, positions: Tensor, table: Tensor, q_weight, k_weight, eps: float, flags: int, mrope
+) -> Call | None:
+    """In place, on a packed qkv; it computes the cosines, of base 10000, itself."""
+    dim, heads = q.shape[2], (q.shape[1], k.shape[1], k.shape[1])
+    if dim not in (64, 128, 256) or flags & ~(IS_NEOX | ROUND_BEFORE_WEIGHT) or q.dtype != torch.bfloat16:
+        return None
+    qkv = torch.cat([q, k, k], dim=1).flatten(1)
+    no_yarn = (1.0, 1.0, 1.0, 1.0)  # factor, low, high, attention_factor
+    weights, turn = (q_weight, k_weight), (10000.0, bool(flags & IS_NEOX), positions.int())
+    return partial(ops.fused_qk_norm_rope.default, qkv, *heads, dim, eps, *weights, *turn, *no_yarn, table.shape[1])
 
 
 def _sglang_quantize(
@@ -230,6 +247,12 @@ def _import_flashinfer() -> tuple[Any, str]:
 
 
 def _bind_flashinfer(flashinfer: Any, op: str, args: tuple, outs: list[Tensor]) -> dict[str, Call]:
+    if op == "rope":
+        *_, call = _flashinfer_rope(flashinfer, *args[:5])
+        return {"flashinfer": call}
+    if op == "rope_kv_cache_write":
+        call = _flashinfer_write(flashinfer, *args)
+        return {"flashinfer (two kernels)": call} if call else {}
     kernels: dict[str, Callable[..., partial]] = {
         "rms_norm": lambda out, *args: partial(flashinfer.rmsnorm, *args, out=out),
         "fused_add_rms_norm": lambda *args: partial(flashinfer.fused_add_rmsnorm, *args),
@@ -249,6 +272,28 @@ def _bind_flashinfer(flashinfer: Any, op: str, args: tuple, outs: list[Tensor]) 
         }
     result = _run(kernels, op, inputs, outs[0])
     return {"flashinfer": result[0]} if result else {}
+
+
+def _flashinfer_rope(flashinfer: Any, q, k, positions, table, flags: int) -> tuple[Tensor, Tensor, Call]:
+    """(q, k, what rotates them): in place, in copies that are packed as q and k are."""
+    q, k = torch.cat([q, k, k], dim=1).split([q.shape[1], k.shape[1], k.shape[1]], dim=1)[:2]
+    rotate, neox = flashinfer.rope.apply_rope_with_cos_sin_cache_inplace, bool(flags & IS_NEOX)
+    return q, k, partial(rotate, positions, q.flatten(1), k.flatten(1), q.shape[2], table, neox)
+
+
+def _flashinfer_write(
+    flashinfer: Any, q, k, v, positions, table, k_cache, v_cache, slots, k_scale, v_scale, flags: int, mrope: int
+) -> Call | None:
+    """All tokens as one sequence, in pages at random."""
+    tokens, (pages, size) = q.shape[0], k_cache.shape[:2]
+    if k_scale is not None or pages != -(-tokens // size):
+        return None
+    _, k, rotate = _flashinfer_rope(flashinfer, q, k, positions, table, flags)
+    place = partial(torch.tensor, dtype=torch.int32, device=q.device)
+    paged = (torch.randperm(pages, device=q.device).int(), place([0, pages]), place([(tokens - 1) % size + 1]))
+    sequence = (torch.zeros_like(positions).int(), torch.arange(tokens, device=q.device).int())
+    caches = (torch.empty_like(k_cache), torch.empty_like(v_cache))
+    return _both(rotate, partial(flashinfer.append_paged_kv_cache, k, v, *sequence, caches, *paged))
 
 
 # What SGLang's and FlashInfer's kernels have in common

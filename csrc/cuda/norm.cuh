@@ -23,19 +23,27 @@ struct Columns {
   }
 };
 
-// y = round_S(x * rstd * w), or round_S(round_S(x * rstd) * w).
-template <Stages K, NormStage NORM, Slot SLOT>
-DEVICE void rms_norm(Held<K>& held, const void* weight, float eps, Scratch& scratch) {
-  using T = typename Held<K>::T;
-  const Columns<K, NORM.weight> w(held, weight);  // on its way while the sum is made
+template <Stages K, Slot SLOT>
+DEVICE float rstd_of(const Held<K>& held, float eps, Scratch& scratch) {
   const float sum = sum_of<K, SLOT>(held, scratch, [](float x, int, int) { return x * x; });
-  const float rstd = 1.0f / sqrtf(sum / (float)K.cols + eps);
+  return 1.0f / sqrtf(sum / (float)K.cols + eps);
+}
+
+// y = round_S(x * rstd * w), or round_S(round_S(x * rstd) * w).
+template <Stages K, NormStage NORM>
+DEVICE void scale_by(Held<K>& held, float rstd, const Columns<K, NORM.weight>& w) {
   held.each([&](float x, int i, int j) {
     x = x * rstd;
-    if constexpr (NORM.round_before_weight && NORM.weight != kNothing) x = round_to<T>(x);
+    if constexpr (NORM.round_before_weight && NORM.weight != kNothing) x = round_to<typename Held<K>::T>(x);
     if constexpr (NORM.weight != kNothing) x *= NORM.weight_plus_one ? w(i, j) + 1.0f : w(i, j);
     return x;
   });
+}
+
+template <Stages K, NormStage NORM, Slot SLOT>
+DEVICE void rms_norm(Held<K>& held, const void* weight, float eps, Scratch& scratch) {
+  const Columns<K, NORM.weight> w(held, weight);  // on its way while the sum is made
+  scale_by<K, NORM>(held, rstd_of<K, SLOT>(held, eps, scratch), w);
 }
 
 // y = round_S((x - mean) * rstd * w + b), the variance being about the mean.

@@ -71,8 +71,9 @@ DEVICE void run(const Row& p, long long block, Shared<K>& shared) {
   if constexpr (K.y)
     if (active) store_rows(p.y, r, held, K.y_cols);
   if constexpr (K.collect_amax) {
-    int low, high = lanes_max(row_amax(held, low), kWarp);
-    if (active && threadIdx.x % kWarp == 0) atomicMax(p.tensor_amax, high);
+    int low, high = row_amax(held, low);
+    high = lanes_max(active ? high : 0, kWarp);
+    if (threadIdx.x % kWarp == 0) atomicMax(p.tensor_amax, high);
   }
   if constexpr (K.data || K.scale) {
     int* const amax = shared.amax + (Shared<K>::kGroups ? place * Shared<K>::kParts * Codes<K>::kGroups : 0);

@@ -144,7 +144,8 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 template <bool ALIGNED, class T, int N>
 DEVICE void load(Pack<T, N>& to, const T* from, int n) {
   if constexpr (ALIGNED) {
-    to = n ? *(const Pack<T, N>*)from : Pack<T, N>{};
+    using Words = Pack<unsigned, sizeof(to) / 4>;  // which are chosen whole, where halves of them would be one by one
+    to = bits<Pack<T, N>>(n ? *(const Words*)from : Words{});
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j) to.e[j] = j < n ? from[j] : T{};

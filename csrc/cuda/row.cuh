@@ -1,8 +1,8 @@
 // Row pipelines: load -> transform -> store, as on the CPU, for kernels that are compiled for one choice of stages.
 //
-// `threads` threads own a row: each reads its elements once, keeps them in registers as values of S, which every stage
-// rounds to, and writes them once. How a row is spread over threads follows from its length and S alone, and with it
-// the order of every sum. Rows that share a block never meet.
+// `threads` threads, a power of two, own a row: each reads its elements once, keeps them in registers as values of S,
+// which every stage rounds to, and writes them once. How a row is spread over threads follows from its length and S
+// alone, and with it the order of every sum. Rows that share a block, or a warp, never meet.
 #pragma once
 
 #include "platform.cuh"
@@ -91,18 +91,27 @@ struct Held {
 };
 
 template <Stages K>
-DEVICE void load_rows(const Strided& in, long long r, Held<K>& held) {
-  const auto* x = at<K.flat, const typename Held<K>::T>(in, r);
+DEVICE void load_row(const typename Held<K>::T* x, Held<K>& held) {
 #pragma unroll
   for (int i = 0; i < Held<K>::kPacks; ++i) load<K.aligned>(held.packs[i], x + held.at(i), held.count(i));
+}
+
+template <Stages K>
+DEVICE void store_row(typename Held<K>::T* y, const Held<K>& held) {
+#pragma unroll
+  for (int i = 0; i < Held<K>::kPacks; ++i) store<K.aligned>(y + held.at(i), held.packs[i], held.count(i));
+}
+
+template <Stages K>
+DEVICE void load_rows(const Strided& in, long long r, Held<K>& held) {
+  load_row(at<K.flat, const typename Held<K>::T>(in, r), held);
 }
 
 template <Stages K>
 DEVICE void store_rows(const Strided& out, long long r, const Held<K>& held, int cols) {
   using T = typename Held<K>::T;
   T* y = at<K.flat, T>(out, r);
-#pragma unroll
-  for (int i = 0; i < Held<K>::kPacks; ++i) store<K.aligned>(y + held.at(i), held.packs[i], held.count(i));
+  store_row(y, held);
   for (int c = K.cols + held.thread; c < cols; c += K.threads) y[c] = T{};
 }
 
@@ -114,10 +123,10 @@ struct Scratch {
 
 enum Slot { kPostSum, kMeanSum, kNormSum, kAmax, kLow, kTensorAmax };
 
-// `combine` over the row of what `within` made of each warp.
+// Once for the row what `within` makes of so many neighbouring lanes.
 template <Stages K, Slot SLOT, class V, class Within>
 DEVICE V over_row(V x, Scratch& scratch, const Within& within) {
-  x = within(x, kWarp);
+  x = within(x, K.threads < kWarp ? K.threads : kWarp);
   constexpr int kWarps = K.threads / kWarp;
   if constexpr (kWarps > 1) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

@@ -1,4 +1,4 @@
-// What host and device agree on: the arguments of a row kernel, and what it is compiled for.
+// What host and device agree on: the arguments of a kernel, of rows or of heads, and what it is compiled for.
 #pragma once
 
 namespace fused_ops {
@@ -60,6 +60,65 @@ struct Stages {
   long long key;
   // One scale for the whole tensor takes two launches: one collects amax, the other quantizes by it.
   bool collect_amax, by_tensor_amax;
+};
+
+// --- heads (rope.cuh) ---
+
+// Where the heads of tokens lie, and where in a paged cache: as Place and CachePlace in csrc/rope.h.
+struct Place {
+  char* data;
+  long long token, head;
+};
+struct CachePlace {
+  char* data;
+  long long block, slot, head;
+  const float* scale;
+  long long scale_step;  // from head to head
+};
+
+// q, k, v or the gate: `count` heads for each token, by so many blocks.
+struct Heads {
+  Place in, out;
+  CachePlace cache;
+  int count;
+  unsigned blocks;
+  const void* weight;
+  float eps;
+};
+
+struct Tokens {
+  long long tokens;
+  Heads q, k, v, gate;
+  Row codes;  // of q
+  const char* table;
+  long long table_rows, table_stride;
+  const void *positions, *slots;
+  long long axis_stride, slot_count, slots_in_cache, block_size;
+  bool long_positions, long_slots;
+};
+
+struct HeadStages {
+  int cols, threads;              // of a head; no threads: there are no such heads
+  int together;                   // heads that these threads work on at once
+  int whole_cols, whole_threads;  // of a token, where a norm is of all its heads
+  bool aligned;                   // as in Stages
+  NormStage norm;
+  bool rotated, sigmoid, y, data, scale;
+  long long key;        // of the codes
+  bool flat;            // their rows lie at one stride
+  bool cached, coded;   // there is a cache, which holds codes and not S
+  long long cache_key;  // of those
+};
+
+struct TokenStages {
+  Dtype dtype;     // S
+  int block;       // threads of a block
+  int half;        // pairs that turn
+  int mrope;       // as in Rope
+  bool positions;  // or row t of the table is token t's
+  bool slots;      // there is a cache
+  bool neox, round_products, aligned_table;
+  HeadStages q, k, v, gate;
 };
 
 }  // namespace cuda

@@ -40,6 +40,7 @@ void call(void (*kernel)(P...), void** arguments) {
 }  // namespace fibers
 
 inline void __syncthreads() { fibers::wait_for_block(); }
+inline void __syncwarp() { fibers::wait_for_warp(); }
 
 template <class V>
 V __shfl_xor_sync(unsigned, V value, int mask) {
