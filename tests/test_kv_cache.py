@@ -76,7 +76,11 @@ def test_caches_get_what_the_operations_make_and_nothing_else(backend, dtype, he
             assert_same(raw(call[f"{name}_cache"].contiguous()), want, name)
 
 
-@pytest.mark.parametrize("options", [{}, {"whole_vector": True}, {"norm_v": True, "weight_bias": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"whole_vector": True}, {"norm_v": True, "weight_bias": 1.0}, {"whole_vector": True, "norm_v": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("held", [None, FP8, FP8_FNUZ], ids=str)
 @every_backend
 def test_norms_come_first(backend, held, options):
