@@ -204,7 +204,8 @@ def test_given_outputs_get_the_same_bits_and_nothing_beside_them(op, backend):
         with fused_ops.use_backend(backend):
             expected = results(op, args)
             outs = fresh(op, args, row_gap=5)
-            bases = {name: out._base for name, out in outs.items() if out is not None and out._base is not None}
+            wide = {name for name in outs if not name.endswith(("scale_out", "zero_point_out"))}
+            bases = {name: out._base for name, out in outs.items() if name in wide and out is not None}
             edges = {name: base[..., -5:].clone() for name, base in bases.items()}
             op.out(*own(op, args), **outs)
         for name, out in [item for item in outs.items() if item[1] is not None]:
