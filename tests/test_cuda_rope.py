@@ -15,9 +15,9 @@ from test_ops import cases, own, results
 import fused_ops
 from fused_ops import OPS, _cuda
 from fused_ops._op import NO_KEY
-from fused_ops.kv_cache import caches_for
+from fused_ops.heads_inputs import caches_for, rope_inputs, weights
 from fused_ops.quantize import key_inputs
-from fused_ops.rope import IS_NEOX, NORM_V, ROUND_PRODUCTS, WHOLE_VECTOR, mrope_code, rope_inputs, weights
+from fused_ops.rope import IS_NEOX, NORM_V, ROUND_PRODUCTS, WHOLE_VECTOR, mrope_code
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN, MXFP8, ScaleLayout
 from quant.key import FP8, FP8_FNUZ
 

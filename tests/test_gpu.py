@@ -11,7 +11,7 @@ from compare import assert_same, raw
 
 import fused_ops
 from fused_ops import OPS
-from fused_ops.rope import rope_inputs
+from fused_ops.heads_inputs import rope_inputs
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN
 
 pytestmark = pytest.mark.gpu

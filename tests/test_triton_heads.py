@@ -10,8 +10,8 @@ from test_triton import by_triton
 import fused_ops
 from fused_ops import OPS
 from fused_ops._memory import check_written
-from fused_ops.heads_inputs import caches_for
-from fused_ops.rope import IS_NEOX, ROUND_BEFORE_WEIGHT, WHOLE_VECTOR, rope_inputs
+from fused_ops.heads_inputs import caches_for, rope_inputs
+from fused_ops.rope import IS_NEOX, ROUND_BEFORE_WEIGHT, WHOLE_VECTOR
 from quant import FP8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR, MXFP8, NVFP4, ScaleLayout
 from quant.key import FP8
 
