@@ -82,6 +82,12 @@ def fresh(op, args, *, row_gap: int = 0) -> dict[str, Tensor]:
     return outs
 
 
+def spread(outs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """What lies around the outputs that `fresh` has spread."""
+    exact = ("scale_out", "zero_point_out")
+    return {name: out._base for name, out in outs.items() if out is not None and not name.endswith(exact)}
+
+
 def results(op, args) -> dict[str, Tensor]:
     """Every output by name, and what it writes besides, from the out overload."""
     args = own(op, args)
@@ -204,8 +210,7 @@ def test_given_outputs_get_the_same_bits_and_nothing_beside_them(op, backend):
         with fused_ops.use_backend(backend):
             expected = results(op, args)
             outs = fresh(op, args, row_gap=5)
-            wide = {name for name in outs if not name.endswith(("scale_out", "zero_point_out"))}
-            bases = {name: out._base for name, out in outs.items() if name in wide and out is not None}
+            bases = spread(outs)
             edges = {name: base[..., -5:].clone() for name, base in bases.items()}
             op.out(*own(op, args), **outs)
         for name, out in [item for item in outs.items() if item[1] is not None]:

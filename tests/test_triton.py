@@ -9,7 +9,7 @@ import torch
 from compare import assert_close, assert_same
 from keys import EVERY_KEY, given_tensors, layouts
 from promises import DEVICE, on_device
-from test_ops import ALL, as_tuple, cases, fresh, functional, results
+from test_ops import ALL, as_tuple, cases, fresh, functional, results, spread
 from torch import Tensor
 
 import fused_ops
@@ -97,7 +97,7 @@ def test_given_outputs_may_be_strided_and_nothing_lies_beside_them(op):
     expected, moved = by_triton(op, args), tuple(map(on_device, args))
     with fused_ops.use_backend("triton"):
         outs = fresh(op, moved, row_gap=5)
-        bases = {name: out._base for name, out in outs.items() if out is not None and out._base is not None}
+        bases = spread(outs)
         edges = {name: base[..., -5:].clone() for name, base in bases.items()}
         op.out(*moved, **outs)
     for name, base in bases.items():
