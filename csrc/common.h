@@ -158,27 +158,59 @@ inline Rows rows_like(const Tensor& tensor, const char* name, const Tensor& like
   return rows;
 }
 
+// The bytes that rows cover: (stride, count) from the outermost on, around `inner` bytes at once.
+struct Extent {
+  int dims = 0;
+  int64_t stride[kMaxDims], count[kMaxDims], inner = 0;
+
+  Extent(const Rows& rows, int64_t bytes) : inner(rows.cols * bytes) {
+    std::pair<int64_t, int64_t> sorted[kMaxDims];
+    for (int d = 0; d < rows.dims; ++d) sorted[d] = {rows.stride[d], rows.size[d]};
+    std::sort(sorted, sorted + rows.dims);
+    for (int d = rows.dims - 1; d >= 0; --d) {
+      const auto [step, size] = sorted[d];
+      if (dims && stride[dims - 1] == step * size) {
+        stride[dims - 1] = step;
+        count[dims - 1] *= size;
+      } else {
+        stride[dims] = step;
+        count[dims++] = size;
+      }
+    }
+  }
+  int64_t span(int from) const {
+    int64_t bytes = inner;
+    for (int d = from; d < dims; ++d) bytes += (count[d] - 1) * stride[d];
+    return bytes;
+  }
+};
+
+// Whether a and b may share a byte where b begins `apart` bytes behind a. Where their outer strides agree, one may lie
+// in the gaps of the other, as slices of a packed tensor do.
+inline bool may_meet(const Extent& a, int i, const Extent& b, int j, int64_t apart) {
+  if (apart >= a.span(i) || -apart >= b.span(j)) return false;
+  if (i == a.dims || j == b.dims || a.stride[i] != b.stride[j] || a.stride[i] <= 0) return true;
+  const int64_t stride = a.stride[i], gap = (apart % stride + stride) % stride;
+  return may_meet(a, i + 1, b, j + 1, gap) || may_meet(a, i + 1, b, j + 1, gap - stride);
+}
+
 // Outputs must not share memory with anything else, except, where `in_place` says so, with an input that lies just so:
-// one whose row is read before the output's is written. Tensors whose outermost strides agree may interleave, as slices
-// of a packed one do.
+// one whose row is read before the output's is written.
 inline void check_overlap(const Rows& out, int64_t out_bytes, const Rows& in, int64_t in_bytes, bool in_place,
                           const char* name) {
   if (!out || !in || !out.count || !in.count || !out.cols || !in.cols) return;
-  const auto extent = [](const Rows& rows, int64_t bytes, int from) {
+  const int64_t apart = in.data - out.data;
+  const auto span = [](const Rows& rows, int64_t bytes) {
     bytes *= rows.cols;
-    for (int d = from; d < rows.dims; ++d) bytes += (rows.size[d] - 1) * rows.stride[d];
+    for (int d = 0; d < rows.dims; ++d) bytes += (rows.size[d] - 1) * rows.stride[d];
     return bytes;
   };
-  const int64_t apart = in.data - out.data;
-  if (apart >= extent(out, out_bytes, 0) || -apart >= extent(in, in_bytes, 0)) return;
+  if (apart >= span(out, out_bytes) || -apart >= span(in, in_bytes)) return;
   bool same = in_place && apart == 0 && out_bytes == in_bytes && out.dims == in.dims && out.cols == in.cols;
   for (int d = 0; same && d < out.dims; ++d) same = out.stride[d] == in.stride[d] && out.size[d] == in.size[d];
   if (same) return;
-  if (out.dims && in.dims && out.stride[0] == in.stride[0] && out.stride[0] > 0) {
-    const int64_t stride = out.stride[0], gap = (apart % stride + stride) % stride;
-    if (gap >= extent(out, out_bytes, 1) && gap + extent(in, in_bytes, 1) <= stride) return;
-  }
-  STD_TORCH_CHECK(false, name, ": overlaps another argument in memory");
+  STD_TORCH_CHECK(!may_meet(Extent(out, out_bytes), 0, Extent(in, in_bytes), 0, apart), name,
+                  ": overlaps another argument in memory");
 }
 
 // A contiguous tensor as one row, for check_overlap.

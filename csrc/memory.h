@@ -8,9 +8,11 @@ namespace fused_ops {
 // Outputs must not share memory with each other, nor with what is read, unless in its very place.
 class Memory {
  public:
+  void reads(const Tensor& tensor, const char* name) { add(tensor, name, nullptr, false); }
   void reads(const OptionalTensor& tensor, const char* name) {
-    if (tensor) add(*tensor, name, nullptr, false);
+    if (tensor) reads(*tensor, name);
   }
+  // `in_place_of`: the argument, named before, that may be the output; no other that begins where it does may.
   void writes(const Tensor& tensor, const char* name, const Tensor* in_place_of = nullptr) {
     add(tensor, name, in_place_of, true);
   }
@@ -23,7 +25,7 @@ class Memory {
       for (int j = 0; j < count_; ++j) {
         const Named& other = named_[j];
         if (i == j || (other.written && j < i)) continue;
-        check_overlap(out.rows, out.bytes, other.rows, other.bytes, other.rows.data == out.in_place_of, out.name);
+        check_overlap(out.rows, out.bytes, other.rows, other.bytes, other.argument == out.in_place_of, out.name);
       }
     }
   }
@@ -32,14 +34,15 @@ class Memory {
   struct Named {
     Rows rows;
     int64_t bytes;
-    const char *name, *in_place_of;
+    const char* name;
+    const Tensor *argument, *in_place_of;
     bool written;
   };
 
   void add(const Tensor& tensor, const char* name, const Tensor* in_place_of, bool written) {
     STD_TORCH_CHECK(count_ < kMost, "too many tensors");
-    const char* const data = in_place_of ? static_cast<const char*>(in_place_of->data_ptr()) : nullptr;
-    named_[count_++] = {rows_of(tensor, name), static_cast<int64_t>(tensor.element_size()), name, data, written};
+    const int64_t bytes = static_cast<int64_t>(tensor.element_size());
+    named_[count_++] = {rows_of(tensor, name), bytes, name, &tensor, in_place_of, written};
   }
 
   static constexpr int kMost = 24;

@@ -213,8 +213,10 @@ void set_codes(Rope& p, T q, int64_t key, OptionalT given, OptionalT data, Optio
   p.codes.cols = p.q.cols;
   p.codes.dtype = p.dtype;
   set_key(p.codes, key, given, {});
-  STD_TORCH_CHECK(!p.codes.key.asymmetric() && (p.codes.key.is_static() || !p.codes.key.per_tensor()),
-                  "q_key: expected a symmetric key, static or with scales by head");
+  const Key& made = p.codes.key;
+  STD_TORCH_CHECK(!made.asymmetric() && made.scale_format() != Key::kScaleE4m3 &&
+                      (made.is_static() || !(made.per_tensor() || given)),
+                  "q_key: expected a symmetric key, static or with scales by head alone");
   set_quantized(p.codes, q, data, scale, {}, {});
 }
 

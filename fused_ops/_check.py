@@ -15,17 +15,18 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 INDICES = (torch.int64, torch.int32)
 
 
-def check(op: str, **arguments: tuple[Any, str, Any]) -> dict[str, Any]:
+def check(op: str, bound: dict[str, Any] | None = None, /, **arguments: tuple[Any, str, Any]) -> dict[str, Any]:
     """Match each `name=(tensor, "... N", dtypes)` and return the size bound to each letter.
 
-    A letter is the same size everywhere; a leading "..." is any dimensions, the same ones everywhere; a number is
-    itself. `dtypes` is a dtype, a tuple of them, or the name of an earlier argument whose dtype this one shares.
+    A letter is the same size everywhere, and the one in `bound` where it is there; a leading "..." is any dimensions,
+    the same ones everywhere; a number is itself. `dtypes` is a dtype, a tuple of them, or the name of an earlier
+    argument whose dtype this one shares.
     The last dimension is contiguous and all are on one device. A None passes where the spec ends in "?".
 
     Raises TypeError (not a tensor, dtype) or ValueError (shape, strides, device), naming op, argument, what it got
     and what it takes.
     """
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, Any] = {**(bound or {})}
     seen: dict[str, Tensor] = {}
     for name, (tensor, spec, dtypes) in arguments.items():
         if tensor is None and spec.endswith("?"):

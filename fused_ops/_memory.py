@@ -106,13 +106,19 @@ def rows_overlap(tensor: Tensor) -> bool:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors may share memory; rows of one may lie between those of the other, in steps of one stride."""
+    """Whether two tensors may share memory. Where their outer strides agree, one may lie in the gaps of the other."""
     if not (_in_memory(a) and _in_memory(b)) or a.device != b.device:
         return False
-    dims, gap = (dims_of(a), dims_of(b)), b.data_ptr() - a.data_ptr()
-    if gap >= _span(a, dims[0]) or -gap >= _span(b, dims[1]):
+    in_bytes = [[(stride * t.element_size(), size) for stride, size in dims_of(t)] for t in (a, b)]
+    return _may_meet(in_bytes[0], a.element_size(), in_bytes[1], b.element_size(), b.data_ptr() - a.data_ptr())
+
+
+def _may_meet(a: list[tuple[int, int]], a_item: int, b: list[tuple[int, int]], b_item: int, apart: int) -> bool:
+    """The same of dimensions in bytes, where b begins `apart` bytes behind a."""
+    spans = [item + sum((size - 1) * stride for stride, size in dims) for dims, item in ((a, a_item), (b, b_item))]
+    if apart >= spans[0] or -apart >= spans[1]:
         return False
-    if all(dims) and (step := dims[0][0][0] * a.element_size()) == dims[1][0][0] * b.element_size():
-        gap %= step
-        return not (gap >= _span(a, dims[0][1:]) and gap + _span(b, dims[1][1:]) <= step)
-    return True
+    if not (a and b) or a[0][0] != b[0][0] or a[0][0] == 0:
+        return True
+    gap = apart % a[0][0]
+    return any(_may_meet(a[1:], a_item, b[1:], b_item, near) for near in (gap, gap - a[0][0]))

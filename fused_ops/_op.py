@@ -219,13 +219,12 @@ def invoke(op: Op, args: tuple, outs: tuple | None = None, optional: tuple = ())
 def _invoke_out(op: Op, args: tuple, outs: tuple) -> Any:
     given = {f"{name}_out": out for name, out in zip(op.outputs, outs, strict=False) if out is not None}
     try:
-        op.check(*args)
         fresh: Any = None if len(given) == len(outs) else op.empty(*args)
         if fresh is not None:
             fresh = fresh if isinstance(fresh, tuple) else (fresh,)
             outs = tuple(fresh[i] if out is None else out for i, out in enumerate(outs))
         op.out(*args, **{f"{name}_out": out for name, out in zip(op.outputs, outs, strict=False)})
-    except RuntimeError as error:
+    except Exception as error:  # of what can't be allocated for, too
         refused(op, args, error, given)
         raise
     refuse_backward_of(op.name, args, outs)
@@ -253,7 +252,7 @@ def refuse_backward_of(op_name: str, args: tuple, outs: Iterable[Tensor | None])
         refuse_backward(op_name, *(o.requires_grad_() for o in floats))
 
 
-def refused(op: Op, args: tuple, error: RuntimeError, outs: dict[str, Tensor | None] | None = None) -> None:
+def refused(op: Op, args: tuple, error: Exception, outs: dict[str, Tensor | None] | None = None) -> None:
     """A kernel raised `error`: raise the TypeError or ValueError that says which argument and why, if it refused.
 
     Kernels check what safety needs and raise RuntimeError; the full check in Python runs only then, since on every

@@ -120,23 +120,25 @@ def _without(x: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
     return poisoned(x, outside)
 
 
-def check_write(name: str, tokens: int, caches: dict[str, tuple], slots: Tensor, inputs: dict[str, Any]) -> None:
+def check_write(
+    name: str, sizes: dict[str, Any], caches: dict[str, tuple], slots: Tensor, inputs: dict[str, Any]
+) -> None:
     """Check slots, and caches given as name: (cache, its spec as `check` takes it, its scale's name, its scale).
 
-    inputs: those of the operation, by name, of which the first has S.
+    sizes: of the letters in the specs. inputs: those of the operation, by name, of which the first has S.
     """
     q = next(iter(inputs.values()))
     like = {"q": (q, "T H D", FLOATS)}
-    check(name, **like, slot_mapping=(slots, "S", INDICES))
-    if slots.shape[0] > tokens:
-        raise ValueError(f"{name}: slot_mapping is {list(slots.shape)}, expected at most {tokens}, one a token")
+    check(name, **like, slot_mapping=(slots, "slots", INDICES))
+    if slots.shape[0] > sizes["T"]:
+        raise ValueError(f"{name}: slot_mapping is {list(slots.shape)}, expected at most {sizes['T']}, one a token")
     for cache_name, (cache, spec, scale_name, scale) in caches.items():
-        check(name, **like, **{cache_name: (cache, spec, (q.dtype, *CODES))})
+        check(name, sizes, **like, **{cache_name: (cache, spec, (q.dtype, *CODES))})
         if cache.dtype not in CODES:
             if scale is not None:
                 raise ValueError(f"{name}: {scale_name} is given, but {cache_name} is {cache.dtype}, which takes none")
         else:
-            check(name, **like, **{scale_name: (scale, "S", torch.float32)})
+            check(name, **like, **{scale_name: (scale, "scales", torch.float32)})
             if scale.shape[0] not in (1, cache.shape[-2] if cache.ndim == 4 else 1):
                 raise ValueError(f"{name}: {scale_name} is {list(scale.shape)}, expected one, or one for each head")
         if rows_overlap(cache):
@@ -154,32 +156,39 @@ def _check(
 ):  # fmt: skip
     """`norms` are (q_weight, k_weight, eps) where the operation has them."""
     takes = ROTARY_FLAGS if norms is None else ROTARY_FLAGS | NORM_FLAGS | NORM_V
-    more = {"gate": (gate, "T H G ?", "q"), "v": (v, "T K V", "q"), "k_cache": (k_cache, "B P K D", (*FLOATS, *CODES))}
+    more = {
+        "gate": (gate, "T H G ?", "q"),
+        "v": (v, "T K V", "q"),
+        "k_cache": (k_cache, "B P K D", (getattr(q, "dtype", None), *CODES)),
+    }
     sizes = check_rope(q, k, positions, cos_sin_cache, flags, mrope, name=name, takes=takes, **more)
     if norms is not None:
         check_norms(name, sizes, q, *norms, flags)
     _check_q_key(name, q_key, q_given, q)
-    blocks, block_size, heads, _ = k_cache.shape
-    caches = {
-        "k_cache": (k_cache, "B P K D", "k_scale", k_scale),
-        "v_cache": (v_cache, f"{blocks} {block_size} {heads} {v.shape[-1]}", "v_scale", v_scale),
-    }
-    inputs = {"q": q, "k": k, "v": v, "positions": positions, "cos_sin_cache": cos_sin_cache}
-    inputs |= {"q_scale": q_given, "gate": gate} | dict(zip(("q_weight", "k_weight"), norms or (), strict=False))
-    check_write(name, sizes["T"], caches, slot_mapping, inputs)
+    caches = {"k_cache": (k_cache, "B P K D", "k_scale", k_scale), "v_cache": (v_cache, "B P K V", "v_scale", v_scale)}
+    check(name, sizes, q=(q, "T H D", FLOATS), v_cache=(v_cache, "B P K V", (*FLOATS, *CODES)))
     if v_cache.dtype != k_cache.dtype:
         raise TypeError(f"{name}: v_cache is {v_cache.dtype}, expected {k_cache.dtype} as k_cache")
+    inputs = {"q": q, "k": k, "v": v, "positions": positions, "cos_sin_cache": cos_sin_cache}
+    inputs |= {"q_scale": q_given, "gate": gate} | dict(zip(("q_weight", "k_weight"), norms or (), strict=False))
+    check_write(name, sizes, caches, slot_mapping, inputs)
     if overlap(k_cache, v_cache):
         raise ValueError(f"{name}: v_cache shares memory with k_cache")
 
 
 def _check_q_key(name: str, code: int, given: Tensor | None, q: Tensor) -> None:
+    static = False
     if code != NO_KEY:
-        key = check_key(name, code, q.shape[-1], given, q.device)
-        if not key.symmetric or (key.per_tensor and not key.scale.static):
-            raise ValueError(f"{name}: q_quant_key is {key}, expected a symmetric one, static or with scales by head")
-    elif given is not None:
-        raise ValueError(f"{name}: q_scale is given, but q_quant_key is None")
+        key = QuantKey.from_code(code) if type(code) is int and code >= 0 else None
+        static = key is not None and key.scale.static
+        if key is None or not key.symmetric or key.scale2 is not None or (key.per_tensor and not static):
+            got = code if key is None else key
+            raise ValueError(f"{name}: q_quant_key is {got}, expected a symmetric key, static or with scales by head")
+        if static and given is None:
+            raise ValueError(f"{name}: q_scale is None, {key} takes a float32 tensor of one element")
+        check_key(name, code, q.shape[-1], given if static else None, q.device)
+    if given is not None and not static:
+        raise ValueError(f"{name}: q_scale is given, which only a static q_quant_key takes")
 
 
 @_qk_norm_rope_kv_cache_write.declares("check")
@@ -238,7 +247,7 @@ def rope_kv_cache_write(
             are contiguous, whatever the order of the rest; the two may be views of one tensor.
         slot_mapping: int64 or int32, one for each of the first tokens; -1 writes nothing.
         k_scale, v_scale: float32 [1], or [kv_heads], of FP8 and int8 caches.
-        q_quant_key: how q is quantized, rows being its heads: any symmetric key but FP8_DYNAMIC_TENSOR.
+        q_quant_key: how q is quantized, rows being its heads: any symmetric key but FP8_DYNAMIC_TENSOR and NVFP4.
         q_scale: float32 [1], of a static q_quant_key.
         return_key: also return the rotated k, in S.
         out: q (and k, in a tuple, with return_key) to write instead of fresh tensors; may be the inputs.
@@ -319,10 +328,12 @@ def _run(
     boolean(op.name, return_key=return_key)
     if key is not None and type(key) is not QuantKey:
         raise TypeError(f"{op.name}: q_quant_key is {type(key).__name__}, expected a QuantKey or None")
+    if key is not None and key.code < 0:
+        raise ValueError(f"{op.name}: q_quant_key has groups that span rows, as only a weight's do")
     args = (*args, NO_KEY if key is None else key.code, q_scale, *([] if gate is None else [gate]))
     outs: dict[str, Tensor | None] = {}
+    written: dict[str, Tensor | None] = {}
     try:
-        op.check(*args)
         q, k = _given(op.name, key, return_key, out)
         fresh = dict(zip(op.outputs, op.empty(*args), strict=True))
         dynamic = key is not None and not key.scale.static
@@ -333,7 +344,7 @@ def _run(
         outs |= {} if gate is None else {"gate": fresh["gate"]}
         written = {f"{name}_out": tensor for name, tensor in outs.items()}
         op.out(*args, **written)
-    except RuntimeError as error:
+    except Exception as error:
         refused(op, args, error, written)
         raise
     refuse_backward_of(op.name, args, outs.values())

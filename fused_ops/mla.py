@@ -44,9 +44,10 @@ def halves(kv_cache: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _(q_pe, k_pe, kv_c, positions, cos_sin_cache, kv_cache, slot_mapping, kv_scale, flags, *, name):
     check(name, q_pe=(q_pe, "T H D", FLOATS), k_pe=(k_pe, "T D", "q_pe"), kv_c=(kv_c, "T R", "q_pe"))
     sizes = check_rope(q_pe, k_pe.unsqueeze(1), positions, cos_sin_cache, flags, 0, name=name)
-    caches = {"kv_cache": (kv_cache, f"B P {kv_c.shape[1] + sizes['D']}", "kv_scale", kv_scale)}
+    sizes["C"] = kv_c.shape[1] + sizes["D"]
+    caches = {"kv_cache": (kv_cache, "B P C", "kv_scale", kv_scale)}
     inputs = {"q_pe": q_pe, "k_pe": k_pe, "kv_c": kv_c, "positions": positions, "cos_sin_cache": cos_sin_cache}
-    check_write(name, sizes["T"], caches, slot_mapping, inputs)
+    check_write(name, sizes, caches, slot_mapping, inputs)
 
 
 @_mla_rope_kv_cache_concat.declares("empty")

@@ -185,8 +185,8 @@ def check_norms(op_name: str, sizes: dict[str, Any], q: Tensor, q_weight, k_weig
     for name, weight, heads in ("q_weight", q_weight, sizes["H"]), ("k_weight", k_weight, sizes["K"]):
         cols = sizes["D"] * (heads if flags & WHOLE_VECTOR else 1)
         if not cols:
-            raise ValueError(f"{op_name}: {name[0]} has heads of {sizes['D']}, expected at least one column")
-        check(op_name, q=(q, "T H D", FLOATS), **{name: (weight, f"{cols} ?", FLOATS)})
+            raise ValueError(f"{op_name}: {name[0]} is [T, {heads}, {sizes['D']}], expected at least one column")
+        check(op_name, {"C": cols}, q=(q, "T H D", FLOATS), **{name: (weight, "C ?", FLOATS)})
 
 
 @_rope.declares("empty")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Step:
     query_start_loc: Tensor
     positions: Tensor
     slot_mapping: Tensor
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether its sequences may be rows of a batch: all have the same length, and get as many tokens."""
+        return len(set(self.lengths)) == len(set(self.counts)) == 1
 
 
 @dataclass
@@ -74,6 +80,10 @@ class BlockTables:
         Raises ValueError where the other has fewer.
         """
         new = _Sequence()
+        if prefix_of is None and length is not None:
+            raise ValueError(f"add: length is {length!r}, but prefix_of is None: an empty sequence has no length")
+        if length is not None and type(length) is not int:
+            raise TypeError(f"add: length is {type(length).__name__}, expected an int or None")
         if prefix_of is not None:
             other = self._of(prefix_of)
             new.length = other.length if length is None else length
@@ -110,6 +120,7 @@ class BlockTables:
         Raises:
             OutOfBlocks: there are too few; nothing has changed. ValueError: there is no such sequence, or no token.
         """
+        _check_counts(tokens)
         shared = self._shared_ends(tokens)
         fresh = {s: self._blocks_for(self.length(s) + n) - len(self._of(s).blocks) for s, n in tokens.items()}
         needed = sum(fresh.values()) + len(shared)
@@ -146,10 +157,8 @@ class BlockTables:
     def _shared_ends(self, tokens: Mapping[int, int]) -> set[int]:
         """The sequences that are about to write into a block that another one holds, and will when they are done."""
         holders, found = dict[int, int](), set()
-        for sequence, count in tokens.items():
+        for sequence in tokens:
             state = self._of(sequence)
-            if count < 1:
-                raise ValueError(f"PagedKVCache: sequence {sequence} gets {count} tokens, expected at least one")
             if state.length % self.block_size:
                 end = state.blocks[-1]
                 holders[end] = holders.get(end, self._holders[end])
@@ -159,8 +168,8 @@ class BlockTables:
         return found
 
     def _of(self, sequence: int) -> _Sequence:
-        if sequence not in self._sequences:
-            raise ValueError(f"PagedKVCache: there is no sequence {sequence}; there are {list(self._sequences)}")
+        if type(sequence) is not int or sequence not in self._sequences:
+            raise ValueError(f"PagedKVCache: there is no sequence {sequence!r}; there are {list(self._sequences)}")
         return self._sequences[sequence]
 
     def _blocks_for(self, length: int) -> int:
@@ -175,3 +184,15 @@ class BlockTables:
         self._holders[block] -= 1
         if not self._holders[block]:
             self._free.append(block)
+
+
+def _check_counts(tokens: Any) -> None:
+    if not isinstance(tokens, Mapping):
+        raise TypeError(f"step: tokens is {type(tokens).__name__}, expected how many each sequence gets, as a dict")
+    if not tokens:
+        raise ValueError("step: tokens is {}, expected at least one sequence")
+    for sequence, count in tokens.items():
+        if type(count) is not int:
+            raise TypeError(f"step: tokens of sequence {sequence!r} are {type(count).__name__}, expected their number")
+        if count < 1:
+            raise ValueError(f"step: sequence {sequence!r} gets {count} tokens, expected at least one")

@@ -24,7 +24,8 @@ def slots_of(cache: Cache | None, layer_idx: int, k: Tensor, v: Tensor, options:
         return cache.slots(k, v, layer_idx)
     if cache is not None:
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) and not cache.offloading else None
-        return _static(layer, k, v) if type(layer) is StaticLayer else None
+        own = type(cache).update is Cache.update and type(layer) is StaticLayer
+        return _static(layer, k, v) if own else None
     paged = options.get("cache")
     if isinstance(paged, PagedAttentionCache) and options.get("block_table") is None:
         return _continuous(paged, layer_idx, options)
@@ -38,7 +39,9 @@ def _static(layer: Any, k: Tensor, v: Tensor) -> Slots:
     batch, _, length, _ = k.shape
     slots = torch.arange(length, device=k.device) + layer.cumulative_length
     if batch > 1:
-        slots = (torch.arange(batch, device=k.device)[:, None] * layer.max_cache_len + slots).flatten()
+        rows = torch.arange(batch, device=k.device)[:, None] * layer.max_cache_len
+        beyond = slots >= layer.max_cache_len  # in no row, not in the next one
+        slots = torch.where(beyond, batch * layer.max_cache_len, rows + slots).flatten()
 
     def read() -> tuple[Tensor, Tensor]:
         layer.cumulative_length.add_(length)

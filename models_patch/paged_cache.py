@@ -19,8 +19,7 @@ __all__ = ["OutOfBlocks", "PagedKVCache", "PagedLayer", "Step"]
 class PagedLayer(CacheLayerMixin):
     """The memory of one layer, made when its first keys and values are seen.
 
-    k_cache, v_cache: [blocks, block_size, kv_heads, head_dim] in S. A cache in FP8 or INT8 would hold codes here, and
-    have `k_scale` and `v_scale` for `Slots` to hand on.
+    k_cache, v_cache: [blocks, block_size, kv_heads, head_dim] in S.
     """
 
     is_compileable = False
@@ -89,7 +88,9 @@ class PagedKVCache(Cache):
         step = cache.step({first: 1, second: 20})  # block tables, lengths and slots, for all layers
         model(packed[None], position_ids=step.positions[None], past_key_values=cache, attention_mask=mask_4d)
 
-    The next call of the model writes this step. `set_rows` lets `generate` go on from sequences, whose prefixes may be
+    The next call of the model writes this step; `mask` says which keys each token may see, those of its own sequence,
+    and isn't needed where a step is of one sequence, or a batch of equals. A call that fails midway leaves its tokens
+    counted: `truncate` takes them back. `set_rows` lets `generate` go on from sequences, whose prefixes may be
     shared. `fused_ops`' cache writes take `layers[i].k_cache`, `.v_cache` and `step.slot_mapping` as they are; models
     that aren't patched go through `update`. Layers with a sliding window keep the whole past, and the model's mask does
     the sliding.
@@ -106,6 +107,8 @@ class PagedKVCache(Cache):
     layers: list[PagedLayer]  # type: ignore[assignment]
 
     def __init__(self, config: PreTrainedConfig, num_blocks: int, block_size: int = 16) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"PagedKVCache: config is {type(config).__name__}, expected the model's config")
         self.tables = BlockTables(num_blocks, block_size)
         layers = config.get_text_config(decoder=True).num_hidden_layers
         super().__init__(layers=[PagedLayer(num_blocks, block_size) for _ in range(layers)])
@@ -126,15 +129,31 @@ class PagedKVCache(Cache):
         return self.tables.add(prefix_of, length)
 
     def free(self, sequence: int) -> None:
-        """Forget the sequence; its blocks are free where nobody shares them. Raises ValueError where there is none."""
+        """Forget the sequence; its blocks are free where nobody shares them. A row of the batch is one no more.
+
+        Raises ValueError where there is none.
+        """
         self.tables.free(sequence)
+        self._left(sequence)
+
+    def length(self, sequence: int) -> int:
+        """Its tokens, those of a step that is still to be written included. Raises ValueError where there is none."""
+        return self.tables.length(sequence)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Keep its first `length` tokens: after rejected drafts, or a call of the model that failed midway.
+
+        Raises ValueError where it has fewer, or doesn't exist.
+        """
+        self.tables.crop(sequence, length)
+        self._left(sequence, keep_row=True)
 
     def step(self, tokens: Mapping[int, int]) -> Step:
         """Make room for so many more tokens of each sequence; the model's next call brings them.
 
         Raises:
             OutOfBlocks: there are too few free blocks; no sequence has changed.
-            ValueError: there is no such sequence, or one gets no token.
+            TypeError, ValueError: there is no such sequence, or one gets no token; no sequence has changed.
         """
         copies = self.tables.grow(tokens)
         for layer in self.layers:
@@ -147,6 +166,10 @@ class PagedKVCache(Cache):
         lengths = [self.tables.length(sequence) for sequence in sequences]
         if len(set(lengths)) > 1:
             raise ValueError(f"set_rows: sequences have lengths {lengths}, expected one for all")
+        if len(set(sequences)) < len(lengths):
+            raise ValueError(
+                f"set_rows: sequences are {list(sequences)}, expected each once; add(prefix_of=) shares one"
+            )
         self.rows = list(sequences)
         self._forget_step()
 
@@ -189,12 +212,21 @@ class PagedKVCache(Cache):
         return slots.read()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        step = self._pending()
+        if step is not None and step.is_batch:
+            return step.lengths[0] - step.counts[0]
         return self.tables.length(self.rows[0]) if self.rows else 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.layers[0].get_max_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        step = self._pending()
+        if step is not None and not step.is_batch:
+            raise ValueError(
+                "PagedKVCache: tokens of several sequences in one row take an attention_mask [1, 1, tokens, all keys], "
+                "since each may see its own sequence alone"
+            )
         return self.get_seq_length() + query_length, 0
 
     @property
@@ -217,8 +249,12 @@ class PagedKVCache(Cache):
         """Remove the last `-tokens_to_remove` tokens of each row."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}, expected a negative int or 0")
-        for row in self.rows:
-            self.tables.crop(row, self.tables.length(row) + tokens_to_remove)
+        lengths = {row: self.tables.length(row) for row in self.rows}
+        for row, length in lengths.items():
+            if length + tokens_to_remove < 0:
+                raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}, but row {row} has {length} tokens")
+        for row, length in lengths.items():
+            self.tables.crop(row, length + tokens_to_remove)
 
     def reset(self) -> None:
         """Free the rows of the batch; other sequences stay."""
@@ -231,6 +267,18 @@ class PagedKVCache(Cache):
         kept = [self.tables.add(prefix_of=self.rows[index]) for index in indices]
         self.reset()
         self.rows = kept
+
+    def _pending(self) -> Step | None:
+        """The step that was taken and that no layer has got yet."""
+        step = self.current
+        return None if step is None or any(layer.written is step for layer in self.layers) else step
+
+    def _left(self, sequence: int, keep_row: bool = False) -> None:
+        """The sequence lost tokens: a step with it can't be written any more."""
+        if not keep_row:
+            self.rows = [row for row in self.rows if row != sequence]
+        if self.current is not None and sequence in self.current.sequences:
+            self._forget_step()
 
     def _forget_step(self) -> None:
         self.current = None
@@ -245,7 +293,7 @@ class PagedKVCache(Cache):
         rows = self.rows or [self.tables.add() for _ in range(batch)]
         try:
             step = self.step(dict.fromkeys(rows, length))
-        except OutOfBlocks:
+        except Exception:
             if not self.rows:
                 for row in rows:
                     self.tables.free(row)

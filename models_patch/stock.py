@@ -2,7 +2,7 @@
 
 Nothing here is ever run. A module is one of these if each function of the class has the same formula as the module's of
 that name, and each other attribute the same value: `families.mismatch` compares. Of attention, `heads` and `rotate`
-stand for what models do differently there; `rotations.attention_of` puts them together.
+stand for what models do differently there; `attention_family` puts them together.
 """
 
 # ruff: noqa: F821

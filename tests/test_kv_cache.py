@@ -16,6 +16,7 @@ from quant import (
     INT8_STATIC_TENSOR_ASYM,
     MXFP8,
     NVFP4,
+    GroupShape,
     QuantizedActivation,
     ScaleLayout,
 )
@@ -261,15 +262,21 @@ SCALES = {"k_scale": torch.ones(1), "v_scale": torch.ones(2)}
         ({"slot_mapping": torch.tensor([-2])}, ValueError, "slot_mapping has -2, expected -1 to 111"),
         ({"positions": torch.full((4,), 4096)}, ValueError, "positions has 4096, expected 0 to 4095"),
         ({"q_quant_key": "fp8"}, TypeError, "q_quant_key is str, expected a QuantKey or None"),
-        ({"q_quant_key": FP8_DYNAMIC_TENSOR}, ValueError, "q_quant_key is FP8_DYNAMIC_TENSOR, expected a symmetric"),
-        ({"q_quant_key": FP8_STATIC_TENSOR}, ValueError, "scale is None, FP8_STATIC_TENSOR takes"),
-        ({"q_quant_key": NVFP4}, ValueError, "scale2 is None, NVFP4 takes"),
+        ({"q_quant_key": FP8_DYNAMIC_TENSOR}, ValueError, "q_quant_key is FP8_DYNAMIC_TENSOR, expected a symm"),
+        ({"q_quant_key": FP8_STATIC_TENSOR}, ValueError, "q_scale is None, FP8_STATIC_TENSOR takes"),
+        ({"q_quant_key": NVFP4, "q_scale": torch.ones(1)}, ValueError, "q_quant_key is NVFP4, expected a symmetric"),
+        ({"q_quant_key": FP8_DYNAMIC_TOKEN, "q_scale": torch.ones(1)}, ValueError, "q_scale is given, which only"),
+        (
+            {"q_quant_key": FP8_DYNAMIC_TOKEN.with_scale(group_shape=GroupShape(128, 128))},
+            ValueError,
+            "q_quant_key has groups that span rows",
+        ),
         (
             {"q_quant_key": INT8_STATIC_TENSOR_ASYM, "q_scale": torch.ones(1)},
             ValueError,
-            "zero_point is None, INT8_STATIC_TENSOR_ASYM takes",
+            "q_quant_key is INT8_STATIC_TENSOR_ASYM, expected a symmetric",
         ),
-        ({"q_scale": torch.ones(1)}, ValueError, "q_scale is given, but q_quant_key is None"),
+        ({"q_scale": torch.ones(1)}, ValueError, "q_scale is given, which only a static"),
         ({"return_key": 1}, TypeError, "return_key is 1, expected a bool"),
         ({"return_key": True, "out": CALL["q"]}, TypeError, r"out is Tensor, expected \(a Tensor, k\)"),
         ({"out": CACHE.flatten(0, 1)[:8].view(4, 4, 64)}, ValueError, ".*shares memory|.*overlaps"),
@@ -283,6 +290,59 @@ def test_errors_name_argument_got_and_expected(backend, change, error, message):
         fused_ops.rope_kv_cache_write(**call)
     for cache, was in zip((call["k_cache"], call["v_cache"]), before, strict=True):
         assert_same(cache.contiguous(), was.contiguous(), "written before it was refused")
+
+
+VIEWS = {  # of keys and values in one tensor, which lie between each other and share no byte
+    "[blocks, heads, 2, block, D]": lambda: torch.zeros(7, 2, 2, 16, 64).transpose(1, 3).unbind(2),
+    "[blocks, heads, block, 2 * D]": lambda: torch.zeros(7, 2, 16, 128).transpose(1, 2).split(64, dim=-1),
+    "[heads, blocks, block, 2, D]": lambda: torch.zeros(2, 7, 16, 2, 64).permute(1, 2, 3, 0, 4).unbind(2),
+    "[block, blocks, 2, heads, D]": lambda: torch.zeros(16, 7, 2, 2, 64).transpose(0, 1).unbind(2),
+    "[blocks, layers, block, 2, heads, D]": lambda: torch.zeros(7, 3, 16, 2, 2, 64)[:, 1].unbind(2),
+    "every second block": lambda: torch.zeros(14, 16, 2, 2, 64)[::2].unbind(2),
+}
+
+
+@pytest.mark.parametrize("views", VIEWS)
+@every_backend
+def test_any_memory_order(backend, views):
+    call = inputs(tokens=4, dtype=torch.float32)
+    call["k_cache"], call["v_cache"] = VIEWS[views]()
+    with fused_ops.use_backend(backend):
+        _, k = fused_ops.rope_kv_cache_write(**call, return_key=True)
+    for name, rows in ("k_cache", k), ("v_cache", call["v"]):
+        cache = torch.zeros(7, 16, 2, 64)
+        assert_same(raw(call[name].contiguous()), expected_cache(cache, rows, call["slot_mapping"]), name)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled kernels on this machine")
+def test_an_output_in_the_place_of_an_input_is_in_no_others():
+    """Of several inputs that begin at one address it is the one that may be written."""
+    call = inputs(tokens=4, heads=2)
+    out = torch.empty_like(call["q"]), call["k"]
+    for again in {"v": call["k"]}, {"q": call["k"]}, {"q": call["k"], "v": call["k"]}:
+        with pytest.raises(ValueError, match="overlaps another argument"):
+            fused_ops.rope_kv_cache_write(**{**call, **again}, return_key=True, out=out)
+    latents = latent(tokens=4)
+    latents["q_pe"] = latents["k_pe"][:, None]
+    with pytest.raises(ValueError, match="overlaps another argument"):
+        fused_ops.mla_rope_kv_cache_concat(**latents, out=latents["q_pe"])
+
+
+@pytest.mark.parametrize("options", [{"return_key": True}, {"q_quant_key": FP8_DYNAMIC_TOKEN}, {"gate": 1}], ids=str)
+def test_every_option_compiles_to_one_graph(options):
+    call = {**inputs(), "q_weight": None, "k_weight": None, "eps": 1e-6}
+    options = {name: call["q"].clone() if name == "gate" else value for name, value in options.items()}
+    caches = {name: call[name].clone() for name in ("k_cache", "v_cache")}
+    torch._dynamo.reset()
+    compiled = torch.compile(fused_ops.qk_norm_rope_kv_cache_write, fullgraph=True, backend="aot_eager")
+    actual = compiled(**call, **options)
+    expected = fused_ops.qk_norm_rope_kv_cache_write(**{**call, **caches}, **options)
+    pair = [x if isinstance(x, tuple) else (x,) for x in (actual, expected)]
+    for a, e in zip(*pair, strict=True):
+        data = [x.data if isinstance(x, QuantizedActivation) else x for x in (a, e)]
+        assert_same(*data)
+    for name, cache in caches.items():
+        assert_same(call[name].contiguous(), cache.contiguous(), name)
 
 
 LATENT = latent(tokens=4)

@@ -358,3 +358,80 @@ def test_mistakes_raise_by_name(make, use, message):
     made = make()
     with pytest.raises(ValueError, match=message):
         use(made)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ({}, ValueError, "tokens is {}, expected at least one sequence"),
+        ([0], TypeError, "tokens is list, expected how many each sequence gets"),
+        ({0: 1, 1: 1.0}, TypeError, "tokens of sequence 1 are float, expected their number"),
+        ({0: True}, TypeError, "tokens of sequence 0 are bool"),
+        ({0: 1, 1: 0}, ValueError, "sequence 1 gets 0 tokens, expected at least one"),
+        ({0: 1, 7: 1}, ValueError, r"there is no sequence 7; there are \[0, 1\]"),
+        ({"0": 1}, ValueError, "there is no sequence '0'"),
+    ],
+)
+def test_a_wrong_step_changes_nothing(tokens, error, message):
+    cache = PagedKVCache(tiny().config, 4, 4)
+    first, second = cache.add(), cache.add()
+    with pytest.raises(error, match=message):
+        cache.step(tokens)
+    assert (cache.free_blocks, cache.length(first), cache.length(second)) == (4, 0, 0)
+
+
+def engine():
+    """A tiny model, patched, and a cache with two sequences of four tokens each."""
+    torch.manual_seed(0)
+    model = tiny(dtype=torch.float32)
+    cache = PagedKVCache(model.config, 16, 4)
+    return model, cache, [cache.add(), cache.add()]
+
+
+@torch.no_grad()
+def test_steps_of_equals_are_a_batch():
+    model, cache, sequences = engine()
+    ids = torch.randint(0, 64, (2, 7))
+    expected = model(ids).logits
+    for begin, end in (0, 4), (4, 6), (6, 7):
+        step = cache.step(dict.fromkeys(sequences, end - begin))
+        logits = model(ids[:, begin:end], position_ids=step.positions.view(2, -1), past_key_values=cache).logits
+        torch.testing.assert_close(logits, expected[:, begin:end], rtol=1e-4, atol=1e-4)
+    step = cache.step({sequences[0]: 2, sequences[1]: 1})
+    with pytest.raises(ValueError, match="take an attention_mask"):
+        model(ids[:1, :3], position_ids=step.positions[None], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_tokens_that_did_not_come_are_taken_back():
+    model, cache, (one, _) = engine()
+    ids = torch.randint(0, 64, (1, 6))
+    expected = model(ids).logits
+    cache.step({one: 4})  # and no call of the model
+    assert cache.length(one) == 4
+    cache.truncate(one, 0)
+    for begin, end in (0, 4), (4, 6):
+        cache.step({one: end - begin})
+        logits = model(ids[:, begin:end], past_key_values=cache).logits
+        torch.testing.assert_close(logits, expected[:, begin:end], rtol=1e-4, atol=1e-4)
+    cache.truncate(one, 3)  # two drafts and a token
+    cache.step({one: 3})
+    torch.testing.assert_close(model(ids[:, 3:], past_key_values=cache).logits, expected[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_can_be_freed_and_are_distinct():
+    cache = PagedKVCache(tiny().config, 8, 4)
+    keys = torch.zeros(2, 1, 3, 8)
+    for layer in range(len(cache.layers)):
+        cache.update(keys, keys, layer)
+    cache.free(cache.rows[0])
+    assert (cache.get_seq_length(), len(cache.rows)) == (3, 1)
+    cache.reset()
+    assert cache.free_blocks == 8
+    again = cache.add()
+    with pytest.raises(ValueError, match="expected each once"):
+        cache.set_rows([again, again])
+    with pytest.raises(ValueError, match="length is 5, but prefix_of is None"):
+        cache.add(length=5)
+    with pytest.raises(TypeError, match="config is int, expected the model's config"):
+        PagedKVCache(3, 4)

@@ -195,6 +195,20 @@ def test_results_too_large_for_the_caches_have_the_same_bits(rotary_dim):
     assert_same(large, torch.cat([fused_ops.rope(q[part], k[part], positions[part], cache)[0] for part in parts]))
 
 
+def test_given_outputs_and_gates_compile_to_one_graph():
+    q, k, positions, cache = rope_inputs(5, 2, 1, 64, 64, torch.bfloat16, "cpu")
+    q, k = q.contiguous(), k.contiguous()
+    torch._dynamo.reset()
+
+    def both(q, k, gate):
+        made = fused_ops.qk_norm_rope(q, k, positions, cache, None, None, 1e-6, gate=gate)
+        return *made, *fused_ops.rope(q, k, positions, cache, out=(torch.empty_like(q), torch.empty_like(k)))
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
+    for a, e in zip(compiled(q, k, q), both(q, k, q), strict=True):
+        assert_same(a, e)
+
+
 def test_exchanged_outputs_are_refused():
     q, k, positions, cache = rope_inputs(4, 2, 2, 64, 64, torch.float32, "cpu")
     if "cpu" in fused_ops.OPS["rope"].backends:
@@ -268,7 +282,11 @@ def test_errors_name_argument_got_and_expected(backend, change, error, message):
         ({"weight_bias": 2.0}, ValueError, "weight_bias is 2.0"),
         ({"eps": "1e-6"}, TypeError, "eps is str, expected a number"),
         ({"gate": Q[:, :1]}, ValueError, r"gate is \[4, 1, 64\], expected \[4, 2, G\]"),
-        ({"q": Q[..., :0], "k": K[..., :0], "cos_sin_cache": C[:, :0]}, ValueError, "q has heads of 0"),
+        (
+            {"q": Q[..., :0], "k": K[..., :0], "cos_sin_cache": C[:, :0]},
+            ValueError,
+            r"q is \[T, 2, 0\], expected at least one column",
+        ),
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
