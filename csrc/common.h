@@ -190,7 +190,9 @@ struct Extent {
 inline bool may_meet(const Extent& a, int i, const Extent& b, int j, int64_t apart) {
   if (apart >= a.span(i) || -apart >= b.span(j)) return false;
   if (i == a.dims || j == b.dims || a.stride[i] != b.stride[j] || a.stride[i] <= 0) return true;
-  const int64_t stride = a.stride[i], gap = (apart % stride + stride) % stride;
+  const int64_t stride = a.stride[i];
+  if (a.span(i + 1) > stride || b.span(j + 1) > stride) return true;  // beyond its next neighbours, too
+  const int64_t gap = (apart % stride + stride) % stride;
   return may_meet(a, i + 1, b, j + 1, gap) || may_meet(a, i + 1, b, j + 1, gap - stride);
 }
 

@@ -75,9 +75,9 @@ _READ_FIRST = ("x", "residual", "gate", "up")
 _OUTPUTS = {"y": "out"} | {name: f"out.{name}" for name in ("data", "scale", "zero_point", "unquantized")}
 
 
-def _span(tensor: Tensor, dims: list[tuple[int, int]]) -> int:
-    """Bytes from the first to behind the last element of these (stride, size)."""
-    return (1 + sum((size - 1) * stride for stride, size in dims)) * tensor.element_size()
+def _span(dims: list[tuple[int, int]], item: int = 1) -> int:
+    """From the first to behind the last of these (stride, size), around items that are so long."""
+    return item + sum((size - 1) * stride for stride, size in dims)
 
 
 def dims_of(tensor: Tensor) -> list[tuple[int, int]]:
@@ -100,9 +100,7 @@ def _in_memory(tensor: Tensor) -> bool:
 def rows_overlap(tensor: Tensor) -> bool:
     """Whether two elements are the same memory."""
     dims = dims_of(tensor)
-    return _in_memory(tensor) and any(
-        stride * tensor.element_size() < _span(tensor, dims[i + 1 :]) for i, (stride, _) in enumerate(dims)
-    )
+    return _in_memory(tensor) and any(stride < _span(dims[i + 1 :]) for i, (stride, _) in enumerate(dims))
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
@@ -115,10 +113,12 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 
 def _may_meet(a: list[tuple[int, int]], a_item: int, b: list[tuple[int, int]], b_item: int, apart: int) -> bool:
     """The same of dimensions in bytes, where b begins `apart` bytes behind a."""
-    spans = [item + sum((size - 1) * stride for stride, size in dims) for dims, item in ((a, a_item), (b, b_item))]
-    if apart >= spans[0] or -apart >= spans[1]:
+    if apart >= _span(a, a_item) or -apart >= _span(b, b_item):
         return False
     if not (a and b) or a[0][0] != b[0][0] or a[0][0] == 0:
         return True
-    gap = apart % a[0][0]
-    return any(_may_meet(a[1:], a_item, b[1:], b_item, near) for near in (gap, gap - a[0][0]))
+    stride = a[0][0]
+    if max(_span(a[1:], a_item), _span(b[1:], b_item)) > stride:
+        return True  # beyond its next neighbours, too
+    gap = apart % stride
+    return any(_may_meet(a[1:], a_item, b[1:], b_item, near) for near in (gap, gap - stride))

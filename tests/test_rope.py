@@ -3,6 +3,7 @@ import torch
 from compare import assert_same, steps
 
 import fused_ops
+from fused_ops._memory import overlap
 from fused_ops.heads_inputs import rope_inputs
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -214,6 +215,16 @@ def test_exchanged_outputs_are_refused():
     if "cpu" in fused_ops.OPS["rope"].backends:
         with pytest.raises(ValueError, match="overlaps another"):
             fused_ops.rope(q, k, positions, cache, out=(k, q))
+
+
+def test_rows_that_lie_over_each_other_may_meet_an_output_further_on():
+    """An input's heads reach beyond the next token, where one of them is the output."""
+    base = torch.zeros(200)
+    q_out, k = base.as_strided((5, 2, 1), (10, 9, 1)), base.as_strided((5, 3, 1), (10, 9, 1), 2)
+    assert overlap(q_out, k)
+    if "cpu" in BACKENDS:
+        with pytest.raises(ValueError, match="overlaps another"):
+            fused_ops.rope(torch.ones(5, 2, 1), k, None, torch.zeros(5, 0), out=(q_out, torch.empty(5, 3, 1)))
 
 
 def test_nan_stays():
