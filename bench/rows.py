@@ -21,7 +21,8 @@ KEYS = tuple(SCHEMES[name].input_quant_key for name in ("int8_token", "fp8_stati
 EVERY_KEY = ("quantize", "fused_add_rms_norm_quant")  # the others share their stores: they take a few
 LARGE = 4096
 SMALL = {op: 1536 for op in fused_ops.OPS if "mul" in op or "relu2" in op}  # SmolLM2's sizes; its hidden one is 576
-MATRIX_PRODUCTS = ("scaled_linear",)  # measured in `linear`
+ATTENTION = tuple(op for op in fused_ops.OPS if "attention" in op)  # measured in `attention`
+MATRIX_PRODUCTS = ("scaled_linear", *ATTENTION)  # scaled_linear in `linear`
 CACHES = tuple(op.name for op in fused_ops.OPS.values() if op.written)  # on caches of S, and FP8
 TABLE = "cos_sin_cache"  # the argument of which an operation reads a row a token
 

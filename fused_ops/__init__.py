@@ -2,7 +2,8 @@
 
 import os as _os
 
-from . import heads_inputs as _heads_inputs  # noqa: F401  declares them
+from . import attention_inputs as _attention_inputs  # noqa: F401  declares them
+from . import heads_inputs as _heads_inputs  # noqa: F401
 from ._cpu import load as _load_cpu
 from ._cuda import load as _load_cuda
 from ._cuda import warmup
@@ -18,11 +19,12 @@ from .activation import (
     swiglu_oai_mul,
     swiglu_oai_mul_quant,
 )
+from .attention import OutputOptions, paged_attention
 from .dual_norm import dual_rms_norm
 from .kv_cache import qk_norm_rope_kv_cache_write, rope_kv_cache_write
 from .linear import scaled_linear
 from .linear_gpu import load as _load_linear_gpu
-from .mla import mla_rope_kv_cache_concat
+from .mla import mla_attention, mla_rope_kv_cache_concat
 from .norm import (
     fused_add_rms_norm,
     fused_add_rms_norm_pad,
@@ -45,6 +47,7 @@ if _name := _os.environ.get("FUSED_OPS_BACKEND"):
 
 __all__ = [
     "OPS",
+    "OutputOptions",
     "QuantOptions",
     "RotaryOptions",
     "dual_rms_norm",
@@ -55,7 +58,9 @@ __all__ = [
     "gelu_tanh_mul_quant",
     "layer_norm",
     "layer_norm_quant",
+    "mla_attention",
     "mla_rope_kv_cache_concat",
+    "paged_attention",
     "qk_norm_rope",
     "qk_norm_rope_kv_cache_write",
     "quantize",

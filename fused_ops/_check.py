@@ -79,24 +79,29 @@ def boolean(op: str, **values: Any) -> None:
             raise TypeError(f"{op}: {name} is {value!r}, expected a bool")
 
 
-def check_key(op: str, code: int, cols: int, given: Tensor | None, device: torch.device, zero_point=None) -> QuantKey:
-    """Check what a quantization of rows of `cols` takes; `given` is described in `fused_ops.quantize`."""
+def check_key(
+    op: str, code: int, cols: int, given: Tensor | None, device: torch.device, zero_point=None, prefix: str = ""
+) -> QuantKey:
+    """Check what a quantization of rows of `cols` takes; `given` is described in `fused_ops.quantize`.
+
+    prefix: of the arguments' names.
+    """
     if isinstance(code, bool) or not isinstance(code, int):
-        raise TypeError(f"{op}: quant_key's code is {_type(code)}, expected an int")
+        raise TypeError(f"{op}: {prefix}quant_key's code is {_type(code)}, expected an int")
     if code < 0:
-        raise ValueError(f"{op}: quant_key has groups that span rows, as only a weight's do")
+        raise ValueError(f"{op}: {prefix}quant_key has groups that span rows, as only a weight's do")
     key = QuantKey.from_code(code)
     check_columns(op, key, cols)
     if key.scale.static or key.scale2 is not None:
-        _one(op, "scale2" if key.scale2 else "scale", given, torch.float32, device, key)
+        _one(op, prefix + ("scale2" if key.scale2 else "scale"), given, torch.float32, device, key)
     elif given is not None:
         if not key.bounded:
-            raise ValueError(f"{op}: scale_ub is given, but {key} takes none")
-        _one(op, "scale_ub", given, torch.float32, device, key)
+            raise ValueError(f"{op}: {prefix}scale_ub is given, but {key} takes none")
+        _one(op, f"{prefix}scale_ub", given, torch.float32, device, key)
     if key.scale.static and not key.symmetric:
-        _one(op, "zero_point", zero_point, torch.int32, device, key)
+        _one(op, f"{prefix}zero_point", zero_point, torch.int32, device, key)
     elif zero_point is not None:
-        raise ValueError(f"{op}: zero_point is given, but {key} takes none")
+        raise ValueError(f"{op}: {prefix}zero_point is given, but {key} takes none")
     return key
 
 

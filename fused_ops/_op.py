@@ -86,6 +86,7 @@ class Op:
         self.name = reference.__name__.lstrip("_")
         self.reference, self.outputs = reference, outputs.split()
         self.returns = returns or len(self.outputs)
+        self.prefix = ""  # what the public function puts before the names of a quantization's options
         self.backends = {"reference": Backend("reference", None)}
         self.check: Callable[..., Any] = lambda *_: None
         self.empty: Callable[..., tuple] = _undeclared

@@ -1,19 +1,41 @@
-"""Multi-head latent attention (MLA): rotary embedding of its decoupled heads, and its cache.
+"""Multi-head latent attention (MLA): rotary embedding of its decoupled heads, its cache, and attention over that.
 
     kv_cache[slot // block_size, slot % block_size] = [kv_c[t], rope(k_pe[t])]
 
 A token's row of the cache is the latent, from which keys and values are projected, and one rotated key for all heads.
 
-Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1.
+    s[i, j] = scale * (q_nope[i] . (w_uk c[j]) + q_pe[i] . k_pe[j])
+    y[i] = sum_j softmax(s[i])[j] * (w_uv c[j])                                 in float32, then once to S
+
+for each head, with its own w_uk and w_uv; c and k_pe are the two parts of a row. (w_uk c) may be computed for every
+token, or both projections be moved to the queries and results (absorbed): `absorbs` says which, by the sequence alone.
+
+Source: DeepSeek-AI, "DeepSeek-V2", 2024, section 2.1 and appendix C.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from typing_extensions import Unpack
+
+from quant import QuantizedActivation, QuantKey
 
 from ._check import FLOATS, check
 from ._op import Written, invoke, op
-from .kv_cache import _rope_kv_cache_write, check_write
+from .attention import (
+    OutputOptions,
+    cached,
+    check_cache_scale,
+    check_logits,
+    check_sequences,
+    run_attention,
+    sequences,
+    softmax,
+    visible,
+)
+from .kv_cache import CODES, _rope_kv_cache_write, check_write
+from .quantize import quantizing
 from .rope import check_rope, rotary_code
 
 
@@ -89,3 +111,109 @@ def mla_rope_kv_cache_concat(
     flags, _ = rotary_code("mla_rope_kv_cache_concat", is_neox=is_neox, round_products=round_products)
     args = (q_pe, k_pe, kv_c, positions, cos_sin_cache, kv_cache, slot_mapping, kv_scale, flags)
     return invoke(_mla_rope_kv_cache_concat, args, None if out is None else (out,))
+
+
+@op("y")
+def _mla_attention(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_cache: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    kv_scale: Tensor | None,
+):
+    tokens, heads, _ = q_nope.shape
+    rank = w_uk.shape[-1]
+    y = q_nope.new_zeros(tokens, heads, w_uv.shape[1])
+    for rows, slots in sequences(tokens, kv_cache, block_tables, seq_lens, query_start_loc):
+        if slots is None:
+            y[rows] = float("nan")
+            continue
+        latents, k_pe = cached(kv_cache.unsqueeze(2), slots, kv_scale).squeeze(1).split([rank, q_pe.shape[-1]], -1)
+        k_nope, v = (torch.einsum("kr,hdr->khd", latents, w.float()) for w in (w_uk, w_uv))
+        logits = torch.einsum("qhd,khd->hqk", q_nope[rows].float(), k_nope)
+        logits = (logits + torch.einsum("qhd,kd->hqk", q_pe[rows].float(), k_pe)) * scale
+        weights = softmax(logits.masked_fill(~visible(logits, 0), float("-inf")))
+        y[rows] = torch.einsum("hqk,khd->qhd", weights, v).to(y.dtype)
+    return y.flatten(1)
+
+
+def absorbs(queries: int, length: int, rank: int, nope: int, rope: int, v: int) -> bool:
+    """Whether the projections are moved to the queries and results of a sequence: where that takes fewer products.
+
+    Absorbed, a query takes (nope + v) * rank products, and 2 * rank + rope with each key; otherwise a key takes
+    (nope + v) * rank, and nope + rope + v with each query.
+    """
+    pairs = queries * length
+    absorbed = queries * (nope + v) * rank + pairs * (2 * rank + rope)
+    return absorbed <= length * (nope + v) * rank + pairs * (nope + rope + v)
+
+
+@_mla_attention.declares("check")
+def _(
+    q_nope, q_pe, kv_cache, w_uk, w_uv, block_tables, seq_lens, query_start_loc, scale, kv_scale, *, name
+):  # fmt: skip
+    sizes = check(
+        name,
+        q_nope=(q_nope, "T H N", FLOATS),
+        q_pe=(q_pe, "T H P", "q_nope"),
+        w_uk=(w_uk, "H N R", "q_nope"),
+        w_uv=(w_uv, "H V R", "q_nope"),
+    )
+    held = (q_nope.dtype, *CODES)
+    check(name, {"C": sizes["R"] + sizes["P"]}, q_nope=(q_nope, "T H N", FLOATS), kv_cache=(kv_cache, "B S C", held))
+    check_logits(name, scale)
+    check_cache_scale(name, q_nope, "kv_scale", kv_scale, kv_cache, 1)
+    check_sequences(name, q_nope, kv_cache, block_tables, seq_lens, query_start_loc)
+    if not sizes["R"] or not sizes["H"] * sizes["V"]:
+        raise ValueError(f"{name}: w_uv is {list(w_uv.shape)}, expected at least one row and column")
+    return sizes["H"] * sizes["V"]
+
+
+@_mla_attention.declares("empty")
+def _(q_nope, q_pe, kv_cache, w_uk, w_uv, *_):
+    return q_nope.new_empty(q_nope.shape[0], w_uv.shape[0] * w_uv.shape[1])
+
+
+_mla_attention_quant = quantizing(_mla_attention, "output_", one_scale=False)
+
+
+def mla_attention(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv_cache: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    kv_scale: Tensor | None = None,
+    output_quant_key: QuantKey | None = None,
+    **output: Unpack[OutputOptions],
+) -> Tensor | QuantizedActivation:
+    """Causal MLA of the last tokens of sequences over a paged cache of latents; see the module for the formula.
+
+    Args:
+        q_nope: [T, heads, N] bfloat16, float16 or float32 (S), the part of the queries that isn't rotated.
+        q_pe: [T, heads, P] in S, rotated.
+        kv_cache: [blocks, block_size, kv_lora_rank + P] in S, FP8 or int8, as `mla_rope_kv_cache_concat` writes it.
+        w_uk, w_uv: [heads, N, kv_lora_rank] and [heads, V, kv_lora_rank] in S: views of `kv_b_proj.weight`.
+        block_tables, seq_lens, query_start_loc, scale: as in `paged_attention`.
+        kv_scale: float32 [1], of an FP8 or int8 cache.
+        output_quant_key, **output: as in `paged_attention`.
+
+    Returns:
+        [T, heads * V] in S, or as a `QuantizedActivation`, bit for bit what `quantize` makes of the former.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or (on the CPU) a number is out of range; nothing is
+            written.
+    """
+    args = (q_nope, q_pe, kv_cache, w_uk, w_uv, block_tables, seq_lens, query_start_loc, scale, kv_scale)
+    return run_attention(_mla_attention, _mla_attention_quant, args, output_quant_key, output)

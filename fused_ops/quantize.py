@@ -121,11 +121,14 @@ def key_inputs(key: QuantKey, device: str) -> tuple:
     return (key.code, given) if zero_point is None else (key.code, given, zero_point)
 
 
-def quantizing(plain: Op) -> Op:
+def quantizing(plain: Op, prefix: str = "", *, one_scale: bool = True) -> Op:
     """Declare `plain` followed by the quantization of its first result; everything follows from `plain`'s declaration.
 
     The inputs are those of `plain`, with (key, given, zero_point=None) after the ones that have no default. The outputs
     are (data, scale, the other results of plain, zero_point, unquantized).
+
+    prefix: what the public function puts before the names of `QuantOptions`. one_scale: whether it serves keys with one
+    dynamic scale for the tensor.
     """
     required, (first, *others) = plain.required, plain.outputs
 
@@ -147,12 +150,18 @@ def quantizing(plain: Op) -> Op:
     reference.__annotations__ = {p.name: p.annotation for p in signature}
     reference.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     fused = Op(reference, " ".join(["data scale", *others, "zero_point unquantized"]), returns=2 + len(others))
+    fused.prefix = prefix
+
+    def serves(key: QuantKey) -> bool:
+        return one_scale or key.scale.static or not key.per_tensor
 
     @fused.declares("check")
     def _(*args):
         inputs, code, given, zero_point = split(args)
         cols = plain.check(*inputs, name=fused.name)
-        check_key(fused.name, code, cols, given, args[0].device, zero_point)
+        key = check_key(fused.name, code, cols, given, args[0].device, zero_point, prefix)
+        if not serves(key):
+            raise ValueError(f"{fused.name}: {prefix}quant_key is {key}, expected static scales, or one a row or group")
 
     @fused.declares("empty")
     def _(*args):
@@ -168,7 +177,7 @@ def quantizing(plain: Op) -> Op:
 
     @fused.declares("cases")
     def _(device: str) -> Iterator[tuple]:
-        for key in case_keys():
+        for key in filter(serves, case_keys()):
             for args in plain.cases(device):
                 if plain.check(*args) % 32 == 0:
                     yield with_key(args, key, device)
@@ -202,11 +211,11 @@ def run_quant(
     the key, where one isn't its default. Options come as a dict, since unpacking one costs as much as a result.
     """
     if type(key) is not QuantKey:
-        raise TypeError(f"{op.name}: quant_key is {type(key).__name__}, expected a QuantKey")
+        raise TypeError(f"{op.name}: {op.prefix}quant_key is {type(key).__name__}, expected a QuantKey")
     given = scale = scale2 = None
     plain = outs is None and key.symmetric and not optional
     if quant:
-        given = given_tensor(op.name, key, quant)
+        given = given_tensor(op.name, key, quant, op.prefix)
         scale, scale2 = quant.get("scale"), quant.get("scale2")
         plain = plain and all(name in _GIVEN for name in asked(op.name, quant))
     if not plain:
@@ -238,11 +247,12 @@ def asked(op_name: str, quant: QuantOptions) -> list[str]:
     return names
 
 
-def plain_out(op_name: str, quant: QuantOptions) -> Any:
+def plain_out(op_name: str, quant: QuantOptions, prefix: str = "") -> Any:
     """`out` of a call with quant_key=None; any other option has nothing to act on and raises."""
     for name in asked(op_name, quant):
         if name != "out":
-            raise ValueError(f"{op_name}: {name} is given, but quant_key is None")
+            name = name if name == "keep_unquantized" else prefix + name
+            raise ValueError(f"{op_name}: {name} is given, but {prefix}quant_key is None")
     return quant.get("out")
 
 
@@ -268,12 +278,12 @@ def quantize(x: Tensor, quant_key: QuantKey, **quant: Unpack[QuantOptions]) -> Q
     return run_quant(_quantize, (x,), quant_key, quant)
 
 
-def given_tensor(op_name: str, key: QuantKey, options: QuantOptions) -> Tensor | None:
+def given_tensor(op_name: str, key: QuantKey, options: QuantOptions, prefix: str = "") -> Tensor | None:
     """The one of scale, scale2 and scale_ub that the kernel takes for `key`; a surplus one raises."""
     wanted = "scale" if key.scale.static else "scale2" if key.scale2 is not None else "scale_ub"
     for name in _GIVEN:
         if name != wanted and options.get(name) is not None:
-            raise ValueError(f"{op_name}: {name} is given, but {key} takes none")
+            raise ValueError(f"{op_name}: {prefix}{name} is given, but {key} takes none")
     return options.get(wanted)  # type: ignore[return-value]
 
 

@@ -22,7 +22,8 @@ COMPILED = "cpu" in OPS["rms_norm"].backends
 # Promise 4a: the same bits on every backend.
 BITWISE = ("quantize", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat")
 HEADS = [name for name in OPS if "rope" in name]  # more in their own files
-OTHER_ROWS = (*HEADS, "scaled_linear", "dual_rms_norm")  # of several widths: in their own files
+ATTENTION = [name for name in OPS if "attention" in name]
+OTHER_ROWS = (*HEADS, *ATTENTION, "scaled_linear", "dual_rms_norm")  # of several widths: in their own files
 
 
 @functools.cache

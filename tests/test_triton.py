@@ -9,7 +9,7 @@ import torch
 from compare import assert_close, assert_same
 from keys import EVERY_KEY, given_tensors, layouts
 from promises import DEVICE, on_device
-from test_ops import ALL, as_tuple, cases, fresh, functional, results, spread
+from test_ops import ALL, ATTENTION, as_tuple, cases, fresh, functional, results, spread
 from torch import Tensor
 
 import fused_ops
@@ -50,7 +50,7 @@ def by_triton(op, args) -> dict[str, Tensor]:
 
 
 def test_it_serves_every_operation_on_rows_and_on_heads():
-    assert {p.id for p in ALL} - {p.id for p in SERVED} == {"scaled_linear"}
+    assert {p.id for p in ALL} - {p.id for p in SERVED} == {"scaled_linear", *ATTENTION}
 
 
 @pytest.mark.parametrize("op", [p for p in SERVED if "qk_norm" not in p.id])

@@ -24,7 +24,7 @@ LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static
 MAX_PLACES = 16384  # of a head, with a power of two for its columns, or of all of a token's that are one row
 HEADS_LIMITS = f"heads of up to {MAX_PLACES} columns, all of a token's together where they are normed as one row"
 HEADS = ("q", "k", "v", "gate", "q_pe", "k_pe", "kv_c")
-ELSEWHERE = ("scaled_linear",)
+ELSEWHERE = ("scaled_linear", *(name for name in OPS if "attention" in name))
 _defaults: list[Library] = []
 
 

@@ -194,9 +194,13 @@ class QuantLinear(nn.Module):
         """What this layer wants its input to be."""
         return self.method.input_quant_key
 
-    def input_quant(self) -> dict[str, Any]:
-        """What a producer needs: `fused_add_rms_norm_quant(x, r, w, eps, **layer.input_quant())`."""
-        return {
+    def input_quant(self, prefix: str = "") -> dict[str, Any]:
+        """What a producer needs: `fused_add_rms_norm_quant(x, r, w, eps, **layer.input_quant())`.
+
+        prefix: of the names, for a producer whose own arguments would clash: attention, which has a scale of its own,
+        takes `**o_proj.input_quant("output_")`.
+        """
+        options = {
             "quant_key": self.method.input_quant_key,
             "scale": self._buffers.get("input_scale"),
             "scale2": self._buffers.get("input_scale2"),
@@ -204,6 +208,7 @@ class QuantLinear(nn.Module):
             "scale_ub": None,
             "pad_rows": self.method.pad_rows,
         }
+        return {prefix + name: value for name, value in options.items()} if prefix else options
 
     def forward(self, x: Tensor | QuantizedActivation) -> Tensor:
         return self.method.apply(self, x, self._buffers["bias"])

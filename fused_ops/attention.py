@@ -1,0 +1,280 @@
+"""Attention over a paged cache, alone and with the quantization of its output in the kernel's epilogue.
+
+    s[i, j] = scale * (q[i] . k[j])               soft_cap: s = soft_cap * tanh(s / soft_cap)
+    y[i] = sum_j exp(s[i, j]) * v[j] / (sum_j exp(s[i, j]) + exp(sink))         in float32, then once to S
+
+for each head; keys and values of a cache that holds codes are their exact values, k = code * k_scale. Queries are the
+last tokens of their sequences: the one at place p of its sequence sees keys j <= p, with a sliding window j > p -
+window; all keys where `causal=False`. A sink is one more logit of each head, which weighs nothing.
+
+A sequence of L tokens, of which the last n are queries, is: n rows of q, L in `seq_lens`, and the blocks of its cache
+in `block_tables`. Prefill (n = L), its continuation in chunks, and decoding (n = 1) may stand side by side.
+
+A row depends on its own query and on the keys and values it sees, on nothing else: not on other sequences, on the
+number of queries that come with it, on blocks' places in memory, or on what later keys are.
+
+A number that is out of range (a block outside the cache, more queries than tokens, more tokens than the table has
+blocks for, a `query_start_loc` that goes back or beyond q) is an error on the CPU; on a GPU that sequence's rows of y
+become NaN. Rows of q that belong to no sequence (padding) give zeros.
+
+Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1; Kwon et al., "Efficient memory management for
+LLM serving with PagedAttention", 2023; soft_cap: Gemma Team, "Gemma 2", 2024; sinks: OpenAI, "gpt-oss", 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from typing_extensions import Unpack
+
+from quant import QuantizedActivation, QuantKey
+
+from ._check import FLOAT32_MAX, FLOATS, INDICES, boolean, check, number
+from ._op import Op, invoke, op
+from .kv_cache import CODES
+from .quantize import plain_out, quantizing, run_quant
+
+
+class OutputOptions(TypedDict, total=False):
+    """What attention takes besides its `output_quant_key`: `QuantOptions`, since `scale` is the logits'.
+
+    `**o_proj.input_quant("output_")` of the linear layer that follows gives the key and all that the layer knows.
+    """
+
+    output_scale: Tensor | None
+    output_scale2: Tensor | None
+    output_zero_point: Tensor | None
+    output_scale_ub: Tensor | None
+    output_pad_rows: int
+    keep_unquantized: bool
+    out: Any
+
+
+@op("y")
+def _paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    causal: bool,
+    sliding_window: int,
+    soft_cap: float,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+):
+    tokens, heads, _ = q.shape
+    y = q.new_zeros(tokens, heads, v_cache.shape[-1])
+    for rows, slots in sequences(tokens, k_cache, block_tables, seq_lens, query_start_loc):
+        if slots is None:
+            y[rows] = float("nan")
+            continue
+        k, v = (
+            cached(c, slots, s).repeat_interleave(heads // c.shape[2], 1)
+            for c, s in ((k_cache, k_scale), (v_cache, v_scale))
+        )
+        logits = torch.einsum("qhd,khd->hqk", q[rows].float(), k) * scale
+        if soft_cap:
+            logits = torch.tanh(logits / soft_cap) * soft_cap
+        if causal:
+            logits = logits.masked_fill(~visible(logits, sliding_window), float("-inf"))
+        weights = softmax(logits, sinks)
+        y[rows] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+    return y.flatten(1)
+
+
+def sequences(
+    tokens: int, cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """(its rows, the slots of all its keys) of each sequence that has rows; None for slots out of range."""
+    size, limit = cache.shape[1], cache.shape[0]
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for i, length in enumerate(lengths):
+        start, end = starts[i : i + 2]
+        rows = slice(max(start, 0), min(max(end, 0), tokens))
+        inside = 0 <= start <= end <= tokens and end - start <= length <= block_tables.shape[1] * size
+        blocks = block_tables[i, : -(-length // size)].long() if inside else None
+        if blocks is not None and bool(((blocks < 0) | (blocks >= limit)).any()):
+            blocks = None
+        if rows.start < rows.stop:
+            places = torch.arange(length, device=cache.device)
+            yield rows, None if blocks is None else blocks[places // size] * size + places % size
+
+
+def cached(cache: Tensor, slots: Tensor, scale: Tensor | None) -> Tensor:
+    """Rows of a cache, as float32 values."""
+    rows = cache[slots // cache.shape[1], slots % cache.shape[1]].float()
+    return rows if scale is None else rows * scale.view(-1, 1)
+
+
+def visible(logits: Tensor, sliding_window: int) -> Tensor:
+    """bool [queries, keys] of logits [..., queries, keys], which are the last queries of a sequence."""
+    queries, keys = logits.shape[-2:]
+    ahead = torch.arange(keys, device=logits.device) - torch.arange(keys - queries, keys, device=logits.device)[:, None]
+    return ahead <= 0 if not sliding_window else (ahead <= 0) & (ahead > -sliding_window)
+
+
+def softmax(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Over the keys of [heads, queries, keys], with a logit more for each head."""
+    if sinks is None:
+        return logits.softmax(-1)
+    sink = sinks.float()[:, None, None].expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+
+
+@_paged_attention.declares("check")
+def _(
+    q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, scale, causal, sliding_window, soft_cap, sinks,
+    k_scale, v_scale, *, name,
+):  # fmt: skip
+    held = (getattr(q, "dtype", None), *CODES)
+    sizes = check(
+        name,
+        q=(q, "T H D", FLOATS),
+        k_cache=(k_cache, "B P K D", held),
+        v_cache=(v_cache, "B P K V", "k_cache"),
+        sinks=(sinks, "H ?", FLOATS),
+    )
+    heads, kv_heads, cols = sizes["H"], sizes["K"], sizes["V"]
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"{name}: q has {heads} heads, expected a multiple of k_cache's {kv_heads}")
+    check_logits(name, scale)
+    number(name, soft_cap=soft_cap)
+    if not 0 <= soft_cap <= FLOAT32_MAX:
+        raise ValueError(f"{name}: soft_cap is {soft_cap}, expected a positive float32, or None")
+    boolean(name, causal=causal)
+    if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
+        raise TypeError(f"{name}: sliding_window is {type(sliding_window).__name__}, expected an int or None")
+    if sliding_window < 0 or (sliding_window and not causal):
+        raise ValueError(f"{name}: sliding_window is {sliding_window}, expected at least 1, with causal=True")
+    for scale_name, cache_scale in ("k_scale", k_scale), ("v_scale", v_scale):
+        check_cache_scale(name, q, scale_name, cache_scale, k_cache, kv_heads)
+    check_sequences(name, q, k_cache, block_tables, seq_lens, query_start_loc)
+    if not sizes["D"] or not heads * cols:
+        raise ValueError(f"{name}: heads are of {sizes['D']} and {cols} columns, expected at least one")
+    return heads * cols
+
+
+def check_logits(op_name: str, scale: Any) -> None:
+    number(op_name, scale=scale)
+    if not abs(scale) <= FLOAT32_MAX:
+        raise ValueError(f"{op_name}: scale is {scale}, expected a finite float32")
+
+
+def check_cache_scale(op_name: str, q: Tensor, name: str, scale: Any, cache: Tensor, heads: int) -> None:
+    if cache.dtype not in CODES:
+        if scale is not None:
+            raise ValueError(f"{op_name}: {name} is given, but the cache is {cache.dtype}, which takes none")
+        return
+    check(op_name, q=(q, "T H D", FLOATS), **{name: (scale, "scales", torch.float32)})
+    if scale.shape[0] not in (1, heads):
+        raise ValueError(f"{op_name}: {name} is {list(scale.shape)}, expected one, or one for each of {heads} heads")
+
+
+def check_sequences(op_name: str, q: Tensor, cache: Tensor, block_tables, seq_lens, query_start_loc) -> None:
+    """Raise where tensors don't name sequences, or, on the CPU, where their numbers are out of range."""
+    like = {"q": (q, "T H D", FLOATS)}
+    tables = {"block_tables": (block_tables, "S M", INDICES), "seq_lens": (seq_lens, "S", INDICES)}
+    sizes = check(op_name, **like, **tables)
+    check(op_name, {"S+1": sizes["S"] + 1}, **like, query_start_loc=(query_start_loc, "S+1", INDICES))
+    if q.device.type != "cpu" or any(isinstance(t, FakeTensor) for t in (q, block_tables, seq_lens, query_start_loc)):
+        return
+    blocks, size = cache.shape[:2]
+    first = query_start_loc[:1].tolist()
+    if first != [0]:
+        raise ValueError(f"{op_name}: query_start_loc starts with {first[0]}, expected 0")
+    for i, (length, table) in enumerate(zip(seq_lens.tolist(), block_tables, strict=True)):
+        start, end = query_start_loc[i : i + 2].tolist()
+        if not start <= end <= q.shape[0]:
+            raise ValueError(
+                f"{op_name}: query_start_loc goes from {start} to {end} at {i}, expected no less, up to {q.shape[0]}"
+            )
+        most = sizes["M"] * size
+        if not end - start <= length <= most:
+            raise ValueError(f"{op_name}: seq_lens has {length} at {i}, expected {end - start} to {most}")
+        used = table[: -(-length // size)] if size else table[:0]
+        if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < blocks:
+            raise ValueError(f"{op_name}: block_tables has {used.tolist()} at {i}, expected 0 to {blocks - 1}")
+
+
+@_paged_attention.declares("empty")
+def _(q, k_cache, v_cache, *_):
+    return q.new_empty(q.shape[0], q.shape[1] * v_cache.shape[-1])
+
+
+_paged_attention_quant = quantizing(_paged_attention, "output_", one_scale=False)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    output_quant_key: QuantKey | None = None,
+    **output: Unpack[OutputOptions],
+) -> Tensor | QuantizedActivation:
+    """Attention of the last tokens of sequences over their paged keys and values; see the module for the formula.
+
+    Args:
+        q: [T, heads, D] bfloat16, float16 or float32 (S), rotated; the queries of a sequence side by side.
+        k_cache, v_cache: [blocks, block_size, kv_heads, D] and [.., Dv] in S, FP8 or int8, the queries' own keys and
+            values included; in any memory order. kv_heads divides heads: head h reads h // (heads / kv_heads).
+        block_tables: int32 or int64 [sequences, most blocks]; entries behind a sequence's last block aren't read.
+        seq_lens: int32 or int64 [sequences], tokens of each, its queries included.
+        query_start_loc: int32 or int64 [sequences + 1], ascending from 0: where each one's rows of q begin.
+        scale: of the logits, usually 1 / sqrt(D).
+        causal: whether a query sees the keys up to its own only. sliding_window: and of those the last so many.
+        soft_cap: bound of the logits. sinks: [heads], one logit more a head, in any of the three dtypes.
+        k_scale, v_scale: float32 [1], or [kv_heads], of FP8 and int8 caches.
+        output_quant_key: how the rows of y are quantized; any key but FP8_DYNAMIC_TENSOR.
+        **output: see `OutputOptions`.
+
+    Returns:
+        [T, heads * Dv] in S, or as a `QuantizedActivation`, bit for bit what `quantize` makes of the former.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or (on the CPU) a number is out of range; nothing is
+            written.
+    """
+    window = 0 if sliding_window is None else _at_least_one("sliding_window", sliding_window)
+    cap = 0.0 if soft_cap is None else _at_least_one("soft_cap", soft_cap)
+    args = (q, k_cache, v_cache, block_tables, seq_lens, query_start_loc)
+    args += (scale, causal, window, cap, sinks, k_scale, v_scale)
+    return run_attention(_paged_attention, _paged_attention_quant, args, output_quant_key, output)
+
+
+def _at_least_one(name: str, value: Any) -> Any:
+    """0 stands for None in the operation; here it is a mistake."""
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError(f"paged_attention: {name} is {value}, expected a positive number, or None")
+    return value
+
+
+def run_attention(plain: Op, fused: Op, args: tuple, key: QuantKey | None, output: OutputOptions) -> Any:
+    options: Any = output
+    if output:
+        for name in output:
+            if name not in OutputOptions.__annotations__:
+                raise TypeError(f"{plain.name}: got an unexpected keyword argument {name!r}")
+        options = {name.removeprefix("output_"): value for name, value in output.items()}
+    if key is not None:
+        return run_quant(fused, args, key, options)
+    out = plain_out(plain.name, options, "output_")
+    return invoke(plain, args, None if out is None else (out,))
