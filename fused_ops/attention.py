@@ -255,8 +255,8 @@ def paged_attention(
     """
     window = 0 if sliding_window is None else _at_least_one("sliding_window", sliding_window)
     cap = 0.0 if soft_cap is None else _at_least_one("soft_cap", soft_cap)
-    args = (q, k_cache, v_cache, block_tables, seq_lens, query_start_loc)
-    args += (scale, causal, window, cap, sinks, k_scale, v_scale)
+    inputs = (q, k_cache, v_cache, block_tables, seq_lens, query_start_loc)
+    args = (*inputs, scale, causal, window, cap, sinks, k_scale, v_scale)
     return run_attention(_paged_attention, _paged_attention_quant, args, output_quant_key, output)
 
 
