@@ -8,6 +8,7 @@ namespace fused_ops {
 
 constexpr int kKeys = 256;      // of a block; blocks begin at multiples of this in a sequence
 constexpr int kStaged = 32;     // rows that are widened at once
+constexpr int kTileRows = 64;   // of a tile, at most
 constexpr int kDotsAtOnce = 8;  // so many results are written, and vectors pointed to, at once: seven may be surplus
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -42,7 +43,8 @@ class Desk {
   float *most, *sum, *part_most, *part_sum;  // of rows; largest logits, times log2(e)
   int *low, *high;                           // keys of this block that a row sees
   float *row, *slice;                        // of a head that is quantized: as float32, as S
-  const char **keys, **values;               // rows of this block
+  const char **keys, **values, **next;       // rows of this block, and the first ones of the next
+  int nexts = 0;
 
   // For `rows` rows of x with x_cols, whose products with up to `count` vectors are y_cols wide.
   Desk(float* buffer, int64_t rows, int64_t x_cols, int64_t count, int64_t y_cols) {
@@ -64,11 +66,12 @@ class Desk {
     for (float** each : {&most, &sum, &part_most, &part_sum}) *each = take(rows);
     low = reinterpret_cast<int*>(take(rows));
     high = reinterpret_cast<int*>(take(rows));
-    const int64_t widest = round_up(std::max(count, y_cols), kLanes) + kLanes;
+    const int64_t widest = round_up(std::max({x_cols, count, y_cols}), kLanes) + kLanes;
     row = take(widest);
     slice = take(widest);
     keys = reinterpret_cast<const char**>(take(2 * (count + kDotsAtOnce)));
     values = reinterpret_cast<const char**>(take(2 * (count + kDotsAtOnce)));
+    next = reinterpret_cast<const char**>(take(2 * kStaged));
   }
 
   static int64_t floats(int64_t rows, int64_t x_cols, int64_t count, int64_t y_cols) {
@@ -86,6 +89,13 @@ class Desk {
 
  private:
   int64_t used_ = 0;
+};
+
+// Where MLA's keys and values of a block are projected to, and the states of all queries of a sequence.
+struct Expansion {
+  Matrix k, v, y;
+  float *most, *sum;
+  Desk projection, attention;
 };
 
 }  // namespace fused_ops
