@@ -65,6 +65,8 @@ struct Pipeline {
   ScaleOut scale, zero_point;       // dynamic keys
   const float* given = nullptr;     // static keys: the scale; NVFP4: scale2; other dynamic keys: upper bound of amax
   const int* given_zero = nullptr;  // static asymmetric keys
+  // Where a row here is a slice of the one that is quantized, whole groups: how many groups lie before and behind it.
+  int64_t groups_before = 0, groups_behind = 0;
 
   // What the CPU's passes are made of: values of the two above, and whether to write around the caches.
   float given_value = 0, given_zero_value = 0;

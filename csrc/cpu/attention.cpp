@@ -1,0 +1,198 @@
+#include "../attention.h"
+
+#include <atomic>
+#include <memory>
+
+#include "attention.h"
+#include "threads.h"
+
+#define KERNELS "mla.inc"
+#include "each_isa.inc"
+
+namespace fused_ops {
+
+namespace {
+
+constexpr int64_t kPartFloats = 1 << 24;     // the most for blocks that are spread over threads
+constexpr int64_t kLatentFloats = 1 << 24;   // for queries that are projected at once
+
+struct alignas(64) Line {
+  float v[16];
+};
+
+std::unique_ptr<Line[]> floats(int64_t count) { return std::unique_ptr<Line[]>(new Line[count / 16 + 1]); }
+
+// fn(i, memory) for each i of `count` pieces of work, the next one for whoever is free; a thread has `size` floats.
+template <class Fn>
+void for_each(int64_t count, int64_t size, const Fn& fn) {
+  std::atomic<int64_t> next{0};
+  constexpr int64_t kWorthAThread = 1 << 20;
+  parallel_rows(std::min<int64_t>(count, torch::stable::get_num_threads()), kWorthAThread, [&](int64_t, int64_t) {
+    const auto memory = floats(size);
+    for (int64_t i; (i = next++) < count;) fn(i, memory[0].v);
+  });
+}
+
+// The later of a sequence's tokens, which see most, first.
+std::vector<Tile> tiles_of(const Attention& p) {
+  std::vector<Tile> tiles;
+  const int64_t group = p.heads / p.kv_heads;
+  const int64_t heads = std::min<int64_t>(group, kTileRows), tokens = std::max<int64_t>(1, kTileRows / group);
+  for (const Sequence& s : p.sequences)
+    for (int64_t token = (s.queries - 1) / tokens * tokens; token >= 0; token -= tokens)
+      for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
+        for (int64_t head = 0; head < group; head += heads) {
+          const int64_t count = std::min(tokens, s.queries - token);
+          const int64_t first = p.seen(s, token).first / kKeys;
+          const int64_t blocks = (p.seen(s, token + count - 1).second + kKeys - 1) / kKeys - first;
+          tiles.push_back(
+              {&s, kv_head, token, count, kv_head * group + head, std::min(heads, group - head), first, blocks});
+        }
+  return tiles;
+}
+
+// Blocks [first, first + count) of a tile.
+struct Piece {
+  const Tile* tile;
+  int64_t first, count;
+};
+
+// Where there are fewer tiles than threads, these share the blocks of a tile, and merge their parts afterwards.
+void run_tiles(const Attention& p) {
+  std::vector<Tile> tiles = tiles_of(p);
+  const int64_t stride = round_up(p.v.cols, 8), count = static_cast<int64_t>(tiles.size());
+  int64_t rows = 1, blocks = 0, part = 0;
+  for (const Tile& tile : tiles) {
+    rows = std::max<int64_t>(rows, tile.rows());
+    blocks += tile.blocks;
+    part += tile.blocks * part_floats(tile, stride);
+  }
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool spread = count < threads && blocks > count && part <= kPartFloats;
+  const auto parts = floats(spread ? part : 0);
+  std::vector<Piece> pieces;
+  float* next = parts[0].v;
+  for (Tile& tile : tiles) {
+    int64_t at_once = tile.blocks;
+    if (spread) {
+      tile.parts = next;
+      next += tile.blocks * part_floats(tile, stride);
+      at_once = std::max<int64_t>(1, blocks / (2 * threads));
+    }
+    for (int64_t b = 0; b < tile.blocks; b += at_once)
+      pieces.push_back({&tile, tile.first + b, std::min(at_once, tile.blocks - b)});
+  }
+
+  const auto desk = [&](float* memory) { return Desk(memory, rows, p.k.cols, kKeys, p.v.cols); };
+  const int64_t size = Desk::floats(rows, p.k.cols, kKeys, p.v.cols);
+  for_each(static_cast<int64_t>(pieces.size()), size, [&](int64_t i, float* memory) {
+    PICK_ISA(attend)(p, *pieces[i].tile, pieces[i].first, pieces[i].count, desk(memory));
+  });
+  if (!spread) return;
+  for_each(count, size, [&](int64_t i, float* memory) { PICK_ISA(merge_parts)(p, tiles[i], desk(memory)); });
+}
+
+void put_unused(const Attention& p) {
+  const int64_t cols = p.out.cols / p.heads;
+  for_each(p.out.rows - p.used, Desk::floats(1, cols, cols, cols), [&](int64_t i, float* memory) {
+    PICK_ISA(put_zeros)(p, p.used + i, p.used + i + 1, Desk(memory, 1, cols, cols, cols));
+  });
+}
+
+// Sequences whose queries are projected to the latents' space, attend to latents there, and are projected back.
+void run_absorbed(const Mla& p, std::vector<Sequence> sequences) {
+  Attention a = p.attention;
+  std::vector<int64_t> rows;  // of q, of each row here
+  for (Sequence& s : sequences) {
+    const int64_t first = static_cast<int64_t>(rows.size());
+    for (int64_t t = 0; t < s.queries; ++t) rows.push_back(s.row + t);
+    s.row = first;
+  }
+  const int64_t count = static_cast<int64_t>(rows.size()), cols = a.k.cols, bytes = cols * sizeof(float);
+  const auto memory = floats(count * a.heads * cols);
+  a.sequences = std::move(sequences);
+  a.q = a.results = {reinterpret_cast<char*>(memory[0].v), a.heads * bytes, bytes};
+  a.q_dtype = ScalarType::Float;
+
+  const int64_t tiles = (count + kStaged - 1) / kStaged;
+  const int64_t x_cols = std::max(p.rank, p.w_uk.rows), vectors = std::max({p.w_uk.rows, p.w_uv.rows, p.rope});
+  const auto for_projections = [&](const auto& project, const Place& place) {
+    for_each(tiles * a.heads, Desk::floats(kStaged, x_cols, vectors, p.rank), [&](int64_t i, float* buffer) {
+      const int64_t first = i % tiles * kStaged;
+      const int at_once = static_cast<int>(std::min<int64_t>(kStaged, count - first));
+      project(p, rows.data() + first, first, at_once, i / tiles, place,
+              Desk(buffer, kStaged, x_cols, vectors, p.rank));
+    });
+  };
+  for_projections(PICK_ISA(project_queries), a.q);
+  run_tiles(a);
+  for_projections(PICK_ISA(project_results), a.results);
+}
+
+// Sequences whose keys and values are projected from the latents, for one head after another.
+void run_expanded(const Mla& p, const std::vector<Sequence>& sequences) {
+  const int64_t k_cols = p.w_uk.rows + p.rope, v_cols = p.w_uv.rows, heads = p.attention.heads;
+  const int64_t vectors = std::max<int64_t>({p.w_uk.rows, v_cols, p.rope, kStaged});
+  int64_t most = 0;
+  for (const Sequence& s : sequences) most = std::max(most, round_up(s.queries, kTileRows));
+
+  const auto lay_out = [&](float* memory, int64_t& used) {
+    const auto matrix = [&](int64_t rows, int64_t cols) {
+      const Matrix m{memory + used, round_up(cols, 8)};
+      used += round_up(rows * m.stride + kLanes, 16);
+      return m;
+    };
+    Expansion e{matrix(kKeys + 4, k_cols + kDotsAtOnce),
+                matrix(kKeys + 4, v_cols + kDotsAtOnce),
+                matrix(most, v_cols),
+                matrix(1, most).data,
+                matrix(1, most).data,
+                Desk(memory + used, kStaged, p.rank, vectors, p.rank),
+                Desk(nullptr, 1, 1, 1, 1)};
+    used += Desk::floats(kStaged, p.rank, vectors, p.rank);
+    e.attention = Desk(memory + used, kTileRows, k_cols, kKeys, v_cols);
+    used += Desk::floats(kTileRows, k_cols, kKeys, v_cols);
+    return e;
+  };
+  int64_t size = 0;
+  lay_out(nullptr, size);
+  for_each(static_cast<int64_t>(sequences.size()) * heads, size, [&](int64_t i, float* memory) {
+    int64_t used = 0;
+    PICK_ISA(attend_expanded)(p, sequences[i / heads], i % heads, lay_out(memory, used));
+  });
+}
+
+}  // namespace
+
+void run_on_cpu(Attention& p) {
+  if (p.out.data) prepare_on_cpu(p.out);
+  run_tiles(p);
+  put_unused(p);
+}
+
+void run_on_cpu(Mla& p) {
+  const Attention& a = p.attention;
+  if (p.attention.out.data) prepare_on_cpu(p.attention.out);
+  std::vector<Sequence> absorbed, expanded;
+  int64_t queries = 0;
+  const int64_t at_once = std::max<int64_t>(1, kLatentFloats / (a.heads * a.k.cols));
+  for (const Sequence& s : a.sequences) {
+    if (!p.absorbs(s)) {
+      expanded.push_back(s);
+      continue;
+    }
+    if (queries && queries + s.queries > at_once) {
+      run_absorbed(p, std::move(absorbed));
+      absorbed.clear();
+      queries = 0;
+    }
+    absorbed.push_back(s);
+    queries += s.queries;
+  }
+  if (!absorbed.empty()) run_absorbed(p, std::move(absorbed));
+  if (!expanded.empty()) run_expanded(p, expanded);
+  put_unused(a);
+}
+
+}  // namespace fused_ops
