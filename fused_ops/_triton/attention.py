@@ -14,6 +14,7 @@ rows of a tile alike, which is what NVIDIA's and AMD's instructions do.) A key t
 acc as they were: logits are selected, not multiplied, and weights of 0 meet finite values only (`nonfinite`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -460,19 +461,37 @@ def tail_rows(tokens: int, r: Results, e: Slice) -> int:
     return max(tokens, 1) if e.codes is not None and e.codes.per_tensor and r.scale is not None else tokens
 
 
-def run(c: Call, r: Results) -> None:
-    tokens, heads, _ = c.q.shape
+def quantized(r: Results, like: Tensor, cols: int, direct: Callable[[Results], None]) -> None:
+    """Make `r`, slices of `cols` columns, by a launch whose epilogue does, or that makes y, which is quantized then."""
+    tokens, heads, _ = like.shape
     if r.data is None and r.scale is None:
         r.key = None
-    if quantized_apart(r, c.v_cols, heads):
-        y = r.y if r.y is not None else c.q.new_empty(tokens, heads * c.v_cols)
-        launch(c, Results(y=y))
-        run_pipeline(
-            Pipeline(y, key=r.key, given=r.given, given_zero=r.given_zero, data=r.data, scale=r.scale,
-                     zero_point=r.zero_point)
-        )  # fmt: skip
-    else:
-        launch(c, r)
+    if not quantized_apart(r, cols, heads):
+        return direct(r)
+    y = like.new_empty(tokens, heads * cols) if r.y is None else r.y
+    direct(Results(y=y))
+    rest = {name: getattr(r, name) for name in ("key", "given", "given_zero", "data", "scale", "zero_point")}
+    run_pipeline(Pipeline(y, **rest))
+
+
+def run(args: tuple, r: Results) -> None:
+    c = Call(*args)
+    quantized(r, c.q, c.v_cols, lambda direct: launch(c, direct))
+
+
+def operation(name: str, required: int) -> Callable[[tuple, dict[str, Any]], None]:
+    """What runs an operation of attention, or its `..._quant`, of which so many inputs come before the key."""
+    from . import mla
+
+    attend = mla.run if name.startswith("mla") else run
+
+    def call(args: tuple, outs: dict[str, Any]) -> None:
+        key, given, given_zero, *_ = *args[required:], None, None, None
+        r = Results(key, given, given_zero, outs.get("y", outs.get("unquantized")))
+        r.data, r.scale, r.zero_point = map(outs.get, ("data", "scale", "zero_point"))
+        attend(args[:required], r)
+
+    return call
 
 
 def launch(c: Call, r: Results) -> None:
