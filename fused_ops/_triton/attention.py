@@ -186,7 +186,7 @@ def segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K: tl.constexp
     if x.k_scale is not None:
         inner *= tl.load(x.k_scale.data + kv_head * x.k_scale.strides[0])
     m, l, acc = nothing(K, K.rows)  # noqa: E741
-    for first in range(low, high, K.keys):
+    for first in tl.range(low, high, K.keys, num_stages=1 if EXACT else None):
         key = first + tl.arange(0, K.keys)
         block, inside = blocks_of_keys(s, i, key, key < high, K.page)
         exists, slot = (key < high) & inside, (key % K.page).to(tl.int64)
