@@ -47,6 +47,18 @@ def assert_close(
         assert (apart > 0).sum() <= allowed, f"{context}: {int((apart > 0).sum())} of {apart.numel()} elements differ"
 
 
+# Attention rounds its weights to S, its sums are float32; with projections of its queries and results in S, thrice.
+ATTENTION_STEPS = {torch.bfloat16: 3, torch.float16: 3, torch.float32: 48}
+
+
+def assert_attends(actual: Tensor, exact: Tensor, terms: Tensor, context: str = "") -> None:
+    """Results of attention against float64, in steps of S relative to `terms`, the weighted values' magnitudes."""
+    assert actual.shape == exact.shape, context
+    error = (actual.double() - exact).abs() / (terms * torch.finfo(actual.dtype).eps).clamp_min(1e-300)
+    error = error.nan_to_num(float("inf"))
+    assert error.numel() == 0 or error.max() <= ATTENTION_STEPS[actual.dtype], f"{context}: {error.max()} steps"
+
+
 def assert_same(actual: Tensor | None, expected: Tensor | None, context: str = "") -> None:
     """The same shape, dtype, strides and bytes; any NaN equals any other of its sign-less kind."""
     if actual is None or expected is None:

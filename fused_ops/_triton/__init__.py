@@ -1,4 +1,4 @@
-"""The Triton backend: operations on rows and on heads, on NVIDIA and AMD GPUs.
+"""The Triton backend: operations on rows, on heads, and attention, on NVIDIA and AMD GPUs.
 
 Importing this doesn't import Triton; the first call does.
 """
@@ -24,7 +24,12 @@ LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static
 MAX_PLACES = 16384  # of a head, with a power of two for its columns, or of all of a token's that are one row
 HEADS_LIMITS = f"heads of up to {MAX_PLACES} columns, all of a token's together where they are normed as one row"
 HEADS = ("q", "k", "v", "gate", "q_pe", "k_pe", "kv_c")
-ELSEWHERE = ("scaled_linear", *(name for name in OPS if "attention" in name))
+MOST_HEADS = 32768
+ATTENTION_LIMITS = (
+    "heads of up to 256 columns, latents of up to 512 and 256 rotated columns beside them, in blocks of at least one "
+    f"token, up to {MOST_HEADS} heads, fewer than 2^31 tokens to a row of block_tables, and keys of whole bytes a head"
+)
+ELSEWHERE = ("scaled_linear",)
 _defaults: list[Library] = []
 
 
@@ -34,7 +39,11 @@ def load() -> None:
     devices = ("CPU", "CUDA") if interpreted else ("CUDA",)
     for op in OPS.values():
         if op.name not in ELSEWHERE:
-            supports, limits = (_supports_heads(op), HEADS_LIMITS) if _of_heads(op) else (_supports(op), LIMITS)
+            supports, limits = _supports(op), LIMITS
+            if _of_heads(op):
+                supports, limits = _supports_heads(op), HEADS_LIMITS
+            elif _of_attention(op):
+                supports, limits = _supports_attention(op), ATTENTION_LIMITS
             op.backend(Backend("triton", _runs(op), devices, supports, limits, missing))
     if missing() is None and not interpreted and (torch.version.hip or torch.version.cuda):
         _defaults.append(Library("fused_ops", "IMPL"))
@@ -54,10 +63,12 @@ def missing() -> str | None:
 def _runs(op: Op) -> Callable:
     @cache
     def implementation() -> Callable:
-        from . import heads, operations
+        from . import attention, heads, operations
 
         if _of_heads(op):
             return heads.operation(op.arguments)
+        if _of_attention(op):
+            return attention.operation(op.name, op.argument("key") or op.required)
         if op.name == "dual_rms_norm":
             return operations.dual_rms_norm
         return operations.row_operation(op.name, op.argument("key") or op.required)
@@ -91,6 +102,26 @@ def _supports_heads(op: Op) -> Callable[..., bool]:
         given = {name: named[name] for name in HEADS if named.get(name) is not None}
         whole = bool(named["flags"] & WHOLE_VECTOR)
         fits = all(places(x, whole and name in "qk") <= MAX_PLACES for name, x in given.items())
+        return fits and all(map(serves, op.keys(args)))
+
+    return supports
+
+
+def _of_attention(op: Op) -> bool:
+    return "block_tables" in op.arguments
+
+
+def _supports_attention(op: Op) -> Callable[..., bool]:
+    def supports(*args) -> bool:
+        named = dict(zip(op.arguments, args, strict=False))
+        tables = named["block_tables"]
+        if "w_uv" in named:
+            (heads, v_cols, rank), page = named["w_uv"].shape, named["kv_cache"].shape[1]
+            fits = v_cols <= 256 and rank <= 512 and named["q_pe"].shape[2] <= 256
+        else:
+            heads, page = named["q"].shape[1], named["k_cache"].shape[1]
+            fits = max(named["q"].shape[2], named["v_cache"].shape[3]) <= 256
+        fits = fits and heads <= MOST_HEADS and tables.shape[1] * page < 1 << 31
         return fits and all(map(serves, op.keys(args)))
 
     return supports

@@ -97,6 +97,26 @@ def row_sum(x):
     """
     for _ in tl.static_range(min(3, log2(x.shape[1]))):
         x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
+    return halves_sum(x)
+
+
+@triton.jit
+def halves_sum(x):
+    """float32 [R, 1] of [R, C]: a tree of halves, the order that suits a matrix product's registers."""
     for _ in tl.static_range(log2(x.shape[1])):
         x = tl.sum(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), axis=1)
     return x
+
+
+# --- products of matrices ---
+
+
+@triton.jit
+def dot(a, b, total):
+    """total + a @ b in float32, of bfloat16, float16 or float32: exact products, added in the order of the target's
+    instruction, the same for every row of a tile.
+    """
+    if INTERPRETED:  # which multiplies the bits of bfloat16
+        return tl.dot(widen(a), widen(b), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision="ieee")

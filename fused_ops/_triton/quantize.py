@@ -153,6 +153,24 @@ def encode(x, zero_point, C: tl.constexpr):
         return encode_e4m3(x)
 
 
+@triton.jit
+def decode(code, FORMAT: tl.constexpr):
+    """float32 of codes that a cache holds, in bytes: exact, and so in every 16-bit float."""
+    if FORMAT == "int8":
+        return code.to(tl.int8, bitcast=True).to(tl.float32)
+    elif FORMAT == "e4m3" and casts_to_e4m3():
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        code = code.to(tl.int32)
+        magnitude = decode_e4m3(code & 0x7F)
+        if FORMAT == "e4m3fnuz":
+            nan = code == 0x80
+            magnitude *= 0.5  # of an exponent whose bias is one more
+        else:
+            nan = (code & 0x7F) == 0x7F
+        return tl.where(nan, float("nan"), tl.where(code < 0x80, magnitude, -magnitude))
+
+
 # --- scales ---
 
 
@@ -221,18 +239,22 @@ def scale_pointers(places, row, slot, C: tl.constexpr):
 
 
 @triton.jit
-def store_scales(places, row, active, stored, C: tl.constexpr):
-    """`stored` [R, groups], and zeros that complete the last unit of four."""
+def store_scales(places, row, active, first, stored, K: tl.constexpr):
+    """`stored` [R, groups], of which the first is a row's group number `first`; with a row's last group go zeros that
+    complete the last unit of four.
+    """
+    C: tl.constexpr = K.codes
+    GROUPS: tl.constexpr = (K.cols + C.group - 1) // C.group
     slot = tl.arange(0, stored.shape[1])[None, :]
     if C.layout == "packed":
         stored = stored >> 23
-    pointer = scale_pointers(places, row, slot, C)
+    pointer = scale_pointers(places, row, first + slot, C)
     if pointer.dtype.element_ty == tl.float32:
         stored = from_bits(stored)
-    tl.store(pointer, stored.to(pointer.dtype.element_ty), mask=active[:, None] & (slot < C.groups))
+    tl.store(pointer, stored.to(pointer.dtype.element_ty), mask=active[:, None] & (slot < GROUPS))
     if C.layout != "plain" and C.groups % 4 != 0:
         slot = C.groups + tl.arange(0, 4)[None, :]
-        zeros = active[:, None] & (slot < (C.groups + 3) // 4 * 4)
+        zeros = active[:, None] & (first + GROUPS == C.groups) & (slot < (C.groups + 3) // 4 * 4)
         tl.store(scale_pointers(places, row, slot, C), 0, mask=zeros)
 
 
@@ -288,8 +310,11 @@ def over_groups(x, K: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K: tl.constexpr):
-    """Of x, rows number `row` of `rows`: codes to the pointers `data` [R], and what goes with them."""
+def quantize(x, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K: tl.constexpr, first=0):
+    """Of x, rows number `row` of `rows`: codes to the pointers `data` [R], and what goes with them.
+
+    x may be slices of rows, that begin with the group number `first` [R, 1].
+    """
     C: tl.constexpr = K.codes
     if C.per_tensor:
         if C.static:
@@ -310,12 +335,12 @@ def quantize(x, rows, row, active, data, given, given_zero, scale, zero_point, t
             stored, factor, zero = asymmetric_scale(high, low, C)
             codes = encode(x * over_groups(factor, K), over_groups(zero, K), C)
             if zero_point is not None:
-                store_scales(zero_point, row, active, zero.to(tl.int32), C)
+                store_scales(zero_point, row, active, first, zero.to(tl.int32), K)
         else:
             stored, factor = dynamic_scale(amax_of(bits(x) & MAGNITUDE, K), given, C)
             codes = encode(x * over_groups(factor, K), 0.0, C)
         if scale is not None:
-            store_scales(scale, row, active, stored, C)
+            store_scales(scale, row, active, first, stored, K)
             if C.layout == "swizzled":
                 store_padding(scale, row, rows, C)
     if data is not None:

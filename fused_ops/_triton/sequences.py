@@ -1,0 +1,69 @@
+"""Which sequence a program works for: the host reads no numbers, so kernels find their own.
+
+Numbers may be anything. What is used as an offset lies within its tensor; a sequence is `known` if its own are in range.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Sequences(NamedTuple):
+    """starts [count + 1], lengths [count], and tables [count, ...] whose rows lie `width` apart."""
+
+    starts: object
+    lengths: object
+    tables: object
+    width: int
+    count: int
+    tokens: int  # rows of q
+    most: int  # keys that a row of tables has blocks for
+    blocks: int  # of the cache
+
+
+@triton.jit
+def last_at_most(s, value, TILE: tl.constexpr):
+    """The last sequence that begins at `value` or before, or -1.
+
+    With tiles: sequence i begins with tile number starts[i] // TILE + i, at which all before it have ended.
+    """
+    low, high = 0, s.count
+    while low < high:
+        middle = (low + high) // 2
+        begin = tl.load(s.starts + middle).to(tl.int64)
+        if TILE > 0:
+            begin = begin // TILE + middle
+        if begin <= value:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def tile_of(s, number, TILE: tl.constexpr):
+    """(its sequence or -1, its number in that) of tiles of TILE queries each."""
+    i = last_at_most(s, number, TILE)
+    start = tl.load(s.starts + i, mask=i >= 0, other=0).to(tl.int64)
+    return i, number - (start // TILE + i)
+
+
+@triton.jit
+def sequence(s, i):
+    """Sequence `i`'s first row, its queries, its tokens, whether it is known; nothing is read of -1, which isn't."""
+    exists = i >= 0
+    start = tl.load(s.starts + i, mask=exists, other=0).to(tl.int64)
+    end = tl.load(s.starts + (i + 1), mask=exists, other=0).to(tl.int64)
+    length = tl.load(s.lengths + i, mask=exists, other=0).to(tl.int64)
+    ordered = exists & (start >= 0) & (start <= end) & (end <= s.tokens)
+    known = ordered & (end - start <= length) & (length <= s.most)
+    return start, end - start, length, known
+
+
+@triton.jit
+def blocks_of_keys(s, i, key, wanted, PAGE: tl.constexpr):
+    """int64 numbers of the blocks that hold these keys, and whether the cache has them; 0 where not."""
+    entry = tl.load(s.tables + i.to(tl.int64) * s.width + key // PAGE, mask=wanted, other=0).to(tl.int64)
+    inside = (entry >= 0) & (entry < s.blocks)
+    return tl.where(inside, entry, 0), inside
