@@ -49,6 +49,12 @@ ROTATIONS = (
     Rotation(stock.Float32Halves, (stock.TwiceInFloat32, stock.TwiceInFloat32ForEachType), round_products=False),
     Rotation(stock.ChunkedHalves, (stock.OnceInS,), repeats=False),
 )
+# The attention functions whose place `paged_attention` may take, with what they take beside the usual.
+EAGER = (
+    (stock.eager, frozenset()),
+    (stock.eager_soft_capped, frozenset({"softcap"})),
+    (stock.eager_with_sinks, frozenset({"s_aux"})),
+)
 NO_ROTATION = "it doesn't rotate: nothing to fuse"
 
 
@@ -69,6 +75,27 @@ def eager_of(module: nn.Module) -> Callable:
     return inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
 
 
+def unpaged(model: Any) -> str:
+    """Why the attentions of `model`, which are known, can't read keys from a `PagedKVCache`'s blocks; "" if they can.
+
+    Its forward must hand the mask to nobody but those who make masks, which pass one of four dimensions on as it is.
+    """
+    forward = type(model).forward
+    parameters = tuple(inspect.signature(inspect.unwrap(forward)).parameters)[1 : len(_PARAMETERS) + 1]
+    if parameters != _PARAMETERS or not _MASK_MAKERS.issuperset(reads(forward, "attention_mask") or ("unknown",)):
+        return f"{type(model).__name__}.forward reads attention_mask elsewhere too"
+    return ""
+
+
+_PARAMETERS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+_MAKER_ARGUMENTS = "'config': self.config, 'inputs_embeds': inputs_embeds, 'attention_mask': attention_mask, "
+_MASK_MAKERS = {
+    "create_causal_mask(attention_mask)",
+    "mask_function(attention_mask)",
+    "(causal_mask_mapping := attention_mask)",
+    f"{{{_MAKER_ARGUMENTS}'past_key_values': past_key_values}}",
+    f"{{{_MAKER_ARGUMENTS}'past_key_values': past_key_values, 'position_ids': position_ids}}",
+}
 _HANDED_TO_LAYERS = {
     "decoder_layer(position_embeddings)",
     "decoder_layer(position_embeddings[self.config.layer_types[i]])",
@@ -101,14 +128,28 @@ def _attention_of(layer: Any, table: nn.Module) -> tuple[Attention | None, str]:
     if text is None or not found:
         return None, f"{type(module).__name__}.forward of {version()} is not a known attention"
     (heads, rotates), *_ = found
+    options = tuple((key, path) for key, path in options if path[0] != "config" or hasattr(module.config, path[1]))
+    kept = _unpaged(module, options)
     if rotates is stock.rotated_in_some_layers and not module.use_rope:
-        return None, NO_ROTATION
+        if kept or _uses_norms(module, heads):
+            return None, NO_ROTATION
+        return Attention(None, heads.packed, options=options), ""
     rotation, rotation_problem = _rotation_of(forward, table)
     norm, norm_problem = _norm_of(module) if _uses_norms(module, heads) else (None, "")
     if rotation is None or norm_problem:
         return None, rotation_problem or norm_problem
-    options = tuple((key, path) for key, path in options if path[0] != "config" or hasattr(module.config, path[1]))
-    return Attention(rotation, heads.packed, norm, heads.whole_vector, options), ""
+    return Attention(rotation, heads.packed, norm, heads.whole_vector, options, kept), ""
+
+
+def _unpaged(module: Any, options: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
+    """Why `paged_attention` can't take the place of the module's attention function; "" where it can."""
+    takes = {name for name, _ in options} - {"sliding_window"}
+    eager = eager_of(module)
+    for known, expected in EAGER:
+        if computes(eager, formula(known, weighted=stock.weighted)) and expected - {"softcap"} <= takes <= expected:
+            causal = getattr(module, "is_causal", True)
+            return "" if causal else f"this {type(module).__name__} isn't causal"
+    return f"eager_attention_forward of {eager.__module__} of {version()} is not a known attention function"
 
 
 _ROTATES = (stock.rotated, stock.rotated_in_some_layers)

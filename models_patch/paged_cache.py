@@ -86,14 +86,17 @@ class PagedKVCache(Cache):
         first = cache.add()
         second = cache.add(prefix_of=first, length=100)
         step = cache.step({first: 1, second: 20})  # block tables, lengths and slots, for all layers
-        model(packed[None], position_ids=step.positions[None], past_key_values=cache, attention_mask=mask_4d)
+        model(packed[None], past_key_values=cache)
 
-    The next call of the model writes this step; `mask` says which keys each token may see, those of its own sequence,
-    and isn't needed where a step is of one sequence, or a batch of equals. A call that fails midway leaves its tokens
-    counted: `truncate` takes them back. `set_rows` lets `generate` go on from sequences, whose prefixes may be
-    shared. `fused_ops`' cache writes take `layers[i].k_cache`, `.v_cache` and `step.slot_mapping` as they are; models
-    that aren't patched go through `update`. Layers with a sliding window keep the whole past, and the model's mask does
-    the sliding.
+    The next call of the model writes this step. A patched model whose report names `paged_attention` knows by the step
+    which keys each token may see, and where it stands; it reads keys and values where they are. Any other model takes
+    `position_ids=step.positions[None]` and a mask [1, 1, tokens, all keys] that lets each token see its own sequence,
+    unless the step is of one sequence, or a batch of equals; it gets all keys and values gathered.
+
+    A call that fails midway leaves its tokens counted: `truncate` takes them back. `set_rows` lets `generate` go on
+    from sequences, whose prefixes may be shared. `fused_ops`' cache writes and attentions take `layers[i].k_cache`,
+    `.v_cache` and a step's tensors as they are; models that aren't patched go through `update`. Layers with a sliding
+    window keep the whole past, and mask or attention do the sliding.
 
     Args:
         config: the model's; only the number of its layers is read. Heads, dtype and device come from the first keys.
@@ -120,6 +123,12 @@ class PagedKVCache(Cache):
     @property
     def free_blocks(self) -> int:
         return self.tables.free_blocks
+
+    @property
+    def pending(self) -> Step | None:
+        """The step that was taken and that no layer has got yet."""
+        step = self.current
+        return None if step is None or any(layer.written is step for layer in self.layers) else step
 
     def add(self, prefix_of: int | None = None, length: int | None = None) -> int:
         """The number of a new sequence, empty or with the first `length` tokens of another (None: all), shared.
@@ -195,8 +204,13 @@ class PagedKVCache(Cache):
             got, expected = f"{batch} x {length}", f"{' + '.join(map(str, step.counts))} in one row"
             raise ValueError(f"PagedKVCache: keys are of {got} tokens, expected those of the step, {expected}")
         layer.written = step
-        slot_mapping = step.slot_mapping.to(layer.device)
-        return Slots(layer.k_cache, layer.v_cache, slot_mapping, lambda: layer.read(step, batch))
+        tables = (step.block_tables, step.seq_lens, step.query_start_loc)
+        slot_mapping, *sequences = (tensor.to(layer.device) for tensor in (step.slot_mapping, *tables))
+
+        def read() -> tuple[Tensor, Tensor]:
+            return layer.read(step, batch)
+
+        return Slots(layer.k_cache, layer.v_cache, slot_mapping, read, sequences=tuple(sequences))
 
     @torch.compiler.disable
     def update(
@@ -207,12 +221,11 @@ class PagedKVCache(Cache):
         Raises as `slots`.
         """
         slots = self.slots(key_states, value_states, layer_idx)
-        for cache, new in (slots.k_cache, key_states), (slots.v_cache, value_states):
-            cache.flatten(0, 1)[slots.slot_mapping] = new.transpose(1, 2).flatten(0, 1)
+        slots.write(*(new.transpose(1, 2).flatten(0, 1) for new in (key_states, value_states)))
         return slots.read()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        step = self._pending()
+        step = self.pending
         if step is not None and step.is_batch:
             return step.lengths[0] - step.counts[0]
         return self.tables.length(self.rows[0]) if self.rows else 0
@@ -221,11 +234,11 @@ class PagedKVCache(Cache):
         return self.layers[0].get_max_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        step = self._pending()
+        step = self.pending
         if step is not None and not step.is_batch:
             raise ValueError(
                 "PagedKVCache: tokens of several sequences in one row take an attention_mask [1, 1, tokens, all keys], "
-                "since each may see its own sequence alone"
+                "since each may see its own sequence alone; or no mask at all, where `patch` reports paged_attention"
             )
         return self.get_seq_length() + query_length, 0
 
@@ -267,11 +280,6 @@ class PagedKVCache(Cache):
         kept = [self.tables.add(prefix_of=self.rows[index]) for index in indices]
         self.reset()
         self.rows = kept
-
-    def _pending(self) -> Step | None:
-        """The step that was taken and that no layer has got yet."""
-        step = self.current
-        return None if step is None or any(layer.written is step for layer in self.layers) else step
 
     def _left(self, sequence: int, keep_row: bool = False) -> None:
         """The sequence lost tokens: a step with it can't be written any more."""

@@ -81,22 +81,31 @@ class Rotation:
         return {"is_neox": self.is_neox, "round_products": self.round_products}
 
 
+# What attention functions take beside the usual, as `paged_attention` names it.
+PAGED_OPTIONS = {"sliding_window": "sliding_window", "softcap": "soft_cap", "s_aux": "sinks"}
+
+
 @dataclass(frozen=True)
 class Attention:
-    """An attention module's way from the hidden states to the attention function.
+    """An attention module's way from the hidden states to its output projection.
 
+    rotation: None where it doesn't rotate.
     packed: whether `qkv_proj` gives queries, keys and values, which are views of its result then.
     norm: the kind of `q_norm` and `k_norm`; None where there are none.
     whole_vector: whether they take all heads of a token at once.
     options: what the attention function is handed beside the usual: (keyword, path of the attribute).
+    unpaged: why `paged_attention` can't take the attention function's place; "" where it can.
     """
 
-    rotation: Rotation
+    rotation: Rotation | None
     packed: bool = False
     norm: Norm | None = None
     whole_vector: bool = False
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    unpaged: str = ""
 
     @property
-    def operation(self) -> str:
+    def operation(self) -> str | None:
+        if self.rotation is None:
+            return None
         return "rope" if self.norm is None else "qk_norm_rope"

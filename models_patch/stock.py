@@ -121,6 +121,45 @@ def rotated_in_some_layers(self, query, key, position_embeddings):
     return query, key
 
 
+# What the attention function "eager" computes: plain, with a soft cap, with sinks.
+
+
+def eager(module, query, key, value, attention_mask):
+    weights = torch.matmul(query, repeat_kv(key, module.num_key_value_groups).transpose(2, 3)) * scaling
+    return weighted(module, query, value, attention_mask, weights)
+
+
+def eager_soft_capped(module, query, key, value, attention_mask):
+    if scaling is None:
+        scaling = module.head_dim**-0.5
+    weights = torch.matmul(query, repeat_kv(key, module.num_key_value_groups).transpose(2, 3)) * scaling
+    if softcap is not None:
+        weights = torch.tanh(weights / softcap) * softcap
+    return weighted(module, query, value, attention_mask, weights)
+
+
+def weighted(module, query, value, attention_mask, weights):
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, repeat_kv(value, module.num_key_value_groups))
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def eager_with_sinks(module, query, key, value, attention_mask):
+    logits = torch.matmul(query, repeat_kv(key, module.num_key_value_groups).transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    sinks = module.sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[-2], -1)
+    logits = torch.cat([logits, sinks], dim=-1)
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    weights = F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1]
+    value = repeat_kv(value, module.num_key_value_groups)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training).to(value.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
 # Its heads: plain, of one projection, and normed in several ways.
 
 
