@@ -28,7 +28,8 @@ def table(self: Any, x: Tensor, *args: Any, repeats: bool, **kwargs: Any) -> Ten
     x: [batch, length, hidden_size]. The other arguments are those of the stock forward, which is called for float32.
     repeats: whether that has each angle twice. It may have one row for all sequences of a batch.
     """
-    cos, sin = type(self).forward(self, torch.empty(0, dtype=torch.float32, device=x.device), *args, **kwargs)
+    made = type(self).forward(self, torch.empty(0, dtype=torch.float32, device=x.device), *args, **kwargs)
+    cos, sin = made if isinstance(made, tuple) else (made.real, made.imag)
     if repeats:
         cos, sin = (both.chunk(2, dim=-1)[0] for both in (cos, sin))
     return torch.cat((cos, sin), dim=-1).expand(*x.shape[:-1], -1).flatten(0, 1)

@@ -20,6 +20,7 @@ class PagedLayer(CacheLayerMixin):
     """The memory of one layer, made when its first keys and values are seen.
 
     k_cache, v_cache: [blocks, block_size, kv_heads, head_dim] in S.
+    kv_cache: for latents [blocks, block_size, kv_lora_rank + rope_dim], whose parts the two are; None for others.
     """
 
     is_compileable = False
@@ -27,17 +28,24 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     k_cache: Tensor
     v_cache: Tensor
+    kv_cache: Tensor | None = None
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, latent: bool = False) -> None:
         super().__init__()
-        self.shape = num_blocks, block_size
+        self.shape, self.latent = (num_blocks, block_size), latent
         self.device = torch.device("cpu")
         self.written: Step | None = None  # the last step whose tokens this layer has got
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         # Zeros: where a mask makes a probability zero, what it weighs must be finite.
-        self.k_cache, self.v_cache = (x.new_zeros((*self.shape, *x.shape[1::2])) for x in (key_states, value_states))
+        if self.latent and key_states.shape[1] == 1:
+            widths = key_states.shape[-1], value_states.shape[-1]
+            self.kv_cache = key_states.new_zeros((*self.shape, sum(widths)))
+            self.k_cache, self.v_cache = self.kv_cache.unsqueeze(2).split(widths, -1)
+        else:
+            new = (key_states, value_states)
+            self.k_cache, self.v_cache = (x.new_zeros((*self.shape, *x.shape[1::2])) for x in new)
         self.is_initialized = True
 
     def copy(self, copies: list[tuple[int, int]]) -> None:
@@ -99,7 +107,8 @@ class PagedKVCache(Cache):
     window keep the whole past, and mask or attention do the sliding.
 
     Args:
-        config: the model's; only the number of its layers is read. Heads, dtype and device come from the first keys.
+        config: the model's; it says how many layers there are, and whether they hold latents (`kv_lora_rank`): the
+            keys of one head and, beside them, what is rotated. Heads, dtype and device come from the first keys.
         num_blocks, block_size: the memory, in blocks and in tokens of each.
 
     Raises:
@@ -113,8 +122,9 @@ class PagedKVCache(Cache):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"PagedKVCache: config is {type(config).__name__}, expected the model's config")
         self.tables = BlockTables(num_blocks, block_size)
-        layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[PagedLayer(num_blocks, block_size) for _ in range(layers)])
+        text = config.get_text_config(decoder=True)
+        latent = getattr(text, "kv_lora_rank", None) is not None
+        super().__init__(layers=[PagedLayer(num_blocks, block_size, latent) for _ in range(text.num_hidden_layers)])
         self.rows: list[int] = []  # the sequences of a batch
         self.current: Step | None = None
 
@@ -210,7 +220,8 @@ class PagedKVCache(Cache):
         def read() -> tuple[Tensor, Tensor]:
             return layer.read(step, batch)
 
-        return Slots(layer.k_cache, layer.v_cache, slot_mapping, read, sequences=tuple(sequences))
+        caches = layer.k_cache, layer.v_cache
+        return Slots(*caches, slot_mapping, read, sequences=tuple(sequences), kv_cache=layer.kv_cache)
 
     @torch.compiler.disable
     def update(

@@ -65,7 +65,8 @@ class Rotation:
     """A form of rotary embedding.
 
     stock: the functions of it in the attention's module.
-    tables: what the model's module may be that makes cosines and sines. repeats: whether these have each angle twice.
+    tables: what the model's module may be that makes cosines and sines, in two tensors or as complex numbers.
+    repeats: whether these have each angle twice.
     is_neox, round_products: as in `fused_ops.rope`.
     """
 
@@ -109,3 +110,18 @@ class Attention:
         if self.rotation is None:
             return None
         return "rope" if self.norm is None else "qk_norm_rope"
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """The same of an attention over latents (MLA).
+
+    norm: the kind of its norms. low_rank: whether queries come from latents too, by `q_a_proj` and `q_b_proj`.
+    sorts_pairs: whether even columns are put before odd ones, which are halves to the rotation then.
+    """
+
+    rotation: Rotation
+    norm: Norm
+    low_rank: bool
+    sorts_pairs: bool
+    unpaged: str = ""
