@@ -1,4 +1,4 @@
-"""The fused forwards of attention: what lies between its projections and the attention function, in one call.
+"""The fused forwards of attention: what lies between its projections, in a call or two.
 
 Modules are `Any` here, since torch types whatever hangs on a module as `Tensor | Module`.
 """
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fused_ops import qk_norm_rope, qk_norm_rope_kv_cache_write, rope, rope_kv_cache_write
+from fused_ops import paged_attention, qk_norm_rope, qk_norm_rope_kv_cache_write, rope, rope_kv_cache_write
 from quant import QuantizedActivation
 
 from .caches import slots_of
-from .roles import Attention
+from .paging import is_paged
+from .roles import PAGED_OPTIONS, Attention
+
+UNQUANTIZED: dict[str, Any] = {"output_quant_key": None}
 
 
 def table(self: Any, x: Tensor, *args: Any, repeats: bool, **kwargs: Any) -> Tensor:
@@ -25,7 +28,8 @@ def table(self: Any, x: Tensor, *args: Any, repeats: bool, **kwargs: Any) -> Ten
     x: [batch, length, hidden_size]. The other arguments are those of the stock forward, which is called for float32.
     repeats: whether that has each angle twice. It may have one row for all sequences of a batch.
     """
-    cos, sin = type(self).forward(self, torch.empty(0, dtype=torch.float32, device=x.device), *args, **kwargs)
+    made = type(self).forward(self, torch.empty(0, dtype=torch.float32, device=x.device), *args, **kwargs)
+    cos, sin = made if isinstance(made, tuple) else (made.real, made.imag)
     if repeats:
         cos, sin = (both.chunk(2, dim=-1)[0] for both in (cos, sin))
     return torch.cat((cos, sin), dim=-1).expand(*x.shape[:-1], -1).flatten(0, 1)
@@ -40,34 +44,57 @@ def attention(
     *,
     role: Attention,
     eager: Callable,
+    quantized: bool,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention module's forward.
 
     hidden_states: [batch, length, hidden_size]. position_embeddings: what `table` returns.
+    attention_mask: of no keys where `paging` found that keys are to be read from their blocks.
     role: what the stock forward does. eager: the attention function for `attn_implementation="eager"`.
+    quantized: whether `o_proj` gets its input quantized as it wants it, from blocks.
     """
-    shape = hidden_states.shape[:-1]
+    shape, paged = hidden_states.shape[:-1], is_paged(attention_mask)
     q, k, v = _heads(self, hidden_states, role)
-    keys, values = _by_sequence(k, shape), _by_sequence(v, shape)
-    slots = slots_of(past_key_values, self.layer_idx, keys, values, kwargs)
+    keys, values = by_sequence(k, shape), by_sequence(v, shape)
+    slots = slots_of(past_key_values, self.layer_idx, keys, values, kwargs) if paged or role.rotation else None
     if slots is not None:
-        write = rope_kv_cache_write, qk_norm_rope_kv_cache_write
-        caches = slots.k_cache, slots.v_cache, slots.slot_mapping
-        scales: dict[str, Any] = {"k_scale": slots.k_scale, "v_scale": slots.v_scale}
-        q = _fused(self, role, *write, (q, k, v, None, position_embeddings), caches, **scales)
+        if role.rotation is None:
+            slots.write(k, v)
+        else:
+            write = rope_kv_cache_write, qk_norm_rope_kv_cache_write
+            caches = slots.k_cache, slots.v_cache, slots.slot_mapping
+            scales: dict[str, Any] = {"k_scale": slots.k_scale, "v_scale": slots.v_scale}
+            q = _fused(self, role, *write, (q, k, v, None, position_embeddings), caches, **scales)
+        if paged:
+            options = {PAGED_OPTIONS[name]: _at(self, path) for name, path in role.options}
+            options |= {"scale": self.scaling, "k_scale": slots.k_scale, "v_scale": slots.v_scale}
+            quant = self.o_proj.input_quant("output_") if quantized else UNQUANTIZED
+            output = paged_attention(q, slots.k_cache, slots.v_cache, *slots.sequences, **options, **quant)
+            return self.o_proj(output).unflatten(0, shape), None
         keys, values = slots.read()
         kwargs |= slots.options
     else:
-        q, k = _fused(self, role, rope, qk_norm_rope, (q, k, None, position_embeddings))
-        keys = _by_sequence(k, shape)
+        if role.rotation is not None:
+            q, k = _fused(self, role, rope, qk_norm_rope, (q, k, None, position_embeddings))
+            keys = by_sequence(k, shape)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
-    options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
-    options |= {name: _at(self, path) for name, path in role.options}
-    output, weights = attend(self, _by_sequence(q, shape), keys, values, attention_mask, **options, **kwargs)
+    options = {name: _at(self, path) for name, path in role.options}
+    output, weights = attend(self, eager, by_sequence(q, shape), keys, values, attention_mask, **options, **kwargs)
     return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def attend(module: Any, eager: Callable, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """The model's attention function of q, k, v and a mask, as every stock forward calls it."""
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    dropout = module.attention_dropout if module.training else 0.0
+    return function(module, *inputs, dropout=dropout, scaling=module.scaling, **options)
+
+
+def by_sequence(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[tokens, heads, head_dim] as [batch, heads, length, head_dim]."""
+    return x.unflatten(0, shape).transpose(1, 2)
 
 
 def _heads(module: Any, x: Tensor | QuantizedActivation, role: Attention) -> tuple[Tensor, ...]:
@@ -90,11 +117,6 @@ def _fused(
     weights = module.q_norm.weight, norm.pop("weight"), norm.pop("eps")
     norm |= {"whole_vector": role.whole_vector, **role.rotation.options}
     return norming(*inputs, *weights, *caches, **scales, **norm)
-
-
-def _by_sequence(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[tokens, heads, head_dim] as [batch, heads, length, head_dim]."""
-    return x.unflatten(0, shape).transpose(1, 2)
 
 
 def _at(module: Any, path: tuple[str, ...]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import nn
 from . import stock
 from .binding import replaced
 from .families import NORMS, computes, mismatch, version
-from .roles import Attention, Norm, Rotation
-from .source import formula, reads
+from .roles import Attention, LatentAttention, Norm, Rotation
+from .source import formula, reads, statements
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,31 @@ ROTATIONS = (
     Rotation(stock.Float32Halves, (stock.TwiceInFloat32, stock.TwiceInFloat32ForEachType), round_products=False),
     Rotation(stock.ChunkedHalves, (stock.OnceInS,), repeats=False),
 )
+# Of latents, with how the attention's forward calls them.
+LATENT_ROTATIONS = (
+    (stock.rotated_as_asked, Rotation(stock.SortedPairs, (stock.TwiceInS,))),
+    (
+        stock.rotated_as_complex,
+        Rotation(stock.ComplexPairs, (stock.Complex,), repeats=False, is_neox=False, round_products=False),
+    ),
+)
+# The attention functions whose place `paged_attention` may take, with what they take beside the usual.
+EAGER = (
+    (stock.eager, frozenset()),
+    (stock.eager_soft_capped, frozenset({"softcap"})),
+    (stock.eager_with_sinks, frozenset({"s_aux"})),
+)
 NO_ROTATION = "it doesn't rotate: nothing to fuse"
 
 
-def attentions_of(model: Any) -> list[tuple[Attention | None, str]]:
+def attentions_of(model: Any) -> list[tuple[Attention | LatentAttention | None, str]]:
     """(what it does, why it is left) of each layer's attention.
 
     One that isn't known leaves all, since all get the same table of cosines and sines.
     """
     problem = _table_problem(model)
     if problem is None:
-        found = [_attention_of(layer, model.rotary_emb) for layer in model.layers]
+        found: list[Any] = [_attention_of(layer, model.rotary_emb) for layer in model.layers]
         problem = next((note for role, note in found if role is None and note is not NO_ROTATION), None)
     return found if problem is None else [(None, problem)] * len(model.layers)
 
@@ -69,6 +83,33 @@ def eager_of(module: nn.Module) -> Callable:
     return inspect.unwrap(type(module).forward).__globals__["eager_attention_forward"]
 
 
+def complex_rotation_of(module: nn.Module, role: LatentAttention) -> Callable | None:
+    """The function that rotates in an attention of a model's own, where it does so by complex numbers."""
+    functions = inspect.unwrap(type(module).forward).__globals__
+    return functions["apply_rotary_emb"] if role.rotation.stock is stock.ComplexPairs else None
+
+
+def unpaged(model: Any) -> str:
+    """Why the attentions of `model`, which are known, can't read keys from a `PagedKVCache`'s blocks; "" if they can.
+
+    Its forward must hand the mask to nobody but those who make masks, which pass one of four dimensions on as it is.
+    """
+    forward = type(model).forward
+    parameters = tuple(inspect.signature(inspect.unwrap(forward)).parameters)[1 : len(_PARAMETERS) + 1]
+    if parameters != _PARAMETERS or not _MASK_MAKERS.issuperset(reads(forward, "attention_mask") or ("unknown",)):
+        return f"{type(model).__name__}.forward reads attention_mask elsewhere too"
+    return ""
+
+
+_PARAMETERS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+_MAKER_ARGUMENTS = "'config': self.config, 'inputs_embeds': inputs_embeds, 'attention_mask': attention_mask, "
+_MASK_MAKERS = {
+    "create_causal_mask(attention_mask)",
+    "mask_function(attention_mask)",
+    "(causal_mask_mapping := attention_mask)",
+    f"{{{_MAKER_ARGUMENTS}'past_key_values': past_key_values}}",
+    f"{{{_MAKER_ARGUMENTS}'past_key_values': past_key_values, 'position_ids': position_ids}}",
+}
 _HANDED_TO_LAYERS = {
     "decoder_layer(position_embeddings)",
     "decoder_layer(position_embeddings[self.config.layer_types[i]])",
@@ -87,7 +128,7 @@ def _table_problem(model: Any) -> str | None:
     return replaced(model) or replaced(table)
 
 
-def _attention_of(layer: Any, table: nn.Module) -> tuple[Attention | None, str]:
+def _attention_of(layer: Any, table: nn.Module) -> tuple[Attention | LatentAttention | None, str]:
     """(what the attention of `layer` does, why that is unknown)"""
     module = layer.self_attn
     problem = next(filter(None, map(replaced, (layer, module, *_norms(module)))), None)
@@ -96,19 +137,58 @@ def _attention_of(layer: Any, table: nn.Module) -> tuple[Attention | None, str]:
     if problem is not None:
         return None, problem
     forward = inspect.unwrap(type(module).forward)
+    if hasattr(module, "kv_a_proj_with_mqa"):
+        return _latent_attention_of(module, table)
     text, options = _without_options(forward)
     found = [(heads, rotates) for heads in HEADS for rotates in _ROTATES if _stock_attention(heads, rotates) == text]
     if text is None or not found:
         return None, f"{type(module).__name__}.forward of {version()} is not a known attention"
     (heads, rotates), *_ = found
+    options = tuple((key, path) for key, path in options if path[0] != "config" or hasattr(module.config, path[1]))
+    kept = _unpaged(module, options)
     if rotates is stock.rotated_in_some_layers and not module.use_rope:
-        return None, NO_ROTATION
-    rotation, rotation_problem = _rotation_of(forward, table)
+        if kept or _uses_norms(module, heads):
+            return None, NO_ROTATION
+        return Attention(None, heads.packed, options=options), ""
+    rotation, rotation_problem = _rotation_of(forward, table, ROTATIONS)
     norm, norm_problem = _norm_of(module) if _uses_norms(module, heads) else (None, "")
     if rotation is None or norm_problem:
         return None, rotation_problem or norm_problem
-    options = tuple((key, path) for key, path in options if path[0] != "config" or hasattr(module.config, path[1]))
-    return Attention(rotation, heads.packed, norm, heads.whole_vector, options), ""
+    return Attention(rotation, heads.packed, norm, heads.whole_vector, options, kept), ""
+
+
+def _latent_attention_of(module: Any, table: nn.Module) -> tuple[LatentAttention | None, str]:
+    cls, forward = type(module), inspect.unwrap(type(module).forward)
+    rotations = [rotation for rotates, rotation in LATENT_ROTATIONS if computes(forward, _stock_latent(rotates))]
+    expands = getattr(cls, "expand_kv", None)
+    if not rotations or expands is None or statements(expands) != statements(stock.Latent.expand_kv):
+        return None, f"{cls.__name__}.forward of {version()} is not a known attention over latents"
+    rotation, rotation_problem = _rotation_of(forward, table, rotations)
+    norms = [module.kv_a_layernorm, *([] if module.q_lora_rank is None else [module.q_a_layernorm])]
+    kinds, norm_problem = _kinds_of(norms)
+    if rotation is None or norm_problem or len(set(kinds)) > 1:
+        return None, rotation_problem or norm_problem or f"the norms of this {cls.__name__} differ"
+    sorts = rotation.stock is stock.SortedPairs and module.config.rope_interleave
+    kept = _unpaged(module, ())
+    if type(module.kv_b_proj) is not nn.Linear:
+        kept = f"kv_b_proj is {type(module.kv_b_proj).__name__}, and mla_attention takes its weight unquantized"
+    return LatentAttention(rotation, kinds[0], module.q_lora_rank is not None, sorts, kept), ""
+
+
+@functools.cache
+def _stock_latent(rotates: Callable) -> str | None:
+    return formula(stock.Latent.forward, rotate=rotates)
+
+
+def _unpaged(module: Any, options: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
+    """Why `paged_attention` can't take the place of the module's attention function; "" where it can."""
+    takes = {name for name, _ in options} - {"sliding_window"}
+    eager = eager_of(module)
+    for known, expected in EAGER:
+        if computes(eager, formula(known, weighted=stock.weighted)) and expected - {"softcap"} <= takes <= expected:
+            causal = getattr(module, "is_causal", True)
+            return "" if causal else f"this {type(module).__name__} isn't causal"
+    return f"eager_attention_forward of {eager.__module__} of {version()} is not a known attention function"
 
 
 _ROTATES = (stock.rotated, stock.rotated_in_some_layers)
@@ -146,9 +226,9 @@ def _path(value: ast.expr) -> tuple[str, ...] | None:
     return None
 
 
-def _rotation_of(forward: Any, table: nn.Module) -> tuple[Rotation | None, str]:
+def _rotation_of(forward: Any, table: nn.Module, known: Sequence[Rotation]) -> tuple[Rotation | None, str]:
     functions = forward.__globals__
-    for rotation in ROTATIONS:
+    for rotation in known:
         expected = {name: value for name, value in vars(rotation.stock).items() if not name.startswith("__")}
         if all(computes(functions.get(name), formula(value)) for name, value in expected.items()):
             problems = [mismatch(table, stock_table, "table of cosines and sines") for stock_table in rotation.tables]
@@ -162,17 +242,26 @@ def _uses_norms(module: Any, heads: Heads) -> bool:
 
 def _norm_of(module: Any) -> tuple[Norm | None, str]:
     """(the kind of `q_norm` and `k_norm`, why they can't be fused)"""
-    kinds, arguments = [], []
-    for norm in _norms(module):
-        problems = [mismatch(norm, kind.stock, "norm") for kind in NORMS]
-        if None not in problems:
-            return None, str(problems[0])
-        kinds.append(NORMS[problems.index(None)])
-        arguments.append(kinds[-1].of(norm))
-    if kinds[0] != kinds[1] or arguments[0]["eps"] != arguments[1]["eps"]:
+    norms = [module.q_norm, module.k_norm]
+    kinds, problem = _kinds_of(norms)
+    if problem:
+        return None, problem
+    if len({(kind, kind.of(norm)["eps"]) for kind, norm in zip(kinds, norms, strict=True)}) > 1:
         return None, f"q_norm and k_norm of this {type(module).__name__} differ"
     return kinds[0], ""
 
 
+def _kinds_of(norms: list[nn.Module]) -> tuple[list[Norm], str]:
+    """(the kind of each, why one is unknown)"""
+    kinds = []
+    for norm in norms:
+        problems = [mismatch(norm, kind.stock, "norm") for kind in NORMS]
+        if None not in problems:
+            return [], str(problems[0])
+        kinds.append(NORMS[problems.index(None)])
+    return kinds, ""
+
+
 def _norms(module: Any) -> list[nn.Module]:
-    return [getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name)]
+    names = ("q_norm", "k_norm", "q_a_layernorm", "kv_a_layernorm")
+    return [norm for name in names if (norm := getattr(module, name, None)) is not None]

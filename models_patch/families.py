@@ -58,7 +58,7 @@ class Family:
 _ATTENTION = Sublayer(
     "self_attn",
     call="self.self_attn(hidden_states={}, **kwargs)[0]",
-    linears=("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    linears=("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa"),
     before="input_layernorm",
 )
 _MLP = Sublayer(
@@ -124,6 +124,9 @@ MODELS = {
     "Phi3Model": PHI3,
     "Glm4Model": GLM4,
     "Glm4MoeModel": PRE_NORM,
+    "DeepseekV2Model": PRE_NORM,
+    "DeepseekV3Model": PRE_NORM,
+    "MiniMaxM2Model": PRE_NORM,
     "Gemma2Model": GEMMA2,
     "Gemma3TextModel": GEMMA2,
     "Olmo2Model": OLMO2,
@@ -202,7 +205,10 @@ def activation_of(module: nn.Module) -> tuple[Callable | None, str | None]:
 
 
 def passes_on(module: nn.Module, linears: tuple[str, ...]) -> bool:
-    """Whether all that `module` does with its input is to ask for its leading shape and give it to these layers."""
+    """Whether all that `module` does with its input is to ask for its leading shape and give it to these layers.
+
+    It may have some of them only.
+    """
     argument = first_argument(type(module).forward)
     if argument is None:
         return False

@@ -20,6 +20,7 @@ class PagedLayer(CacheLayerMixin):
     """The memory of one layer, made when its first keys and values are seen.
 
     k_cache, v_cache: [blocks, block_size, kv_heads, head_dim] in S.
+    kv_cache: for latents [blocks, block_size, kv_lora_rank + rope_dim], whose parts the two are; None for others.
     """
 
     is_compileable = False
@@ -27,17 +28,24 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     k_cache: Tensor
     v_cache: Tensor
+    kv_cache: Tensor | None = None
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, latent: bool = False) -> None:
         super().__init__()
-        self.shape = num_blocks, block_size
+        self.shape, self.latent = (num_blocks, block_size), latent
         self.device = torch.device("cpu")
         self.written: Step | None = None  # the last step whose tokens this layer has got
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         # Zeros: where a mask makes a probability zero, what it weighs must be finite.
-        self.k_cache, self.v_cache = (x.new_zeros((*self.shape, *x.shape[1::2])) for x in (key_states, value_states))
+        if self.latent and key_states.shape[1] == 1:
+            widths = key_states.shape[-1], value_states.shape[-1]
+            self.kv_cache = key_states.new_zeros((*self.shape, sum(widths)))
+            self.k_cache, self.v_cache = self.kv_cache.unsqueeze(2).split(widths, -1)
+        else:
+            new = (key_states, value_states)
+            self.k_cache, self.v_cache = (x.new_zeros((*self.shape, *x.shape[1::2])) for x in new)
         self.is_initialized = True
 
     def copy(self, copies: list[tuple[int, int]]) -> None:
@@ -86,17 +94,21 @@ class PagedKVCache(Cache):
         first = cache.add()
         second = cache.add(prefix_of=first, length=100)
         step = cache.step({first: 1, second: 20})  # block tables, lengths and slots, for all layers
-        model(packed[None], position_ids=step.positions[None], past_key_values=cache, attention_mask=mask_4d)
+        model(packed[None], past_key_values=cache)
 
-    The next call of the model writes this step; `mask` says which keys each token may see, those of its own sequence,
-    and isn't needed where a step is of one sequence, or a batch of equals. A call that fails midway leaves its tokens
-    counted: `truncate` takes them back. `set_rows` lets `generate` go on from sequences, whose prefixes may be
-    shared. `fused_ops`' cache writes take `layers[i].k_cache`, `.v_cache` and `step.slot_mapping` as they are; models
-    that aren't patched go through `update`. Layers with a sliding window keep the whole past, and the model's mask does
-    the sliding.
+    The next call of the model writes this step. A patched model whose report names `paged_attention` knows by the step
+    which keys each token may see, and where it stands; it reads keys and values where they are. Any other model takes
+    `position_ids=step.positions[None]` and a mask [1, 1, tokens, all keys] that lets each token see its own sequence,
+    unless the step is of one sequence, or a batch of equals; it gets all keys and values gathered.
+
+    A call that fails midway leaves its tokens counted: `truncate` takes them back. `set_rows` lets `generate` go on
+    from sequences, whose prefixes may be shared. `fused_ops`' cache writes and attentions take `layers[i].k_cache`,
+    `.v_cache` and a step's tensors as they are; models that aren't patched go through `update`. Layers with a sliding
+    window keep the whole past, and mask or attention do the sliding.
 
     Args:
-        config: the model's; only the number of its layers is read. Heads, dtype and device come from the first keys.
+        config: the model's; it says how many layers there are, and whether they hold latents (`kv_lora_rank`): the
+            keys of one head and, beside them, what is rotated. Heads, dtype and device come from the first keys.
         num_blocks, block_size: the memory, in blocks and in tokens of each.
 
     Raises:
@@ -110,8 +122,9 @@ class PagedKVCache(Cache):
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"PagedKVCache: config is {type(config).__name__}, expected the model's config")
         self.tables = BlockTables(num_blocks, block_size)
-        layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[PagedLayer(num_blocks, block_size) for _ in range(layers)])
+        text = config.get_text_config(decoder=True)
+        latent = getattr(text, "kv_lora_rank", None) is not None
+        super().__init__(layers=[PagedLayer(num_blocks, block_size, latent) for _ in range(text.num_hidden_layers)])
         self.rows: list[int] = []  # the sequences of a batch
         self.current: Step | None = None
 
@@ -120,6 +133,12 @@ class PagedKVCache(Cache):
     @property
     def free_blocks(self) -> int:
         return self.tables.free_blocks
+
+    @property
+    def pending(self) -> Step | None:
+        """The step that was taken and that no layer has got yet."""
+        step = self.current
+        return None if step is None or any(layer.written is step for layer in self.layers) else step
 
     def add(self, prefix_of: int | None = None, length: int | None = None) -> int:
         """The number of a new sequence, empty or with the first `length` tokens of another (None: all), shared.
@@ -195,8 +214,14 @@ class PagedKVCache(Cache):
             got, expected = f"{batch} x {length}", f"{' + '.join(map(str, step.counts))} in one row"
             raise ValueError(f"PagedKVCache: keys are of {got} tokens, expected those of the step, {expected}")
         layer.written = step
-        slot_mapping = step.slot_mapping.to(layer.device)
-        return Slots(layer.k_cache, layer.v_cache, slot_mapping, lambda: layer.read(step, batch))
+        tables = (step.block_tables, step.seq_lens, step.query_start_loc)
+        slot_mapping, *sequences = (tensor.to(layer.device) for tensor in (step.slot_mapping, *tables))
+
+        def read() -> tuple[Tensor, Tensor]:
+            return layer.read(step, batch)
+
+        caches = layer.k_cache, layer.v_cache
+        return Slots(*caches, slot_mapping, read, sequences=tuple(sequences), kv_cache=layer.kv_cache)
 
     @torch.compiler.disable
     def update(
@@ -207,12 +232,11 @@ class PagedKVCache(Cache):
         Raises as `slots`.
         """
         slots = self.slots(key_states, value_states, layer_idx)
-        for cache, new in (slots.k_cache, key_states), (slots.v_cache, value_states):
-            cache.flatten(0, 1)[slots.slot_mapping] = new.transpose(1, 2).flatten(0, 1)
+        slots.write(*(new.transpose(1, 2).flatten(0, 1) for new in (key_states, value_states)))
         return slots.read()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        step = self._pending()
+        step = self.pending
         if step is not None and step.is_batch:
             return step.lengths[0] - step.counts[0]
         return self.tables.length(self.rows[0]) if self.rows else 0
@@ -221,11 +245,11 @@ class PagedKVCache(Cache):
         return self.layers[0].get_max_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        step = self._pending()
+        step = self.pending
         if step is not None and not step.is_batch:
             raise ValueError(
                 "PagedKVCache: tokens of several sequences in one row take an attention_mask [1, 1, tokens, all keys], "
-                "since each may see its own sequence alone"
+                "since each may see its own sequence alone; or no mask at all, where `patch` reports paged_attention"
             )
         return self.get_seq_length() + query_length, 0
 
@@ -267,11 +291,6 @@ class PagedKVCache(Cache):
         kept = [self.tables.add(prefix_of=self.rows[index]) for index in indices]
         self.reset()
         self.rows = kept
-
-    def _pending(self) -> Step | None:
-        """The step that was taken and that no layer has got yet."""
-        step = self.current
-        return None if step is None or any(layer.written is step for layer in self.layers) else step
 
     def _left(self, sequence: int, keep_row: bool = False) -> None:
         """The sequence lost tokens: a step with it can't be written any more."""

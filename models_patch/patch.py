@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quant import QuantKey
 
-from .attention_family import attentions_of, eager_of
+from .attention_family import NO_ROTATION, attentions_of, complex_rotation_of, eager_of, unpaged
 from .binding import METHODS, is_ours, replaced
 from .families import (
     GATED,
@@ -27,9 +27,11 @@ from .families import (
 )
 from .forwards import UNQUANTIZED, decoder_layer, last_norm
 from .report import Entry, Report
-from .roles import Attention
+from .roles import Attention, LatentAttention
 
 DOWN = ("down_proj",)
+OUTPUT = ("o_proj",)
+Q_B = ("q_b_proj",)
 
 
 def patch(model: nn.Module) -> Report:
@@ -40,8 +42,10 @@ def patch(model: nn.Module) -> Report:
     are norms before the addition; norms and activations quantize for the linear layers that take their result, once for
     those that take the same. In attention, the norms of queries and keys, the rotation and the write into the cache are
     one call, the write where the cache has a place for it: a static one, a `PagedKVCache`, that of `generate_batch`.
-    The attention function stays the model's. What can't be fused, because a stock forward isn't one of those known, is
-    left as it was, and the report says why.
+    With a `PagedKVCache` attention reads keys and values in its blocks and quantizes its result for `o_proj`; with any
+    other cache, and where a mask says more than which tokens are padding that isn't there, the attention function
+    stays the model's (see `paging`). What can't be fused, because a stock forward isn't one of those known, is left as
+    it was, and the report says why.
 
     Forwards are bound to the modules of this model; weights and `state_dict` are untouched, nothing is global. A copy
     (`copy.deepcopy`, `torch.save`) of a patched model is patched. It is for inference: a backward pass raises. Nor is
@@ -109,6 +113,7 @@ class _Plan:
         self.forwards: dict[tuple[nn.Module, str], partial] = {}
         self.entries: list[Entry] = []
         self.after: tuple[str, nn.Module] | None = None  # the norm that the next addition comes after
+        self.unpaged = ""  # why attentions of the model don't read the blocks of a cache
 
     def add(self, path: str, base: Any, family: Family) -> None:
         # Layers and last norm hand each other Pendings, so it's all of them or none.
@@ -128,35 +133,78 @@ class _Plan:
             self.bind(last_norm, base.norm, norm=family.norm)
             self.add_norm(_join(path, "norm"), base.norm, first=not len(base.layers))
 
-    def plan_attentions(self, base: Any) -> list[tuple[Attention | None, str]]:
-        """(what it does, why it is left) of each layer's attention; binds the table of those that aren't."""
+    def plan_attentions(self, base: Any) -> list[tuple[Attention | LatentAttention | None, str]]:
+        """(what it does, why it is left) of each layer's attention; binds what those that aren't need of the model."""
         attentions = attentions_of(base)
-        roles = [role for role, _ in attentions if role is not None]
-        if roles:
-            from .attention import table  # which imports transformers, as who has a model does
+        # The model makes one mask for all its layers, so blocks are read by all of them or none.
+        problems = [role.unpaged if role else note for role, note in attentions]
+        self.unpaged = next(filter(None, problems), "") or unpaged(base)
+        if self.unpaged:
+            attentions = [(None, NO_ROTATION) if role and not role.rotation else (role, n) for role, n in attentions]
+        else:
+            from .paging import model  # which imports transformers, as who has a model does
 
-            self.bind(table, base.rotary_emb, repeats=roles[0].rotation.repeats)
+            self.bind(model, base)
+        rotations = [role.rotation for role, _ in attentions if role is not None and role.rotation is not None]
+        if rotations:
+            from .attention import table
+
+            self.bind(table, base.rotary_emb, repeats=rotations[0].repeats)
         return attentions
 
-    def add_attention(self, path: str, layer: Any, role: Attention | None, note: str) -> None:
+    def add_attention(self, path: str, layer: Any, role: Attention | LatentAttention | None, note: str) -> None:
         module: Any = getattr(layer, path.rpartition(".")[2], None)
         if module is not None and role is None:
             self.leave(path, module, note)
         elif role is not None:
-            from .attention import attention
+            key, note = _row_key(module, OUTPUT)
+            decided = {"role": role, "eager": eager_of(module), "quantized": key is not None}
+            if isinstance(role, LatentAttention):
+                self.add_latents(path, module, role, decided)
+                operation = "mla_attention"
+            else:
+                self.add_heads(path, module, role, decided)
+                operation = "paged_attention"
+            if not self.unpaged:
+                note = "; ".join(filter(None, ("with a PagedKVCache", note)))
+                self.call(path, module, operation + ("_quant" if key else ""), key, OUTPUT if key else (), note)
 
-            self.bind(attention, module, role=role, eager=eager_of(module))
-            note = f"{role.operation}_kv_cache_write into static and paged caches"
-            self.call(path, module, role.operation, note=note)
+    def add_heads(self, path: str, module: Any, role: Attention, decided: dict[str, Any]) -> None:
+        from .attention import attention
+
+        self.bind(attention, module, **decided)
+        if role.operation is not None:
+            write = f"{role.operation}_kv_cache_write into static and paged caches"
+            self.call(path, module, role.operation, note=self.with_reason(write))
+
+    def add_latents(self, path: str, module: Any, role: LatentAttention, decided: dict[str, Any]) -> None:
+        from .latent_attention import latent_attention
+
+        key, note = _agreed_key(module, Q_B) if role.low_rank else (None, "")
+        rotate = complex_rotation_of(module, role)
+        self.bind(latent_attention, module, q_quantized=key is not None, rotate=rotate, **decided)
+        norm = "dual_rms_norm" if role.low_rank else "rms_norm"
+        self.call(path, module, norm + ("_quant" if key else ""), key, Q_B if key else (), self.with_reason(note))
+        if rotate is None:
+            self.call(path, module, "rope", note="" if self.unpaged else "mla_rope_kv_cache_concat with a PagedKVCache")
+
+    def with_reason(self, note: str) -> str:
+        kept = f"the attention function is the model's: {self.unpaged}" if self.unpaged else ""
+        return "; ".join(filter(None, (note, kept)))
 
     def add_layer(
-        self, path: str, layer: Any, family: Family, attention: Attention | None, attention_note: str, first: bool
+        self,
+        path: str,
+        layer: Any,
+        family: Family,
+        attention: Attention | LatentAttention | None,
+        attention_note: str,
+        first: bool,
     ) -> None:
         sublayers, fed = (family.attention, family.mlp), []
         for sublayer in sublayers:
             module = getattr(layer, sublayer.module)
-            linears = tuple(name for name in sublayer.linears if hasattr(module, name))
-            key, note = _shared_key(module, linears)
+            key, note, linears = _shared_key(module, sublayer.linears)
             feeds = linears if key else ()
             fed.append(feeds[0] if key else None)
             if sublayer.before is not None:
@@ -255,12 +303,14 @@ def _problem(module: nn.Module, expected: type, role: str) -> str | None:
     return replaced(module, *vars(expected)) or mismatch(module, expected, role)
 
 
-def _shared_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
-    """`_agreed_key` of linear layers that get their input through the stock forward of `module`."""
+def _shared_key(module: nn.Module, names: tuple[str, ...]) -> tuple[QuantKey | None, str, tuple[str, ...]]:
+    """`_agreed_key` of those of the linear layers that are there, which get their input by `module`'s stock forward."""
+    linears = tuple(name for name in names if getattr(module, name, None) is not None)
     key, note = _agreed_key(module, linears) if linears else (None, "")
-    if key is not None and (replaced(module, "forward") or not passes_on(module, linears)):
-        return None, f"{type(module).__name__}.forward reads its input elsewhere too, so each quantizes its input"
-    return key, note
+    if key is not None and (replaced(module, "forward") or not passes_on(module, names)):
+        note = f"{type(module).__name__}.forward reads its input elsewhere too, so each quantizes its input"
+        return None, note, linears
+    return key, note, linears
 
 
 def _agreed_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
@@ -271,6 +321,14 @@ def _agreed_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey |
             if not _equal(first.get(field), other.get(field)):
                 return None, f"{linears[0]} and {name} differ in {field}, so each quantizes its input"
     return first["quant_key"], ""
+
+
+def _row_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
+    """`_agreed_key` for attention, which makes a row's scales when it has the row."""
+    key, note = _agreed_key(module, linears)
+    if key is not None and key.per_tensor and not key.scale.static:
+        return None, f"{linears[0]} takes one scale for the whole tensor, so it quantizes its input"
+    return key, note
 
 
 def _input_quant(linear: Any) -> dict[str, Any]:

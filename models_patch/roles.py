@@ -65,7 +65,8 @@ class Rotation:
     """A form of rotary embedding.
 
     stock: the functions of it in the attention's module.
-    tables: what the model's module may be that makes cosines and sines. repeats: whether these have each angle twice.
+    tables: what the model's module may be that makes cosines and sines, in two tensors or as complex numbers.
+    repeats: whether these have each angle twice.
     is_neox, round_products: as in `fused_ops.rope`.
     """
 
@@ -81,22 +82,46 @@ class Rotation:
         return {"is_neox": self.is_neox, "round_products": self.round_products}
 
 
+# What attention functions take beside the usual, as `paged_attention` names it.
+PAGED_OPTIONS = {"sliding_window": "sliding_window", "softcap": "soft_cap", "s_aux": "sinks"}
+
+
 @dataclass(frozen=True)
 class Attention:
-    """An attention module's way from the hidden states to the attention function.
+    """An attention module's way from the hidden states to its output projection.
 
+    rotation: None where it doesn't rotate.
     packed: whether `qkv_proj` gives queries, keys and values, which are views of its result then.
     norm: the kind of `q_norm` and `k_norm`; None where there are none.
     whole_vector: whether they take all heads of a token at once.
     options: what the attention function is handed beside the usual: (keyword, path of the attribute).
+    unpaged: why `paged_attention` can't take the attention function's place; "" where it can.
     """
 
-    rotation: Rotation
+    rotation: Rotation | None
     packed: bool = False
     norm: Norm | None = None
     whole_vector: bool = False
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    unpaged: str = ""
 
     @property
-    def operation(self) -> str:
+    def operation(self) -> str | None:
+        if self.rotation is None:
+            return None
         return "rope" if self.norm is None else "qk_norm_rope"
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """The same of an attention over latents (MLA).
+
+    norm: the kind of its norms. low_rank: whether queries come from latents too, by `q_a_proj` and `q_b_proj`.
+    sorts_pairs: whether even columns are put before odd ones, which are halves to the rotation then.
+    """
+
+    rotation: Rotation
+    norm: Norm
+    low_rank: bool
+    sorts_pairs: bool
+    unpaged: str = ""

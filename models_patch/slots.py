@@ -17,6 +17,8 @@ class Slots:
     k_scale, v_scale: of caches that hold codes.
     read: after the write, all keys and values that these tokens may attend to, [batch, kv_heads, length, D].
     options: what the attention function is handed in the place of what the model got.
+    sequences: block_tables, seq_lens and query_start_loc of `fused_ops.paged_attention`; None where only `read` knows.
+    kv_cache: [blocks, block_size, D + Dv], whose parts the two of one head are; None where they are two tensors.
     """
 
     k_cache: Tensor
@@ -26,3 +28,11 @@ class Slots:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    sequences: tuple[Tensor, ...] | None = None
+    kv_cache: Tensor | None = None
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Keys and values [T, kv_heads, D] as they are."""
+        size = self.k_cache.shape[1]
+        for cache, new in (self.k_cache, k), (self.v_cache, v):
+            cache[self.slot_mapping // size, self.slot_mapping % size] = new

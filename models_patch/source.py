@@ -45,6 +45,16 @@ def reads(function: Callable, name: str) -> tuple[str, ...] | None:
 
 
 @functools.cache
+def statements(function: Callable) -> str | None:
+    """The text of a function's body without its docstring, for one that does more than assign and return."""
+    definition = _definition(function)
+    if definition is None:
+        return None
+    docstring = ast.get_docstring(definition) is not None
+    return "\n".join(map(ast.unparse, definition.body[docstring:]))
+
+
+@functools.cache
 def first_argument(function: Callable) -> str | None:
     """The name of a method's first parameter after `self`; None where there is none, or no source."""
     definition = _definition(function)

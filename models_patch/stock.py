@@ -121,6 +121,96 @@ def rotated_in_some_layers(self, query, key, position_embeddings):
     return query, key
 
 
+# Attention over latents, which a cache holds instead of keys and values.
+
+
+class Latent:
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs):
+        batch, length = hidden_states.shape[:-1]
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.view((batch, length, -1, self.qk_head_dim)).transpose(1, 2)
+        q_nope, q_pe = torch.split(query, [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        latent, k_pe = torch.split(compressed, [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent).view(batch, 1, length, self.kv_lora_rank)
+        k_pe = k_pe.view(batch, 1, length, self.qk_rope_head_dim)
+        q_pe, k_pe = rotate(self, q_pe, k_pe, position_embeddings)
+        if past_key_values is not None:
+            latent, k_pe = past_key_values.update(latent, k_pe, self.layer_idx)
+        query = torch.cat((q_nope, q_pe), dim=-1)
+        key, value = self.expand_kv(latent, k_pe)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(attended[0].reshape(batch, length, -1).contiguous()), attended[1]
+
+    def expand_kv(self, kv_nope, k_rot):  # compared as it stands: it assigns to parts of a tensor
+        batch_size, _, seq_length, _ = kv_nope.shape
+        key_shape = (batch_size, seq_length, -1, self.qk_nope_head_dim + self.v_head_dim)
+        kv_nope = self.kv_b_proj(kv_nope).view(key_shape).transpose(1, 2)
+        k_nope, value_states = torch.split(kv_nope, [self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        k_rot = k_rot.expand(-1, k_nope.shape[1], -1, -1)
+        key_states = kv_nope.new_empty(*kv_nope.shape[:-1], self.qk_nope_head_dim + self.qk_rope_head_dim)
+        key_states[..., : self.qk_nope_head_dim].copy_(k_nope)
+        key_states[..., self.qk_nope_head_dim :].copy_(k_rot)
+        return key_states, value_states
+
+
+def rotated_as_complex(self, query, key, position_embeddings):
+    return apply_rotary_emb(query, key, position_embeddings.to(query.device))
+
+
+def rotated_as_asked(self, query, key, position_embeddings):
+    cos, sin = position_embeddings
+    if self.config.rope_interleave:
+        query, key = apply_rotary_pos_emb_interleave(query, key, cos, sin)
+    else:
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    return query, key
+
+
+# What the attention function "eager" computes: plain, with a soft cap, with sinks.
+
+
+def eager(module, query, key, value, attention_mask):
+    weights = torch.matmul(query, repeat_kv(key, module.num_key_value_groups).transpose(2, 3)) * scaling
+    return weighted(module, query, value, attention_mask, weights)
+
+
+def eager_soft_capped(module, query, key, value, attention_mask):
+    if scaling is None:
+        scaling = module.head_dim**-0.5
+    weights = torch.matmul(query, repeat_kv(key, module.num_key_value_groups).transpose(2, 3)) * scaling
+    if softcap is not None:
+        weights = torch.tanh(weights / softcap) * softcap
+    return weighted(module, query, value, attention_mask, weights)
+
+
+def weighted(module, query, value, attention_mask, weights):
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, repeat_kv(value, module.num_key_value_groups))
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def eager_with_sinks(module, query, key, value, attention_mask):
+    logits = torch.matmul(query, repeat_kv(key, module.num_key_value_groups).transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    sinks = module.sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[-2], -1)
+    logits = torch.cat([logits, sinks], dim=-1)
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    weights = F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1]
+    value = repeat_kv(value, module.num_key_value_groups)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training).to(value.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
 # Its heads: plain, of one projection, and normed in several ways.
 
 
@@ -228,6 +318,27 @@ class ChunkedHalves:
         return _apply_rotary_emb(q, cos, sin), _apply_rotary_emb(k, cos, sin)
 
 
+class SortedPairs:
+    rotate_half = Halves.rotate_half
+    apply_rotary_pos_emb = Halves.apply_rotary_pos_emb
+
+    def apply_rotary_pos_emb_interleave(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+        cos = cos[..., : cos.shape[-1] // 2].unsqueeze(unsqueeze_dim)
+        sin = sin[..., : sin.shape[-1] // 2].unsqueeze(unsqueeze_dim)
+        q1, q2, k1, k2 = q[..., 0::2], q[..., 1::2], k[..., 0::2], k[..., 1::2]
+        q_rot = torch.cat([q1 * cos - q2 * sin, q2 * cos + q1 * sin], dim=-1)
+        return q_rot, torch.cat([k1 * cos - k2 * sin, k2 * cos + k1 * sin], dim=-1)
+
+
+class ComplexPairs:
+    def apply_rotary_emb(xq, xk, freqs_cis):
+        q = torch.view_as_complex(xq.float().reshape(*xq.shape[:-1], -1, 2))
+        k = torch.view_as_complex(xk.float().reshape(*xk.shape[:-1], -1, 2))
+        turn = freqs_cis.unsqueeze(1).to(q.device)
+        q = torch.view_as_real(q * turn).flatten(3).type_as(xq)
+        return q, torch.view_as_real(k * turn).flatten(3).type_as(xk)
+
+
 # The model's table of cosines and sines: each angle twice, or once; in S or in float32.
 
 
@@ -263,6 +374,12 @@ class TwiceInFloat32ForEachType:
         freqs = position_ids[..., None].float() * inv_freq.to(device=x.device, dtype=torch.float)
         emb = torch.cat((freqs, freqs), dim=-1)
         return emb.cos() * attention_scaling, emb.sin() * attention_scaling
+
+
+class Complex:
+    def forward(self, x, position_ids):
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        return torch.polar(torch.ones_like(freqs), freqs) * self.attention_scaling
 
 
 class OnceInS:

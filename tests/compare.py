@@ -8,6 +8,8 @@ from torch import Tensor
 NEIGHBOURS = 1 / 5000
 # float32 results carry the sum's and exp's own rounding errors, in units of the last place.
 FLOAT32_ULP = 6
+# Logits of whole models: a share of the largest in float32, and by how much a token must lead in bfloat16.
+LOGITS, MARGIN = 1e-5, 0.5
 
 
 def ordered(x: Tensor) -> Tensor:
@@ -57,6 +59,21 @@ def assert_attends(actual: Tensor, exact: Tensor, terms: Tensor, context: str = 
     error = (actual.double() - exact).abs() / (terms * torch.finfo(actual.dtype).eps).clamp_min(1e-300)
     error = error.nan_to_num(float("inf"))
     assert error.numel() == 0 or error.max() <= ATTENTION_STEPS[actual.dtype], f"{context}: {error.max()} steps"
+
+
+def assert_logits_close(actual: Tensor, expected: Tensor) -> None:
+    """Logits of float32 models of a few layers whose attentions add up in another order."""
+    assert (actual.shape, actual.dtype) == (expected.shape, torch.float32)
+    apart = (actual - expected).abs().max() / expected.abs().max()
+    assert apart <= LOGITS, f"{apart:.2g} of the largest logit apart"
+
+
+def assert_same_choice(actual: Tensor, expected: Tensor) -> None:
+    """Logits [..., vocabulary] choose the same token wherever the choice is clear."""
+    first, second = expected.float().topk(2).values.unbind(-1)
+    clear = first - second > MARGIN
+    assert clear.float().mean() > 0.5
+    assert torch.equal(actual.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
 def assert_same(actual: Tensor | None, expected: Tensor | None, context: str = "") -> None:

@@ -7,6 +7,7 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models_patch import Report
 from quant.methods import SCHEMES, quantize_model
 
 LAYERS, VOCABULARY = 3, 97
@@ -16,6 +17,11 @@ SIZES = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_DEEPSEEK = {
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+    "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+}  # fmt: skip
 L = 2
 FAMILIES = {  # by `<name>Config`, with what its tiny model needs
     "Qwen3": {"head_dim": 16},
@@ -41,6 +47,9 @@ FAMILIES = {  # by `<name>Config`, with what its tiny model needs
         "head_dim": 16, "sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
         "swiglu_alpha": 1.5, "swiglu_limit": 2.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    "DeepseekV2": {"q_lora_rank": None, "topk_method": "greedy", **_DEEPSEEK},
+    "DeepseekV3": {"q_lora_rank": 24, **_DEEPSEEK},
+    "MiniMaxM2": {"head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 
@@ -63,8 +72,8 @@ def tokens(length: int = 7, batch: int = 2) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(2))
 
 
-def quantize(model: nn.Module, scheme: str) -> nn.Module:
-    return quantize_model(model, scheme, [tokens(9)] if SCHEMES[scheme].calibrated else None)
+def quantize(model: nn.Module, scheme: str, **options) -> nn.Module:
+    return quantize_model(model, scheme, [tokens(9)] if SCHEMES[scheme].calibrated else None, **options)
 
 
 def generate(model: nn.Module, cache: str | None = None, **options):
@@ -94,6 +103,11 @@ def count(function) -> Counter:
     with CountOps() as counter:
         function()
     return counter.calls
+
+
+def without_blocks(report: Report) -> Counter:
+    """The operations of a call without a `PagedKVCache`."""
+    return Counter(entry.operation for entry in report.replaced if "with a PagedKVCache" not in entry.note[:20])
 
 
 def assert_equal(actual, expected):

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from patching import L, assert_equal, count, quantize, tiny_model, tokens
+from patching import L, assert_equal, count, quantize, tiny_model, tokens, without_blocks
 from transformers.activations import ACT2FN
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
@@ -35,6 +35,9 @@ CALLS = {
     "Gemma3Text": SANDWICH | {"gelu_tanh_mul": L, "rope": 0, "qk_norm_rope": L},
     "Olmo2": {"rms_norm_add": 2 * L - 1, "rms_norm_add_rms_norm": 1, "silu_mul": L, "qk_norm_rope": L},
     "GptOss": {"rms_norm": 1, "fused_add_rms_norm": 2 * L, "swiglu_oai_mul": L, "rope": L},
+    "DeepseekV2": PRE_NORM | {"rms_norm": 1 + L, "silu_mul": L + 1, "rope": 0},  # rotated as complex numbers
+    "DeepseekV3": PRE_NORM | {"dual_rms_norm": L, "silu_mul": L + 1},
+    "MiniMaxM2": NORMED,
 }
 CALLS = {name: Counter({operation: n for operation, n in calls.items() if n}) for name, calls in CALLS.items()}
 every_family = pytest.mark.parametrize("name", CALLS)
@@ -56,7 +59,7 @@ def test_logits_and_hidden_states_are_stocks_bit_for_bit(name, dtype):
     plain, expected = model(tokens()).logits, copy.deepcopy(model)(tokens(), output_hidden_states=True)
     report = models_patch.patch(model)
     assert torch.equal(model(tokens()).logits, plain)
-    assert count(lambda: model(tokens())) == CALLS[name] == Counter(entry.operation for entry in report.replaced)
+    assert count(lambda: model(tokens())) == CALLS[name] == without_blocks(report)
     actual = model(tokens(), output_hidden_states=True)
     assert torch.equal(actual.logits, expected.logits)
     assert_equal(actual.hidden_states, expected.hidden_states)
@@ -127,13 +130,17 @@ def test_a_quantized_model_keeps_its_bits_and_quantizes_once(name):
     calls = count(lambda: model(tokens()))
     assert calls.pop("scaled_linear") == stock["scaled_linear"] == stock["quantize"]  # each for itself
     # All share what a norm or an activation quantized, but o_proj, and shared experts, since a router reads their input
-    # too; a post-norm layer's input no norm can quantize.
-    alone = L + 2 * (name == "Glm4Moe")
+    # too; a post-norm layer's input no norm can quantize, and kv_b_proj gets its from a cache.
+    latent = name.startswith("Deepseek")
+    alone = L + 2 * (name == "Glm4Moe" or latent) + L * latent
     assert calls.pop("quantize") == alone + sum(entry.operation == "quantize" for entry in report)
-    assert calls == Counter(entry.operation for entry in report.replaced if entry.operation != "quantize")
+    expected = without_blocks(report)
+    del expected["quantize"]
+    assert calls == expected
     fed = Counter(linear for entry in report for linear in entry.feeds)
+    assert fed.pop("o_proj", 0) == (0 if latent else L)
     assert fed.total() == stock["quantize"] - alone
-    assert set(fed.values()) == {L} or name in ("Qwen3Moe", "Glm4Moe")
+    assert set(fed.values()) == {L} or name in ("Qwen3Moe", "Glm4Moe", "DeepseekV2", "DeepseekV3")
 
 
 def test_one_quantization_serves_the_projections_after_a_post_norm():

@@ -1,0 +1,68 @@
+"""When attention of a patched model reads keys and values in the blocks of a `PagedKVCache`, where they are.
+
+`paged_attention` computes one thing: each token sees its sequence up to itself, or a window of that. A mask may say
+something else, so the model's forward decides once, before any mask is made: where the mask it got is None, or a row of
+ones for each sequence, layers get a mask of no keys, which stands for that. Any other mask (left padding, one of four
+dimensions) is the model's to apply, by its attention function, to keys and values that are gathered; and so is what only
+that function has: weights to return, dropout in training, `is_causal`, an implementation of the user's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .paged_cache import PagedKVCache
+
+# Those of transformers, which differ in speed. Others may compute anything.
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def model(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The stock forward of a model without head; a step of a `PagedKVCache` needs neither mask nor positions."""
+    x = inputs_embeds if input_ids is None else input_ids
+    if isinstance(past_key_values, PagedKVCache) and x is not None and _is_plain(self, kwargs):
+        attention_mask, position_ids = _of_step(past_key_values, x, attention_mask, position_ids)
+    inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+    return type(self).forward(self, *inputs, *args, **kwargs)
+
+
+def is_paged(mask: Any) -> bool:
+    """Whether a mask that a layer got is the one of no keys."""
+    return isinstance(mask, Tensor) and mask.shape[-1] == 0
+
+
+def _is_plain(module: Any, options: dict[str, Any]) -> bool:
+    """Whether a call asks for nothing that only the attention function does."""
+    config = module.config
+    return (
+        config._attn_implementation in IMPLEMENTATIONS
+        and getattr(config, "is_causal", True)
+        and not module.training
+        and not (options.get("output_attentions") or getattr(config, "output_attentions", False))
+        and options.get("is_causal") is None
+    )
+
+
+@torch.compiler.disable  # which tokens are whose is kept in Python
+def _of_step(cache: PagedKVCache, x: Tensor, mask: Any, positions: Tensor | None) -> tuple[Any, Tensor | None]:
+    """(the mask of no keys, or the one that was given; the positions of the step)"""
+    step, (batch, length) = cache.pending, x.shape[:2]
+    if mask is not None:
+        whole = (batch, cache.get_seq_length() + length)
+        if (step is not None and not step.is_batch) or tuple(mask.shape) != whole or not mask.all():
+            return mask, positions
+    if positions is None and step is not None and step.positions.numel() == batch * length:
+        positions = step.positions.view(batch, length)
+    return torch.empty(1, 1, length, 0, dtype=torch.bool, device=x.device), positions

@@ -1,0 +1,280 @@
+"""Patched models with a `PagedKVCache`: what stock computes, from blocks in place, and for o_proj as it wants it."""
+
+import pytest
+import torch
+from compare import assert_logits_close, assert_same_choice
+from patching import FAMILIES, L, count, generate, quantize, tiny, tiny_model, tokens
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama as llama
+
+import fused_ops
+import models_patch
+from models_patch.paged_cache import PagedKVCache, PagedLayer
+
+NAMES = ["Llama", "Mistral", "Qwen2", *FAMILIES]
+every_model = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    with fused_ops.use_backend("reference"), torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def no_gathering(monkeypatch):
+    """Neither keys nor masks are asked for."""
+    for owner, name in (PagedLayer, "read"), (PagedKVCache, "get_mask_sizes"):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32, **changes):
+    if name in FAMILIES:
+        return tiny_model(name, dtype, **changes)
+    return tiny(name, dtype, num_hidden_layers=L, **({"sliding_window": 4} if name == "Mistral" else {}), **changes)
+
+
+def paged(model, num_blocks: int = 64, block_size: int = 4) -> PagedKVCache:
+    return PagedKVCache(model.config, num_blocks, block_size)
+
+
+def attention_of(name: str) -> str:
+    return "mla_attention" if name.startswith("Deepseek") else "paged_attention"
+
+
+def in_chunks(model, ids: torch.Tensor, cache, ends=(7, 11, 12)) -> torch.Tensor:
+    """Prefill, its continuation, and a token."""
+    return torch.cat(
+        [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip((0, *ends), ends, strict=False)], 1
+    )
+
+
+# What stock computes.
+
+
+@every_model
+def test_a_batch_in_chunks(name, no_gathering):
+    model, ids = model_of(name), tokens(12)
+    expected = model(ids, past_key_values=DynamicCache()).logits
+    report = models_patch.patch(model)
+    assert_logits_close(in_chunks(model, ids, paged(model)), expected)
+    assert count(lambda: in_chunks(model, ids, paged(model)))[attention_of(name)] == 3 * L
+    entries = [entry for entry in report if entry.operation == attention_of(name)]
+    assert [(entry.quant_key, entry.feeds, entry.note) for entry in entries] == [(None, (), "with a PagedKVCache")] * L
+
+
+@every_model
+def test_a_batch_in_bfloat16_chooses_what_stock_does(name, no_gathering):
+    model, ids = model_of(name, torch.bfloat16), tokens(32)
+    expected = model(ids).logits
+    models_patch.patch(model)
+    assert_same_choice(in_chunks(model, ids, paged(model), ends=(20, 31, 32)), expected)
+
+
+@every_model
+def test_packed_sequences_take_neither_mask_nor_positions(name, no_gathering):
+    model, prompt, text = model_of(name), [5, 6, 7, 8, 9, 10], {}
+    whole = {0: [*prompt, 11, 12], 1: [*prompt[:5], 20, 21, 22, 23]}
+    alone = {sequence: model(torch.tensor([ids])).logits for sequence, ids in whole.items()}
+    models_patch.patch(model)
+    cache = paged(model)
+
+    def step(new: dict[int, list[int]]) -> None:
+        taken = cache.step({sequence: len(ids) for sequence, ids in new.items()})
+        ids = torch.tensor([[token for sequence in new.values() for token in sequence]])
+        for sequence, logits in zip(
+            new, model(ids, past_key_values=cache).logits.split(taken.counts, 1), strict=True
+        ):
+            text[sequence] = torch.cat((text[sequence], logits), 1) if sequence in text else logits
+
+    first = cache.add()
+    step({first: prompt})
+    second = cache.add(prefix_of=first, length=5)  # in the middle of a block
+    text[second] = text[first][:, :5]
+    step({second: [20, 21, 22], first: [11]})
+    step({first: [12], second: [23]})
+    for sequence, expected in alone.items():
+        assert_logits_close(text[sequence], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "DeepseekV3"])
+def test_generation_without_padding(name, options, no_gathering):
+    model, prompt = model_of(name), tokens(7, batch=1).repeat(1, 3)
+    options = {**options, "max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(prompt, past_key_values=DynamicCache(), **options)
+    models_patch.patch(model)
+    assert torch.equal(model.generate(prompt, past_key_values=paged(model), **options), expected)
+
+
+# Quantized for o_proj.
+
+
+@pytest.mark.parametrize("scheme", ["int8_token", "fp8_static"])
+@every_model
+def test_attention_quantizes_for_o_proj(name, scheme, no_gathering):
+    model, ids, operation = model_of(name, torch.bfloat16), tokens(9), f"{attention_of(name)}_quant"
+    ignore = {"ignore": ("lm_head", "kv_b_proj")} if name.startswith("Deepseek") else {}
+    models_patch.patch(model)
+    quantize(model, scheme, **ignore)  # after which layers quantize for themselves
+    alone = count(lambda: in_chunks(model, ids, paged(model), ends=(8, 9)))
+    expected = in_chunks(model, ids, paged(model), ends=(8, 9))
+    report = models_patch.patch(model)
+    assert torch.equal(in_chunks(model, ids, paged(model), ends=(8, 9)), expected)
+    calls = count(lambda: in_chunks(model, ids, paged(model), ends=(8, 9)))
+    assert (calls[operation], calls[attention_of(name)]) == (2 * L, 0)
+    fed = sum(len(entry.feeds) - (entry.operation == "quantize") for entry in report)
+    assert alone["quantize"] - calls["quantize"] == 2 * fed
+    entries = [entry for entry in report if entry.operation == operation]
+    wanted = [layer.self_attn.o_proj.input_quant_key for layer in model.model.layers]
+    assert [(entry.quant_key, entry.feeds) for entry in entries] == [(key, ("o_proj",)) for key in wanted]
+
+
+# Masks, and what only an attention function does.
+
+
+def _padded(ids):
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return mask
+
+
+def _windows(ids):
+    places = torch.arange(ids.shape[1])
+    return ((places <= places[:, None]) & (places > places[:, None] - 3))[None, None].expand(2, 1, -1, -1)
+
+
+MASKS = {
+    "none": (lambda ids: None, True),
+    "ones": (torch.ones_like, True),
+    "left padding": (_padded, False),
+    "four dimensions": (_windows, False),
+    "additive": (lambda ids: torch.zeros(2, 1, 9, 9).masked_fill(~_windows(ids), torch.finfo(torch.float32).min), False),
+    "zeros": (torch.zeros_like, False),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "DeepseekV3"])
+def test_a_mask_is_never_ignored(name, case):
+    model, ids, (make, from_blocks) = model_of(name), tokens(9), MASKS[case]
+    mask = make(ids)
+    expected = model(ids, attention_mask=mask, past_key_values=DynamicCache()).logits
+    models_patch.patch(model)
+    assert_logits_close(model(ids, attention_mask=mask, past_key_values=paged(model)).logits, expected)
+    calls = count(lambda: model(ids, attention_mask=mask, past_key_values=paged(model)))
+    assert calls[attention_of(name)] == L * from_blocks
+
+
+def test_padded_and_whole_calls_may_follow_each_other():
+    model, ids = model_of("DeepseekV3"), tokens(9)
+    expected = model(ids).logits
+    models_patch.patch(model)
+    cache, whole = paged(model), (torch.arange(9) <= torch.arange(4, 6)[:, None])[None, None, :, :6]
+    parts = [model(ids[:, :4], past_key_values=cache), model(ids[:, 4:6], attention_mask=whole, past_key_values=cache)]
+    models_patch.unpatch(model)
+    parts.append(model(ids[:, 6:8], past_key_values=cache))
+    models_patch.patch(model)
+    parts.append(model(ids[:, 8:], past_key_values=cache))
+    assert_logits_close(torch.cat([part.logits for part in parts], 1), expected)
+
+
+def _both_ways(module, query, key, value, mask, **options):
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **{**options, "is_causal": False})
+
+
+@pytest.mark.parametrize("name", ["Llama", "DeepseekV3"])
+def test_what_only_an_attention_function_does_is_left_to_it(name, monkeypatch):
+    def compare(model, ids=tokens(9), **options):
+        models_patch.unpatch(model)
+        expected = model(ids, past_key_values=DynamicCache(), **options)
+        models_patch.patch(model)
+        calls = count(lambda: model(ids, past_key_values=paged(model), **options))
+        assert calls[attention_of(name)] == 0
+        actual = model(ids, past_key_values=paged(model), **options)
+        assert torch.equal(actual.logits, expected.logits)
+        return actual, expected
+
+    eager = model_of(name, attn_implementation="eager")
+    actual, expected = compare(eager, output_attentions=True)
+    assert all(map(torch.equal, actual.attentions, expected.attentions))
+    model = model_of(name)
+    compare(model.train())
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "both_ways", _both_ways)
+    model.eval().config._attn_implementation = "both_ways"
+    compare(model)
+    model.config._attn_implementation, model.config.is_causal = "sdpa", False
+    compare(model, is_causal=False)
+
+
+def _other_eager(module, query, key, value, mask, scaling, dropout=0.0, **kwargs):
+    return llama.repeat_kv(value, 2).transpose(1, 2).contiguous(), None
+
+
+class _Peeking(llama.LlamaModel):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None):
+        shape = None if attention_mask is None else attention_mask.shape
+        hidden_states = self.embed_tokens(input_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(hidden_states, position_embeddings=position_embeddings, shape=shape)
+        hidden_states = self.norm(hidden_states)
+        return llama.BaseModelOutputWithPast(hidden_states)
+
+
+def _with_other_eager(model, monkeypatch):
+    monkeypatch.setattr(llama, "eager_attention_forward", _other_eager)
+
+
+def _with_a_reader_of_masks(model, monkeypatch):
+    model.model.__class__ = _Peeking
+
+
+def _looking_ahead(model, monkeypatch):
+    model.model.layers[1].self_attn.is_causal = False
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_with_other_eager, "eager_attention_forward of test_patch_paged of transformers {} is not a known attention"),
+        (_with_a_reader_of_masks, "_Peeking.forward reads attention_mask elsewhere too"),
+        (_looking_ahead, "this LlamaAttention isn't causal"),
+    ],
+)
+def test_an_unknown_attention_is_left_to_the_model_and_packed_steps_need_a_mask(change, reason, monkeypatch):
+    model = model_of("Llama")
+    change(model, monkeypatch)
+    report = models_patch.patch(model)
+    notes = {entry.note for entry in report if entry.operation == "rope"}
+    reason = reason.format(models_patch.families.version().partition(" ")[2])
+    assert all(f"the attention function is the model's: {reason}" in note for note in notes)
+    assert not [entry for entry in report if entry.operation == "paged_attention"]
+    if change is not _with_a_reader_of_masks:
+        _packed_step_raises(model)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "DeepseekV3"])
+def test_packed_steps_raise_where_a_mask_would_be_needed(name, patched):
+    model = model_of(name)
+    if patched:
+        models_patch.patch(model)
+        _packed_step_raises(model, attention_mask=torch.ones(1, 3))  # says nothing of sequences
+        model.train()
+    _packed_step_raises(model)
+
+
+def _packed_step_raises(model, **options):
+    cache = paged(model)
+    cache.step({cache.add(): 2, cache.add(): 1})
+    with pytest.raises(ValueError, match=r"take an attention_mask .* or no mask at all, where `patch` reports"):
+        model(tokens(3, batch=1), past_key_values=cache, **options)
+
+
+def test_generation_with_padding_has_stocks_bits():
+    model = model_of("DeepseekV3", torch.bfloat16)
+    expected = generate(model, past_key_values=DynamicCache())
+    models_patch.patch(model)
+    assert torch.equal(generate(model, past_key_values=paged(model)).sequences, expected.sequences)
