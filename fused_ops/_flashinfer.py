@@ -219,11 +219,11 @@ def wrapper(kind: str, device: torch.device, *dtypes: torch.dtype, **options) ->
     return made
 
 
-def attend_paged(a: Paged, batch: Batch, q: Tensor) -> Tensor:
-    """[queries, heads, D] of the batch's rows; a batch of single queries has wrappers of its own."""
-    single = batch.queries == len(batch.kv_lens)
-    pages = (batch.kv_indptr, batch.kv_indices, batch.last_page_len(a.k_cache.shape[1]))
-    sizes = (q.shape[1], a.k_cache.shape[2], q.shape[2], a.k_cache.shape[1])
+def plan_paged(a: Paged, batch: Batch, make: Callable = wrapper) -> Callable[[Tensor], Tensor]:
+    """From the batch's rows of q to [queries, heads, D]; a batch of single queries has a wrapper of its own."""
+    q, size = a.q, a.k_cache.shape[1]
+    pages: tuple[Tensor, ...] = (batch.kv_indptr, batch.kv_indices, batch.last_page_len(size))
+    sizes = (q.shape[1], a.k_cache.shape[2], q.shape[2], size)
     options = {
         "sm_scale": a.scale,
         "window_left": a.sliding_window - 1,  # how many keys before its own; -1: all
@@ -231,26 +231,32 @@ def attend_paged(a: Paged, batch: Batch, q: Tensor) -> Tensor:
         "q_data_type": q.dtype,
         "kv_data_type": a.k_cache.dtype,
     }
-    if single:
-        kind = "BatchDecodeWithPagedKVCacheWrapper"
-        planned = wrapper(kind, q.device, q.dtype, a.k_cache.dtype, kv_layout="NHD", use_tensor_cores=True)
-        planned.plan(*pages, *sizes, **options)
+    choice: dict[str, Any] = {"kv_layout": "NHD"}
+    if batch.queries == len(batch.kv_lens):
+        kind, choice["use_tensor_cores"] = "BatchDecodeWithPagedKVCacheWrapper", True
     else:
-        planned = wrapper("BatchPrefillWithPagedKVCacheWrapper", q.device, q.dtype, a.k_cache.dtype, kv_layout="NHD")
-        planned.plan(batch.qo_indptr, *pages, *sizes, causal=a.causal, **options)
+        kind, options["causal"] = "BatchPrefillWithPagedKVCacheWrapper", a.causal
+        pages = (batch.qo_indptr, *pages)
+    made = make(kind, q.device, q.dtype, a.k_cache.dtype, **choice)
+    made.plan(*pages, *sizes, **options)
     scales = {"k_scale": _number(a.k_scale), "v_scale": _number(a.v_scale)}
-    return planned.run(q, (a.k_cache, a.v_cache), **scales)
+    return lambda q: made.run(q, (a.k_cache, a.v_cache), **scales)
 
 
-def attend_latent(a: Latent, batch: Batch, q_nope: Tensor, q_pe: Tensor) -> Tensor:
-    """[queries, heads, V], by queries and results that the projections were moved to."""
-    q = torch.einsum("thn,hnr->thr", q_nope, a.w_uk).contiguous()
-    planned = wrapper("BatchMLAPagedAttentionWrapper", q.device, q.dtype, a.kv_cache.dtype)
+def plan_latent(a: Latent, batch: Batch, make: Callable = wrapper) -> Callable[[Tensor, Tensor], Tensor]:
+    """From the batch's rows of queries to [queries, heads, V], with both projections moved to them."""
+    held = a.kv_cache
+    made = make("BatchMLAPagedAttentionWrapper", held.device, held.dtype, held.dtype)
     lengths = (batch.qo_indptr, batch.kv_indptr, batch.kv_indices, batch.kv_lens)
-    sizes = (q.shape[1], RANK, ROPE, a.kv_cache.shape[1])
-    planned.plan(*lengths, *sizes, True, a.scale, q.dtype, a.kv_cache.dtype)
-    latents = planned.run(q, q_pe, a.kv_cache[..., :RANK], a.kv_cache[..., RANK:])
-    return torch.einsum("thr,hvr->thv", latents, a.w_uv)
+    sizes = (a.q_pe.shape[1], RANK, ROPE, held.shape[1])
+    made.plan(*lengths, *sizes, True, a.scale, held.dtype, held.dtype)
+
+    def run(q_nope: Tensor, q_pe: Tensor) -> Tensor:
+        q = torch.einsum("thn,hnr->thr", q_nope, a.w_uk).contiguous()
+        latents = made.run(q, q_pe, held[..., :RANK], held[..., RANK:])
+        return torch.einsum("thr,hvr->thv", latents, a.w_uv)
+
+    return run
 
 
 def _number(scale: Tensor | None) -> float | None:
@@ -262,17 +268,17 @@ def _number(scale: Tensor | None) -> float | None:
 
 def write_paged(args: tuple, outs: dict[str, Tensor]) -> None:
     a = Paged(*args)
-    _write(outs["y"], a, {"q": a.q}, {"k_cache": a.k_cache, "v_cache": a.v_cache}, attend_paged)
+    _write(outs["y"], a, {"q": a.q}, {"k_cache": a.k_cache, "v_cache": a.v_cache}, plan_paged)
 
 
 def write_latent(args: tuple, outs: dict[str, Tensor]) -> None:
     a = Latent(*args)
     queries = {"q_nope": a.q_nope, "q_pe": a.q_pe}
-    _write(outs["y"], a, queries, {"q_pe": a.q_pe, "kv_cache": a.kv_cache}, attend_latent)
+    _write(outs["y"], a, queries, {"q_pe": a.q_pe, "kv_cache": a.kv_cache}, plan_latent)
 
 
-def _write(y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], attend: Callable) -> None:
-    """Rows of sequences by `attend`, of those out of range NaN, of no sequence zeros."""
+def _write(y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], plan: Callable) -> None:
+    """Rows of sequences by FlashInfer, of those out of range NaN, of no sequence zeros."""
     for name, t in (queries | read).items():
         if name != "q_nope" and t.data_ptr() % ALIGNED:
             raise ValueError(f"{name} begins at {t.data_ptr():#x}, FlashInfer takes multiples of {ALIGNED}")
@@ -287,7 +293,7 @@ def _write(y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor
     else:
         y.zero_()
     if count:
-        y[rows] = attend(a, batch, *(q[rows] for q in queries.values())).flatten(1)
+        y[rows] = plan(a, batch)(*(q[rows] for q in queries.values())).flatten(1)
     for each in batch.broken:
         y[each] = float("nan")
 
