@@ -8,6 +8,8 @@ from torch import Tensor
 NEIGHBOURS = 1 / 5000
 # float32 results carry the sum's and exp's own rounding errors, in units of the last place.
 FLOAT32_ULP = 6
+# Another library's attention rounds weights and queries to S on the way: steps of the largest term.
+ON_THE_WAY = 4
 
 
 def ordered(x: Tensor) -> Tensor:
@@ -66,3 +68,11 @@ def raw(x: Tensor) -> Tensor:
         x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(bits) if x.element_size() > 1 else x.contiguous().view(torch.uint8)
+
+
+def assert_near(actual: Tensor, expected: Tensor, terms: Tensor, context: str = "") -> None:
+    """Sums whose terms were rounded to a 16-bit dtype before they were added: steps of the largest one's size."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), context
+    allowed = ON_THE_WAY * torch.finfo(actual.dtype).eps * terms.double().abs()
+    apart = (actual.double() - expected.double()).abs()
+    assert (apart <= allowed).all(), f"{context}: up to {(apart / allowed).max():.2g} of what is allowed apart"

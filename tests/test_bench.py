@@ -78,7 +78,11 @@ def test_peers_of_attention_compute_the_same(case, capsys):
     y = fused_ops.OPS[case.op].default(*args)
     others = attention.torch_peers(args) | {"torch.compile": attention.compiled_peer(args, "eager")}
     assert attention.agreeing(others, y).keys() == others.keys()
-    spoilt = {"spoilt": lambda: torch.full_like(y, float("inf")), "fails": lambda: 1 / 0, "nan": lambda: y * float("nan")}
+    spoilt = {
+        "spoilt": lambda: torch.full_like(y, float("inf")),
+        "fails": lambda: 1 / 0,
+        "nan": lambda: y * float("nan"),
+    }
     assert not attention.agreeing(spoilt, y)
     assert capsys.readouterr().out.splitlines() == [
         "spoilt: its result is inf of the largest element away",
