@@ -10,6 +10,8 @@ NEIGHBOURS = 1 / 5000
 FLOAT32_ULP = 6
 # Another library's attention rounds weights and queries to S on the way: steps of the largest term.
 ON_THE_WAY = 4
+# A logit's rounding error is its weight's relative error: units of the last place of attention in float32.
+ATTENTION_ULP = 64
 
 
 def ordered(x: Tensor) -> Tensor:
@@ -71,8 +73,9 @@ def raw(x: Tensor) -> Tensor:
 
 
 def assert_near(actual: Tensor, expected: Tensor, terms: Tensor, context: str = "") -> None:
-    """Sums whose terms were rounded to a 16-bit dtype before they were added: steps of the largest one's size."""
+    """Attention: sums whose terms were rounded before they were added, within steps of the largest one's size."""
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), context
-    allowed = ON_THE_WAY * torch.finfo(actual.dtype).eps * terms.double().abs()
+    steps_allowed = ATTENTION_ULP if actual.dtype == torch.float32 else ON_THE_WAY
+    allowed = steps_allowed * torch.finfo(actual.dtype).eps * terms.double().abs()
     apart = (actual.double() - expected.double()).abs()
     assert (apart <= allowed).all(), f"{context}: up to {(apart / allowed).max():.2g} of what is allowed apart"

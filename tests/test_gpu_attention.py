@@ -78,11 +78,15 @@ def test_every_case_is_the_reference(name, triton):
         with fused_ops.use_backend("reference"):
             expected = results(op, args)["y"]
             if at is None:
-                terms = expected.abs().max()
+                terms = expected.abs().max() if expected.numel() else expected
             else:
                 magnitudes = args[at].float().abs().to(args[at].dtype)
                 terms = results(op, (*args[:at], magnitudes, *args[at + 1 :]))["y"]
-        assert_close(actual, expected, f"{name} {describe(args, op)}", terms=terms)
+        context = f"{name} {describe(args, op)}"
+        if actual.dtype == torch.float32:
+            assert_near(actual, expected, terms, context)
+        else:
+            assert_close(actual, expected, context, terms=terms)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,7 +106,10 @@ def test_a_quantized_result_is_that_of_quantize(name, key, triton):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("held", [None, FP8], ids=str)
 def test_a_row_is_the_same_in_any_batch(name, held, triton):
-    """Promise 2: each sequence alone, in other blocks, and its last query without those before it."""
+    """Promise 2: each sequence alone, in other blocks, and its last query without those before it.
+
+    But for MLA: there, whether projections are absorbed depends on how many queries a sequence has.
+    """
     tensors, options = inputs(name, held=held)
     whole = run(name, tensors, options)
     queries, caches, weights, tables, lengths, starts = split(name, tensors)
@@ -113,7 +120,7 @@ def test_a_row_is_the_same_in_any_batch(name, held, triton):
         for other, cache in zip(others, caches, strict=True):
             other.view(torch.uint8)[moved] = cache.view(torch.uint8)
         used = tables[i : i + 1].clamp_min(0).long()
-        for last in {count, min(count, 1)}:
+        for last in {count} if name == "mla_attention" else {count, min(count, 1)}:
             own = [q[rows][count - last :] for q in queries]
             sequence = (moved[used], lengths[i : i + 1], torch.tensor([0, last], device="cuda"))
             alone = run(name, [*own, *others, *weights, *sequence], options)
@@ -133,8 +140,8 @@ def test_what_a_row_does_not_see_may_be_anything(name, triton):
         for bad, cache in zip(spoilt, caches, strict=True):
             bad[block, row] = cache[block, row]
     assert_same(run(name, [*queries, *spoilt, *weights, tables, lengths, starts], options), whole)
-    last = SEQUENCES[5][1] - 1  # of a prefill: seen by its last query only
-    block, row = int(tables[5, last // 16]), last % 16
+    last = SEQUENCES[-1][1] - 1  # of a prefill: seen by its last query only
+    block, row = int(tables[-1, last // 16]), last % 16
     for bad in spoilt:
         bad[block, row] = NAN
     y = run(name, [*queries, *spoilt, *weights, tables, lengths, starts], options)
