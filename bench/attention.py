@@ -201,7 +201,7 @@ def agreeing(others: dict[str, Callable[[], Tensor]], expected: Tensor) -> dict[
     found = {}
     for name, call in others.items():
         try:
-            apart = (call().view(expected.shape).float() - expected.float()).abs().max() / expected.abs().max()
+            apart = (call().reshape(expected.shape).float() - expected.float()).abs().max() / expected.abs().max()
         except Exception as error:  # a peer's own trouble must not end the run
             print(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
             continue

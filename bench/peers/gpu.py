@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -311,11 +311,16 @@ def _flashinfer_attention(flashinfer: Any, op: str, args: tuple) -> Call | None:
     batch = _flashinfer.batch_of(len(queries[0]), cache, a.block_tables, a.seq_lens, a.query_start_loc)
 
     def make(kind: str, device: torch.device, *_, **options) -> Any:
-        space = _loaded.setdefault("flashinfer's workspace", torch.zeros(128 << 20, dtype=torch.uint8, device=device))
-        return getattr(flashinfer, kind)(space, **options)
+        return getattr(flashinfer, kind)(_flashinfer_workspace(device), **options)
 
     plan: Callable = _flashinfer.plan_latent if latent else _flashinfer.plan_paged
     return partial(plan(a, batch, make), *queries)
+
+
+@cache
+def _flashinfer_workspace(device: torch.device) -> Tensor:
+    """One for all, which run one after the other."""
+    return torch.zeros(_flashinfer.WORKSPACE, dtype=torch.uint8, device=device)
 
 
 # What SGLang's and FlashInfer's kernels have in common
