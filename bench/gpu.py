@@ -1,7 +1,8 @@
 """The benchmark on a CUDA device: `python -m bench.gpu` (some five minutes, the most telling cases first).
 
 Every operation on rows by the CUDA and the Triton kernels, against eager PyTorch, `torch.compile` and the peers that
-are installed; the layers of every scheme that the device has a product for, against bfloat16's. Whoever is compared is
+are installed; attention against torch's, flex_attention's and FlashInfer's, and with a quantized output against one
+after; the layers of every scheme that the device has a product for, against bfloat16's. Whoever is compared is
 captured in a CUDA graph and replayed in turns; a graph goes through several sets of inputs, together larger than the L2
 cache, so that inputs come from memory. Ratios are medians over the turns. GB/s counts every input once and every output
 once; a copy moves as many bytes. What a call costs the host is measured without a graph.
@@ -27,10 +28,10 @@ from fused_ops import OPS
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN, MXFP8, NVFP4
 from quant.methods import SCHEMES
 
-from . import linear, machine
+from . import attention, bars, linear, machine
 from .bars import HEADS
 from .peers import compiled, eager, gpu
-from .rows import CACHES, Case
+from .rows import ATTENTION, CACHES, Case
 from .table import table
 from .timing import Timing, interleaved
 
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> dict:
     name = facts["machine"].get("gpu", options.device).replace(" ", "-").lower()
     output = options.output or HERE / "results" / f"{name}-{facts['date']}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    record: dict = {**facts, "rows": [], "calls": [], "linear": [], "left_out": []}
+    record: dict = {**facts, "rows": [], "calls": [], "linear": [], "attention": [], "left_out": []}
 
     with torch.no_grad():
         record["copy_gb_per_second"] = _copy_rate(options.device)
@@ -65,6 +66,13 @@ def main(arguments: list[str] | None = None) -> dict:
             print(
                 f"\nscaled_linear, {options.cols[0]} x {options.cols[0]}\n{_linear_table(record['linear'])}", flush=True
             )
+        if not options.ops or set(options.ops) & set(ATTENTION):
+            for results in _attention(options.device, options.budget, end):
+                record["attention"] += results
+                print(f"\n{table(*attention.rows(results), left=2)}", flush=True)
+            record["bars"] = list(bars.check(record["attention"], bars.GPU_BARS))
+            for bar in record["bars"]:
+                print(f"{'pass' if bar['reached'] else 'FAIL'}: {bar['what']}, {bar['figure']} {bar['got']:.3f}")
         for case in _cases(options.ops, options.cols):
             if time.perf_counter() > end:
                 record["left_out"].append([case.op.name, case.key and str(case.key), case.cols])
@@ -148,6 +156,34 @@ def _measure(case: Case, every_tokens: list[int], device: str, budget: float) ->
             },
             "failed": failed,
         }
+
+
+def _attention(device: str, budget: float, end: float) -> Iterator[list[dict]]:
+    """The results of each batch: attention against its peers, then with each key of its output."""
+    for case in attention.cases(device == "cpu", attention.free_memory(device)):
+        if time.perf_counter() > end:
+            return
+        op, args = OPS[case.op], case.inputs(device)
+        count = min(max(2, 3 * _cache(device) // case.bytes), 8 if device == "cuda" else 2)
+        sets = [args, *(case.inputs(device) for _ in range(count - 1))]
+        read = [torch.ones(case.bytes // 4, device=device).sum for _ in sets]
+        contestants: dict[str, list[Callable]] = {"read": read}
+        for name in BACKENDS:
+            if name in op.backends and op.backends[name].supports(*args):
+                contestants[name] = [partial(op.default, *each) for each in sets]
+        for each in sets:
+            others = attention.torch_peers(each) | gpu.bind(case.op, each, [])
+            if device == "cuda" and not case.latent:
+                others["flex_attention"] = attention.flex_peer(each)
+            for name, call in attention.agreeing(others, op.default(*each)).items():
+                contestants.setdefault(name, []).append(call)
+        timing, failed = _time(contestants, device, budget)
+        results = [attention.result(case, timing, "triton") | {"failed": failed}]
+        for key in case.keys:
+            three = [attention.quantized(case, each, key) for each in sets]
+            timing, failed = _time({name: [calls[name] for calls in three] for name in three[0]}, device, budget)
+            results.append(attention.quantized_result(case, key, timing) | {"failed": failed})
+        yield results
 
 
 def _linear(every_tokens: list[int], size: int, device: str, budget: float) -> Iterator[dict]:

@@ -1,10 +1,11 @@
 """The benchmark: `python -m bench.run` (about four minutes on two cores; less once peers are downloaded and compiled).
 
 Operations on rows against eager PyTorch, `torch.compile` and vLLM's CPU kernels; `scaled_linear` against torch's
-linear layers; the cost of a call. Everything that is compared is measured in turns in this one process, and ratios are
-medians over the turns. fused_ops and vLLM write into tensors that exist already; eager code and torch.compile return
-fresh ones, for which freed memory is kept, so that they don't wait for the system. GB/s counts every input once and
-every output once; a copy moves as many bytes. vLLM's `silu_and_mul` is measured alone, without the quantization.
+linear layers; attention over paged caches against the same three; the cost of a call. Everything that is compared is
+measured in turns in this one process, and ratios are medians over the turns. fused_ops and vLLM write into tensors that
+exist already; eager code and torch.compile return fresh ones, for which freed memory is kept, so that they don't wait
+for the system. GB/s counts every input once and every output once, of attention the cache alone; a copy, or a read,
+moves as many bytes. vLLM's `silu_and_mul` is measured alone, without the quantization.
 
 Prints tables, and writes them with machine, versions and commit to `bench/results/cpu-<date>.json`.
 """
@@ -20,7 +21,7 @@ import torch
 
 from quant.methods import SCHEMES
 
-from . import bars, calls, linear, machine, rows
+from . import attention, bars, calls, linear, machine, rows
 from .peers import vllm_cpu
 from .table import table
 from .timing import keep_freed_memory
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     budget = 0.01 if options.quick else 0.3
     settings = {"vllm": not missing, "compiler": "eager" if options.quick else "inductor", "budget": budget}
-    found: dict[str, list[dict]] = {"rows": [], "linear": [], "calls": []}
+    found: dict[str, list[dict]] = {"rows": [], "linear": [], "attention": [], "calls": []}
     with torch.no_grad():
         for case in rows.cases(options.ops):
             if options.quick and case.cols == rows.LARGE:
@@ -55,6 +56,12 @@ def main(arguments: list[str] | None = None) -> dict:
             keys = dict.fromkeys(scheme.input_quant_key for scheme in SCHEMES.values())
             found["linear"] = [r for key in keys for r in linear.measure(key, counts, size, budget=4 * budget)]
             print(f"\nscaled_linear, {size} x {size}\n{_linear_table(found['linear'])}", flush=True)
+        if wanted := set(options.ops or rows.ATTENTION) & set(rows.ATTENTION):
+            for batch in attention.cases(options.quick, attention.free_memory("cpu")):
+                results = [r for r in attention.measure(batch, **settings) if r["op"] in wanted]
+                found["attention"] += results
+                if results:
+                    print(f"\n{batch.op}\n{table(*attention.rows(results), left=2)}", flush=True)
         if not options.ops:
             found["calls"] = list(calls.measure(budget=10 * budget))
             print(f"\na call on one row of 576\n{_calls_table(found['calls'])}", flush=True)

@@ -7,6 +7,7 @@ from . import heads_inputs as _heads_inputs  # noqa: F401
 from ._cpu import load as _load_cpu
 from ._cuda import load as _load_cuda
 from ._cuda import warmup
+from ._flashinfer import load as _load_flashinfer
 from ._op import OPS, use_backend
 from ._triton import load as _load_triton
 from .activation import (
@@ -42,6 +43,7 @@ _load_cpu()
 _load_cuda()
 _load_linear_gpu()
 _load_triton()  # after CUDA: what that serves stays with it
+_load_flashinfer()
 if _name := _os.environ.get("FUSED_OPS_BACKEND"):
     use_backend(_name, "FUSED_OPS_BACKEND").__enter__()
 

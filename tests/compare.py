@@ -10,6 +10,10 @@ NEIGHBOURS = 1 / 5000
 FLOAT32_ULP = 6
 # Logits of whole models: a share of the largest in float32, and by how much a token must lead in bfloat16.
 LOGITS, MARGIN = 1e-5, 0.5
+# Another library's attention rounds weights and queries to S on the way: steps of the largest term.
+ON_THE_WAY = 4
+# A logit's rounding error is its weight's relative error: units of the last place of attention in float32.
+ATTENTION_ULP = 64
 
 
 def ordered(x: Tensor) -> Tensor:
@@ -95,3 +99,12 @@ def raw(x: Tensor) -> Tensor:
         x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(bits) if x.element_size() > 1 else x.contiguous().view(torch.uint8)
+
+
+def assert_near(actual: Tensor, expected: Tensor, terms: Tensor, context: str = "") -> None:
+    """Attention: sums whose terms were rounded before they were added, within steps of the largest one's size."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), context
+    steps_allowed = ATTENTION_ULP if actual.dtype == torch.float32 else ON_THE_WAY
+    allowed = steps_allowed * torch.finfo(actual.dtype).eps * terms.double().abs()
+    apart = (actual.double() - expected.double()).abs()
+    assert (apart <= allowed).all(), f"{context}: up to {(apart / allowed).max():.2g} of what is allowed apart"

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from bench import bars, gpu, rows, run
+import fused_ops
+from bench import attention, bars, gpu, rows, run
 from bench.emulate import EmulatedLinear
 from bench.peers import eager
 from bench.table import table
@@ -42,6 +43,62 @@ def test_the_linear_layers_of_the_benchmark_on_a_gpu(tmp_path):
     assert all(r["times_faster"].keys() == {"product", "quantize + product"} and not r["failed"] for r in results)
 
 
+def test_attention_is_measured(tmp_path):
+    output = tmp_path / "results.json"
+    record = run.main(["paged_attention", "mla_attention_quant", "--quick", "--output", str(output)])
+    assert json.loads(output.read_text()) == record
+    assert not record["rows"]
+    assert {r["op"] for r in record["attention"]} == {"paged_attention", "mla_attention_quant"}
+    for result in record["attention"]:
+        if result["key"] is None:
+            assert {"fused_ops", "read", "torch", "gather + torch", "torch.compile"} <= result["microseconds"].keys()
+            assert result["times_faster"]["torch"] > 0
+            assert result["gb_per_second"] > 0
+        else:
+            assert {"fused", "alone", "one after the other"} == result["microseconds"].keys()
+            assert result["times_alone"] > 0
+
+
+def test_attention_is_measured_on_a_gpu(tmp_path):
+    """Rehearsed on a CPU."""
+    output = tmp_path / "gpu.json"
+    options = {"device": "cpu", "tokens": 2, "cols": 64, "budget": 0.001, "seconds": 600, "output": output}
+    record = gpu.main(["paged_attention", *(f"--{name}={value}" for name, value in options.items())])
+    assert json.loads(output.read_text()) == record
+    assert {r["case"] for r in record["attention"]} == {"decode", "mixed", "mla decode"}
+    assert all(
+        {"read", "torch", "gather + torch"} <= r["microseconds"].keys() for r in record["attention"] if not r["key"]
+    )
+    assert not any(r["failed"] for r in record["attention"])
+
+
+@pytest.mark.parametrize("case", list(attention.cases(True, 0)), ids=lambda case: case.name)
+def test_peers_of_attention_compute_the_same(case, capsys):
+    args = case.inputs("cpu")
+    y = fused_ops.OPS[case.op].default(*args)
+    others = attention.torch_peers(args) | {"torch.compile": attention.compiled_peer(args, "eager")}
+    assert attention.agreeing(others, y).keys() == others.keys()
+    spoilt = {
+        "spoilt": lambda: torch.full_like(y, float("inf")),
+        "fails": lambda: 1 / 0,
+        "nan": lambda: y * float("nan"),
+    }
+    assert not attention.agreeing(spoilt, y)
+    assert capsys.readouterr().out.splitlines() == [
+        "spoilt: its result is inf of the largest element away",
+        "fails: ZeroDivisionError: division by zero",
+        "nan: its result is nan of the largest element away",
+    ]
+
+
+def test_what_a_batch_of_attention_reads_and_computes():
+    decode, prefill = attention.Case("decode", ((1, 100),) * 3), attention.Case("prefill", ((4, 4), (2, 5)))
+    assert decode.bytes == 3 * 100 * 2 * 8 * 128 * 2
+    assert decode.flops == 3 * 100 * 4 * 32 * 128
+    assert prefill.flops == (1 + 2 + 3 + 4 + 4 + 5) * 4 * 32 * 128
+    assert [case.bytes for case in attention.cases(False, 8 * decode.bytes)] == [1 << 19]
+
+
 def test_unknown_operations_are_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["norm"])
@@ -49,8 +106,6 @@ def test_unknown_operations_are_refused(capsys):
 
 
 def test_every_operation_is_measured():
-    import fused_ops
-
     assert {case.op.name for case in CASES} | set(rows.MATRIX_PRODUCTS) == fused_ops.OPS.keys()
 
 
@@ -88,6 +143,17 @@ def test_bars():
         True,
         False,
     ]
+
+
+def test_bars_of_attention():
+    def result(times_alone, case="decode", key="INT8_DYNAMIC_TOKEN"):
+        return {"op": "paged_attention_quant", "key": key, "case": case, "label": "", "times_alone": times_alone}
+
+    results = [result(1.04), result(1.06), result(1.06, key="MXFP8"), result(1.06, case="other")]
+    assert [b["reached"] for b in bars.check(results)] == [True, False]
+    assert [b["reached"] for b in bars.check(results[:2], bars.GPU_BARS)] == [False, False]
+    alone = {"op": "mla_attention", "key": None, "case": "mla decode", "label": "", "times_faster": {"vllm": 0.9}}
+    assert [b["reached"] for b in bars.check([alone])] == [False]
 
 
 def test_table():

@@ -2,11 +2,13 @@
 
 import sys
 
+import flashinfer_double
 import pytest
 import torch
 
-from bench import rows
+from bench import attention, rows
 from bench.peers import gpu
+from fused_ops import OPS, _flashinfer
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +63,18 @@ def test_halves_of_one_tensor():
     three = torch.randn(3, 24).chunk(3, dim=-1)
     for others in (up, gate), (gate, gate), (gate.clone(), up.clone()), three[:2]:
         assert gpu._packed(*others) is None
+
+
+@pytest.mark.parametrize("case", list(attention.cases(True, 0)), ids=lambda case: case.name)
+def test_flashinfers_attention_is_planned_beforehand(case, monkeypatch):
+    monkeypatch.setattr(gpu, "_loaded", {"flashinfer": flashinfer_double.LIBRARY})
+    monkeypatch.setattr(_flashinfer, "WORKSPACE", 16)
+    gpu._flashinfer_workspace.cache_clear()
+    sets = [case.inputs("cpu") for _ in range(2)]
+    bound = [gpu.bind(case.op, args, []) for args in sets]
+    flashinfer_double.PLANNED.clear()
+    for args, others in zip(sets, bound, strict=True):
+        assert attention.agreeing(others, OPS[case.op].default(*args)).keys() == {"flashinfer"}
+    assert not flashinfer_double.PLANNED
+    unknown = attention.Case("decode", case.lengths, torch.int8, latent=case.latent)
+    assert gpu.bind(unknown.op, unknown.inputs("cpu"), []) == {}

@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import fused_ops
+from fused_ops import _flashinfer
 from fused_ops.norm import ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE
 from fused_ops.rope import IS_NEOX
 from quant import (
@@ -250,6 +251,9 @@ def _bind_flashinfer(flashinfer: Any, op: str, args: tuple, outs: list[Tensor]) 
     if op == "rope":
         *_, call = _flashinfer_rope(flashinfer, *args[:5])
         return {"flashinfer": call}
+    if "attention" in op:
+        call = _flashinfer_attention(flashinfer, op, args)
+        return {"flashinfer": call} if call else {}
     if op == "rope_kv_cache_write":
         call = _flashinfer_write(flashinfer, *args)
         return {"flashinfer (two kernels)": call} if call else {}
@@ -294,6 +298,29 @@ def _flashinfer_write(
     sequence = (torch.zeros_like(positions).int(), torch.arange(tokens, device=q.device).int())
     caches = (torch.empty_like(k_cache), torch.empty_like(v_cache))
     return _both(rotate, partial(flashinfer.append_paged_kv_cache, k, v, *sequence, caches, *paged))
+
+
+def _flashinfer_attention(flashinfer: Any, op: str, args: tuple) -> Call | None:
+    """Planned beforehand: a plan serves all layers. MLA: with both projections, by torch."""
+    latent = op == "mla_attention"
+    refuses = _flashinfer.refuses_latent if latent else _flashinfer.refuses_paged
+    if "quant" in op or refuses(*args):
+        return None
+    a: Any = _flashinfer.Latent(*args) if latent else _flashinfer.Paged(*args)
+    queries, cache = ((a.q_nope, a.q_pe), a.kv_cache) if latent else ((a.q,), a.k_cache)
+    batch = _flashinfer.batch_of(len(queries[0]), cache, a.block_tables, a.seq_lens, a.query_start_loc)
+
+    def make(kind: str, device: torch.device, *_, **options) -> Any:
+        return getattr(flashinfer, kind)(_flashinfer_workspace(device), **options)
+
+    plan: Callable = _flashinfer.plan_latent if latent else _flashinfer.plan_paged
+    return partial(plan(a, batch, make), *queries)
+
+
+@cache
+def _flashinfer_workspace(device: torch.device) -> Tensor:
+    """One for all, which run one after the other."""
+    return torch.zeros(_flashinfer.WORKSPACE, dtype=torch.uint8, device=device)
 
 
 # What SGLang's and FlashInfer's kernels have in common

@@ -115,6 +115,37 @@ def _rope_kv_cache_write(
     return _pair(rotate, partial(torch.ops._C.cpu_attn_reshape_and_cache, rotated, v, *caches, slots, "vec"))
 
 
+def _paged_attention(
+    q, k_cache, v_cache, tables, lengths, starts, scale, causal, window, cap, sinks, k_scale, v_scale, *, outs
+):
+    """Its caches are packed; the plan that its layers share isn't timed. FP8 caches need AVX-512."""
+    if k_scale is not None or k_cache.shape[1] % 32 or (window, cap, sinks) != (0, 0.0, None):
+        return None
+    shape, places = k_cache.shape, torch.arange(k_cache.shape[:2].numel())
+    held = [k_cache.new_zeros(shape[0], shape[2], shape[1], shape[3]) for _ in range(2)]
+    torch.ops._C.cpu_attn_reshape_and_cache(k_cache.flatten(0, 1), v_cache.flatten(0, 1), *held, places, "vec")
+    tables, lengths, starts = (t.int() for t in (tables.clamp_min(0), lengths, starts))
+    sizes = (len(lengths), q.shape[1], shape[2], q.shape[2])
+    split = torch.ops._C.get_scheduler_metadata(*sizes, lengths, q.dtype, starts, causal, -1, "vec", True, None)
+    run, y = torch.ops._C.cpu_attention_with_kv_cache, outs[0].view(q.shape)
+    return partial(run, q, *held, y, starts, lengths, scale, causal, None, -1, tables, 0.0, split, None, None)
+
+
+def _mla_attention(q_nope, q_pe, kv_cache, w_uk, w_uv, tables, lengths, starts, scale, kv_scale, *, outs):
+    """Its kernel takes single queries that are absorbed: the projections are torch's, as in vLLM."""
+    if kv_scale is not None or kv_cache.shape[1] != 16 or len(lengths) != len(q_pe):
+        return None
+    latents = q_pe.new_empty(*q_pe.shape[:2], w_uk.shape[-1])
+    tables, lengths, y = tables.clamp_min(0).int(), lengths.int(), outs[0].view(len(q_pe), *w_uv.shape[:2])
+
+    def run():
+        q = torch.cat([torch.einsum("thn,hnr->thr", q_nope, w_uk), q_pe], -1)
+        torch.ops._C.mla_decode_kvcache(latents, q, kv_cache, scale, tables, lengths)
+        y.copy_(torch.einsum("thr,hvr->thv", latents, w_uv))
+
+    return run
+
+
 FUNCTIONS: dict[str, Callable] = {
     "rms_norm": _rms_norm,
     "fused_add_rms_norm": _fused_add_rms_norm,
@@ -125,4 +156,6 @@ FUNCTIONS: dict[str, Callable] = {
     "fused_add_rms_norm_quant": _fused_add_rms_norm_quant,
     "rope": _rope,
     "rope_kv_cache_write": _rope_kv_cache_write,
+    "paged_attention": _paged_attention,
+    "mla_attention": _mla_attention,
 }

@@ -1,0 +1,346 @@
+"""The FlashInfer backend of attention: its paged wrappers, and this library's `quantize` after them.
+
+Never chosen by default: `with use_backend("flashinfer")`, in which `quantize` stays what it is on the device. It stands
+outside promises 1 and 2, and hides more than the library's own kernels do:
+
+- How FlashInfer splits a sequence over blocks follows from the whole batch, and so do a row's last bits.
+- It multiplies keys that a row doesn't see with 0, so NaN in them, or in what lies behind a sequence in its last block,
+  may reach the row.
+- v_scale multiplies results that were rounded to S, which are rounded once more. MLA is always absorbed, and its
+  queries and results in the space of latents are rounded to S.
+
+Sequences are read on the host and planned for anew in every call, which waits for the stream; a CUDA graph can't hold
+that. Numbers out of range give NaN, as in the library's own kernels: such a sequence isn't handed to FlashInfer.
+
+Written for flashinfer-python 0.6.13.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from quant import QuantKey
+from quant.key import FP8
+
+from ._op import OPS, Backend
+
+NAME = "flashinfer"
+HALVES = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (64, 128, 256)
+RANK, ROPE = 512, 64  # of latents: what its MLA kernels are made for
+ALIGNED = 16  # bytes: its loads
+WORKSPACE = 384 << 20  # bytes, for each stream: partial results of sequences that are split
+
+
+class Paged(NamedTuple):
+    """The arguments of `paged_attention`."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    scale: float
+    causal: bool
+    sliding_window: int
+    soft_cap: float
+    sinks: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+
+class Latent(NamedTuple):
+    """The arguments of `mla_attention`."""
+
+    q_nope: Tensor
+    q_pe: Tensor
+    kv_cache: Tensor
+    w_uk: Tensor
+    w_uv: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    scale: float
+    kv_scale: Tensor | None
+
+
+def missing() -> str | None:
+    """What must be installed for this backend."""
+    if importlib.util.find_spec("flashinfer"):
+        return None
+    return "the flashinfer backend needs FlashInfer, and nvcc and ninja for it: pip install 'flashinfer-python==0.6.13'"
+
+
+# --- what it serves ---
+
+
+def refuses_paged(*args) -> str:
+    """Why FlashInfer doesn't serve these arguments, or nothing."""
+    a = Paged(*args)
+    size, held = a.q.shape[-1], a.k_cache.dtype
+    if reason := _refuses(a.q.device, q=a.q):
+        return reason
+    if size not in HEAD_SIZES or a.v_cache.shape[-1] != size:
+        return f"heads are of {size} and {a.v_cache.shape[-1]} columns, it takes {HEAD_SIZES} of both"
+    if held not in (a.q.dtype, FP8):
+        return f"k_cache is {held}, it takes {a.q.dtype} and {FP8}"
+    if a.k_cache.stride() != a.v_cache.stride():
+        return f"k_cache has strides {a.k_cache.stride()} and v_cache {a.v_cache.stride()}, it takes the same"
+    if a.sinks is not None:
+        return "its wrappers ignore sinks"
+    if any(s is not None and s.numel() != 1 for s in (a.k_scale, a.v_scale)):
+        return "k_scale and v_scale are those of heads, it takes one each"
+    return _refuses_scale(a.scale) or _strides(k_cache=a.k_cache)
+
+
+def refuses_latent(*args) -> str:
+    """The same of MLA."""
+    a = Latent(*args)
+    rank, rope = a.w_uk.shape[-1], a.q_pe.shape[-1]
+    if reason := _refuses(a.q_pe.device, q_pe=a.q_pe):
+        return reason
+    if (rank, rope) != (RANK, ROPE):
+        return f"latents have {rank} + {rope} columns, it takes {RANK} + {ROPE}"
+    if a.kv_cache.dtype != a.q_pe.dtype:
+        return f"kv_cache is {a.kv_cache.dtype}, it takes {a.q_pe.dtype}"
+    return _refuses_scale(a.scale) or _strides(kv_cache=a.kv_cache)
+
+
+def _refuses(device: torch.device, **queries: Tensor) -> str:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    for name, q in queries.items():
+        if q.dtype not in HALVES:
+            return f"{name} is {q.dtype}, it takes bfloat16 and float16"
+    return _strides(**queries)
+
+
+def _refuses_scale(scale: float) -> str:
+    """It looks for the largest product and multiplies afterwards."""
+    return "" if scale > 0 else f"scale is {scale}, it takes a positive one"
+
+
+def _strides(**tensors: Tensor) -> str:
+    for name, t in tensors.items():
+        if any(stride * t.element_size() % ALIGNED for stride in t.stride()[:-1]):
+            return f"{name} has strides {t.stride()}, it takes multiples of {ALIGNED} bytes"
+        if max(t.stride()) >= 1 << 32:
+            return f"{name} has strides {t.stride()}, it takes less than 2**32"
+    return ""
+
+
+# --- a batch as it takes it ---
+
+
+class Batch(NamedTuple):
+    """The sequences that FlashInfer is asked for: those in range that have queries.
+
+    rows: of q, where they aren't simply the first; qo_indptr says which are whose.
+    kv_indptr, kv_indices, kv_lens: on the host, as are the others; a sequence's blocks, one after the other.
+    broken: rows of the sequences that are out of range.
+    """
+
+    rows: Tensor | None
+    qo_indptr: Tensor
+    kv_indptr: Tensor
+    kv_indices: Tensor
+    kv_lens: Tensor
+    broken: list[slice]
+
+    def last_page_len(self, size: int) -> Tensor:
+        return (self.kv_lens - 1) % size + 1
+
+    @property
+    def queries(self) -> int:
+        return int(self.qo_indptr[-1])
+
+
+def batch_of(tokens: int, cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor) -> Batch:
+    starts, lengths, tables = (t.cpu().long() for t in (query_start_loc, seq_lens, block_tables))
+    blocks, size = cache.shape[0], max(cache.shape[1], 1)
+    begin, end, most = starts[:-1], starts[1:], tables.shape[1] * cache.shape[1]
+    counts = (lengths + size - 1) // size
+    used = torch.arange(tables.shape[1]) < counts[:, None]
+    ahead = (begin == starts.cummax(0).values[:-1]) & (begin <= end)
+    inside = ahead & (begin >= 0) & (end <= tokens) & (end - begin <= lengths) & (lengths <= most)
+    inside &= ((tables >= 0) & (tables < blocks) | ~used).all(1)
+    asked = inside & (end > begin)
+    qo_indptr, kv_indptr = (_indptr(n[asked]) for n in (end - begin, counts))
+    rows = None
+    if not torch.equal(begin[asked], qo_indptr[:-1].long()):
+        each = [torch.arange(b, e) for b, e in zip(begin[asked].tolist(), end[asked].tolist(), strict=True)]
+        rows = torch.cat(each)
+    outside = zip(begin[~inside].tolist(), end[~inside].tolist(), strict=True)
+    broken = [slice(max(b, 0), max(e, 0)) for b, e in outside]
+    indices = tables[asked][used[asked]].int()
+    return Batch(rows, qo_indptr, kv_indptr, indices, lengths[asked].int(), broken)
+
+
+def _indptr(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+
+# --- its wrappers ---
+
+
+class _Here(threading.local):
+    """A wrapper holds one plan at a time, and its workspace belongs to the stream that it was used on."""
+
+    def __init__(self) -> None:
+        self.workspaces: dict[tuple, Tensor] = {}
+        self.wrappers: dict[tuple, Any] = {}
+
+
+_here = _Here()
+
+
+def library() -> Any:
+    return importlib.import_module("flashinfer")
+
+
+def wrapper(kind: str, device: torch.device, *dtypes: torch.dtype, **options) -> Any:
+    """FlashInfer's class of this name; one for each choice of dtypes, since it keeps the kernels of its first plan."""
+    place = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    choice = (kind, *place, *dtypes)
+    made = _here.wrappers.get(choice)
+    if made is None:
+        if place not in _here.workspaces:
+            _here.workspaces[place] = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
+        made = getattr(library(), kind)(_here.workspaces[place], **options)
+        _here.wrappers[choice] = made
+    return made
+
+
+def plan_paged(a: Paged, batch: Batch, make: Callable = wrapper) -> Callable[[Tensor], Tensor]:
+    """From the batch's rows of q to [queries, heads, D]; a batch of single queries has a wrapper of its own."""
+    q, size = a.q, a.k_cache.shape[1]
+    pages: tuple[Tensor, ...] = (batch.kv_indptr, batch.kv_indices, batch.last_page_len(size))
+    sizes = (q.shape[1], a.k_cache.shape[2], q.shape[2], size)
+    options = {
+        "sm_scale": a.scale,
+        "window_left": a.sliding_window - 1,  # how many keys before its own; -1: all
+        "logits_soft_cap": a.soft_cap,
+        "q_data_type": q.dtype,
+        "kv_data_type": a.k_cache.dtype,
+    }
+    choice: dict[str, Any] = {"kv_layout": "NHD"}
+    if batch.queries == len(batch.kv_lens):
+        kind, choice["use_tensor_cores"] = "BatchDecodeWithPagedKVCacheWrapper", True
+    else:
+        kind, options["causal"] = "BatchPrefillWithPagedKVCacheWrapper", a.causal
+        pages = (batch.qo_indptr, *pages)
+    made = make(kind, q.device, q.dtype, a.k_cache.dtype, **choice)
+    made.plan(*pages, *sizes, **options)
+    scales = {"k_scale": _number(a.k_scale), "v_scale": _number(a.v_scale)}
+    return lambda q: made.run(q, (a.k_cache, a.v_cache), **scales)
+
+
+def plan_latent(a: Latent, batch: Batch, make: Callable = wrapper) -> Callable[[Tensor, Tensor], Tensor]:
+    """From the batch's rows of queries to [queries, heads, V], with both projections moved to them."""
+    held = a.kv_cache
+    made = make("BatchMLAPagedAttentionWrapper", held.device, held.dtype, held.dtype)
+    lengths = (batch.qo_indptr, batch.kv_indptr, batch.kv_indices, batch.kv_lens)
+    sizes = (a.q_pe.shape[1], RANK, ROPE, held.shape[1])
+    made.plan(*lengths, *sizes, True, a.scale, held.dtype, held.dtype)
+
+    def run(q_nope: Tensor, q_pe: Tensor) -> Tensor:
+        q = torch.einsum("thn,hnr->thr", q_nope, a.w_uk).contiguous()
+        latents = made.run(q, q_pe, held[..., :RANK], held[..., RANK:])
+        return torch.einsum("thr,hvr->thv", latents, a.w_uv)
+
+    return run
+
+
+def _number(scale: Tensor | None) -> float | None:
+    return None if scale is None else scale.item()
+
+
+# --- the backend ---
+
+
+def write_paged(args: tuple, outs: dict[str, Tensor]) -> None:
+    a = Paged(*args)
+    _write(outs["y"], a, {"q": a.q}, {"k_cache": a.k_cache, "v_cache": a.v_cache}, plan_paged)
+
+
+def write_latent(args: tuple, outs: dict[str, Tensor]) -> None:
+    a = Latent(*args)
+    queries = {"q_nope": a.q_nope, "q_pe": a.q_pe}
+    _write(outs["y"], a, queries, {"q_pe": a.q_pe, "kv_cache": a.kv_cache}, plan_latent)
+
+
+def _write(y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], plan: Callable) -> None:
+    """Rows of sequences by FlashInfer, of those out of range NaN, of no sequence zeros."""
+    for name, t in (queries | read).items():
+        if name != "q_nope" and t.data_ptr() % ALIGNED:
+            raise ValueError(f"{name} begins at {t.data_ptr():#x}, FlashInfer takes multiples of {ALIGNED}")
+    if y.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the flashinfer backend reads sequences on the host, which a CUDA graph can't capture")
+    cache = list(read.values())[-1]
+    batch = batch_of(y.shape[0], cache, a.block_tables, a.seq_lens, a.query_start_loc)
+    count = batch.queries
+    rows = slice(count) if batch.rows is None else batch.rows.to(y.device)
+    if batch.rows is None:
+        y[count:] = 0
+    else:
+        y.zero_()
+    if count:
+        y[rows] = plan(a, batch)(*(q[rows] for q in queries.values())).flatten(1)
+    for each in batch.broken:
+        y[each] = float("nan")
+
+
+def _quantizer(device: torch.device) -> Backend | None:
+    """What `quantize` runs on there, but for the reference, which serves everything."""
+    found = (OPS["quantize"].backends.get(name) for name in ("cpu", "cuda", "triton"))
+    return next((b for b in found if b and device.type.upper() in b.devices and not b.missing()), None)
+
+
+def _then_quantizes(name: str, write: Callable, refuses: Callable) -> tuple[Callable, Callable]:
+    """The same two of the operation with a quantized output."""
+    plain, quantize = OPS[name], OPS["quantize"]
+    n = plain.required
+
+    def write_quant(args: tuple, outs: dict[str, Tensor]) -> None:
+        outs = dict(outs)
+        key, given = QuantKey.from_code(args[n]), args[n + 1]
+        y = outs.pop("unquantized") if "unquantized" in outs else cast(Tensor, plain.empty(*args[:n]))
+        write(args[:n], {"y": y})
+        if key.scale.static and "scale" in outs:  # the functional overload returns the one that it got
+            outs.pop("scale").copy_(given)
+        quantize.out(y, *args[n:], **{f"{output}_out": out for output, out in outs.items()})
+
+    def refuses_quant(*args) -> str:
+        if reason := refuses(*args[:n]):
+            return reason
+        quantizer = _quantizer(args[0].device)
+        row = cast(Tensor, plain.empty(*args[:n]))[:0]
+        if quantizer is None or quantizer.supports(row, *args[n:]):
+            return ""
+        limits = quantizer.limits(row, *args[n:]) if callable(quantizer.limits) else quantizer.limits
+        return f"its result is for `quantize` on the {quantizer.name} backend: {limits}"
+
+    return write_quant, refuses_quant
+
+
+def load(devices: tuple[str, ...] = ("CUDA",)) -> None:
+    """Make `flashinfer` a backend of attention, and `quantize` run as without it."""
+    if torch.version.hip:
+        return
+    OPS["quantize"].backend(Backend(NAME, None, devices, missing=missing))
+    for name, write, refuses in (
+        ("paged_attention", write_paged, refuses_paged),
+        ("mla_attention", write_latent, refuses_latent),
+    ):
+        served = {name: (write, refuses), f"{name}_quant": _then_quantizes(name, write, refuses)}
+        for each, (run, refusal) in served.items():
+            supports = lambda *args, refusal=refusal: not refusal(*args)  # noqa: E731
+            OPS[each].backend(Backend(NAME, run, devices, supports, refusal, missing))
