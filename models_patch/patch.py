@@ -184,7 +184,7 @@ class _Plan:
         rotate = complex_rotation_of(module, role)
         self.bind(latent_attention, module, q_quantized=key is not None, rotate=rotate, **decided)
         norm = "dual_rms_norm" if role.low_rank else "rms_norm"
-        self.call(path, module, norm + ("_quant" if key else ""), key, Q_B if key else (), self.with_reason(note))
+        self.call(path, module, norm, key, Q_B if key else (), self.with_reason(note))
         if rotate is None:
             self.call(path, module, "rope", note="" if self.unpaged else "mla_rope_kv_cache_concat with a PagedKVCache")
 
