@@ -47,6 +47,8 @@ def latent_attention(
     if is_paged(attention_mask):
         new = by_sequence(kv_c[:, None], shape), by_sequence(k_pe[:, None], shape)
         slots = past_key_values.slots(*new, self.layer_idx)
+        if slots.kv_cache is None:
+            raise ValueError("PagedKVCache: it holds no latents: its config has no kv_lora_rank, expected the model's")
         written = slots.kv_cache, slots.slot_mapping
         q_pe = mla_rope_kv_cache_concat(q_pe, k_pe, kv_c, None, position_embeddings, *written, **rotary.options)
         heads = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))

@@ -86,6 +86,14 @@ def test_a_cache_holds_latents(kind):
     assert_logits_close(model(ids[:, 5:], past_key_values=cache).logits, expected[:, 5:])
 
 
+def test_a_cache_for_another_model_is_refused():
+    model = tiny_model("DeepseekV3")
+    models_patch.patch(model)
+    cache = PagedKVCache(tiny_model("Qwen3").config, 16, 4)
+    with pytest.raises(ValueError, match="it holds no latents: its config has no kv_lora_rank, expected the model's"):
+        model(tokens(), past_key_values=cache)
+
+
 @pytest.mark.parametrize("scheme", ["int8_token", "fp8_static"])
 def test_queries_are_quantized_by_the_norm_of_their_latents(scheme):
     model = quantize(tiny_model("DeepseekV3"), scheme, ignore=("lm_head", "kv_b_proj"))
