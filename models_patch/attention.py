@@ -70,7 +70,8 @@ def attention(
             options = {PAGED_OPTIONS[name]: _at(self, path) for name, path in role.options}
             options |= {"scale": self.scaling, "k_scale": slots.k_scale, "v_scale": slots.v_scale}
             quant = self.o_proj.input_quant("output_") if quantized else UNQUANTIZED
-            output = paged_attention(q, slots.k_cache, slots.v_cache, *slots.sequences, **options, **quant)
+            tables, lengths, starts = slots.sequences
+            output = paged_attention(q, slots.k_cache, slots.v_cache, tables, lengths, starts, **options, **quant)
             return self.o_proj(output).unflatten(0, shape), None
         keys, values = slots.read()
         kwargs |= slots.options
@@ -111,6 +112,7 @@ def _fused(
     module: Any, role: Attention, plain: Callable, norming: Callable, inputs: tuple, caches: tuple = (), **scales: Any
 ) -> Any:
     """The operation without norms or the one with them."""
+    assert role.rotation is not None
     if role.norm is None:
         return plain(*inputs, *caches, **scales, **role.rotation.options)
     norm = role.norm.of(module.k_norm)

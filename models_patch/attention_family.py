@@ -58,7 +58,7 @@ LATENT_ROTATIONS = (
     ),
 )
 # The attention functions whose place `paged_attention` may take, with what they take beside the usual.
-EAGER = (
+EAGER: tuple[tuple[Callable, frozenset[str]], ...] = (
     (stock.eager, frozenset()),
     (stock.eager_soft_capped, frozenset({"softcap"})),
     (stock.eager_with_sinks, frozenset({"s_aux"})),

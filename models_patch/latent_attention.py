@@ -22,7 +22,7 @@ from .roles import LatentAttention
 def latent_attention(
     self: Any,
     hidden_states: Tensor | QuantizedActivation,
-    position_embeddings: Tensor | None = None,
+    position_embeddings: Any = None,  # what `table` returns
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     *,
@@ -39,7 +39,7 @@ def latent_attention(
     rotate: the model's function of complex numbers, whose products torch rounds in its own way, for what isn't read
         from blocks; None where `rope` gives the same bits.
     """
-    shape = hidden_states.shape[:-1]
+    shape, rotary = hidden_states.shape[:-1], role.rotation
     q, kv_c, k_pe = (x.flatten(0, 1) for x in _projected(self, hidden_states, role, q_quantized))
     q_nope, q_pe = q.unflatten(-1, (-1, self.qk_head_dim)).split((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
     if role.sorts_pairs:
@@ -47,8 +47,10 @@ def latent_attention(
     if is_paged(attention_mask):
         new = by_sequence(kv_c[:, None], shape), by_sequence(k_pe[:, None], shape)
         slots = past_key_values.slots(*new, self.layer_idx)
+        if slots.kv_cache is None:
+            raise ValueError("PagedKVCache: it holds no latents: its config has no kv_lora_rank, expected the model's")
         written = slots.kv_cache, slots.slot_mapping
-        q_pe = mla_rope_kv_cache_concat(q_pe, k_pe, kv_c, None, position_embeddings, *written, **role.rotation.options)
+        q_pe = mla_rope_kv_cache_concat(q_pe, k_pe, kv_c, None, position_embeddings, *written, **rotary.options)
         heads = self.kv_b_proj.weight.unflatten(0, (-1, self.qk_nope_head_dim + self.v_head_dim))
         w_uk, w_uv = heads.split((self.qk_nope_head_dim, self.v_head_dim), 1)
         quant = self.o_proj.input_quant("output_") if quantized else UNQUANTIZED
@@ -56,7 +58,7 @@ def latent_attention(
         return self.o_proj(mla_attention(*inputs, scale=self.scaling, **quant)).unflatten(0, shape), None
     q_nope, latents = by_sequence(q_nope, shape), by_sequence(kv_c[:, None], shape)
     if rotate is None:
-        rotated = rope(q_pe, k_pe[:, None], None, position_embeddings, **role.rotation.options)
+        rotated = rope(q_pe, k_pe[:, None], None, position_embeddings, **rotary.options)
         q_pe, k_pe = (by_sequence(x, shape) for x in rotated)
     else:
         turns = torch.complex(*position_embeddings.chunk(2, -1)).unflatten(0, shape)
@@ -64,13 +66,11 @@ def latent_attention(
     if past_key_values is not None:
         latents, k_pe = past_key_values.update(latents, k_pe, self.layer_idx)
     keys, values = self.expand_kv(latents, k_pe)
-    output, weights = attend(
-        self, eager, torch.cat((q_nope, q_pe), dim=-1), keys, values, attention_mask, **kwargs
-    )
+    output, weights = attend(self, eager, torch.cat((q_nope, q_pe), dim=-1), keys, values, attention_mask, **kwargs)
     return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
 
-def _projected(module: Any, x: Any, role: LatentAttention, q_quantized: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _projected(module: Any, x: Any, role: LatentAttention, q_quantized: bool) -> tuple[Any, Any, Any]:
     """Queries, normed latents, and keys still to be rotated, of all heads side by side."""
     kv = role.norm.of(module.kv_a_layernorm)
     if not role.low_rank:
@@ -80,7 +80,7 @@ def _projected(module: Any, x: Any, role: LatentAttention, q_quantized: bool) ->
     q, norm = module.q_a_proj(x), role.norm.of(module.q_a_layernorm)
     kv_c, k_pe = module.kv_a_proj_with_mqa(x).split((module.kv_lora_rank, module.qk_rope_head_dim), -1)
     weights = norm.pop("weight"), kv["weight"], norm.pop("eps"), kv["eps"]
-    quant = module.q_b_proj.input_quant() if q_quantized else {}
+    quant: Any = module.q_b_proj.input_quant() if q_quantized else {}
     key = quant.pop("quant_key", None)
     q, kv_c = dual_rms_norm(q, kv_c, *weights, q_quant_key=key, q_options=quant, **norm)
     return module.q_b_proj(q), kv_c, k_pe

@@ -3,8 +3,8 @@
 `paged_attention` computes one thing: each token sees its sequence up to itself, or a window of that. A mask may say
 something else, so the model's forward decides once, before any mask is made: where the mask it got is None, or a row of
 ones for each sequence, layers get a mask of no keys, which stands for that. Any other mask (left padding, one of four
-dimensions) is the model's to apply, by its attention function, to keys and values that are gathered; and so is what only
-that function has: weights to return, dropout in training, `is_causal`, an implementation of the user's own.
+dimensions) is the model's to apply, by its attention function, to keys and values that are gathered; and so is what
+only that function has: weights to return, dropout in training, `is_causal`, an implementation of the user's own.
 """
 
 from __future__ import annotations

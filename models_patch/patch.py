@@ -37,15 +37,17 @@ Q_B = ("q_b_proj",)
 def patch(model: nn.Module) -> Report:
     """Let a Hugging Face model call fused operations; same weights, same bits as before on the `reference` backend.
 
+    (But attention from the blocks of a `PagedKVCache` keeps its weights in float32, so its bits are its own.)
+
     The models of transformers 5 in `models_patch.families.MODELS`, with a head or without, and those that aren't listed
     but made of the same layers. Additions of the residual are done by the norm that follows, across layers too, and so
     are norms before the addition; norms and activations quantize for the linear layers that take their result, once for
     those that take the same. In attention, the norms of queries and keys, the rotation and the write into the cache are
     one call, the write where the cache has a place for it: a static one, a `PagedKVCache`, that of `generate_batch`.
-    With a `PagedKVCache` attention reads keys and values in its blocks and quantizes its result for `o_proj`; with any
-    other cache, and where a mask says more than which tokens are padding that isn't there, the attention function
-    stays the model's (see `paging`). What can't be fused, because a stock forward isn't one of those known, is left as
-    it was, and the report says why.
+    With a `PagedKVCache` attention reads keys and values in its blocks and quantizes its result for `o_proj`. With any
+    other cache the attention function stays the model's, and so it does in a call with a mask that isn't all ones, or
+    with `output_attentions`, and in training (see `paging`). What can't be fused, because a stock forward isn't one of
+    those known, is left as it was, and the report says why.
 
     Forwards are bound to the modules of this model; weights and `state_dict` are untouched, nothing is global. A copy
     (`copy.deepcopy`, `torch.save`) of a patched model is patched. It is for inference: a backward pass raises. Nor is
@@ -184,7 +186,7 @@ class _Plan:
         rotate = complex_rotation_of(module, role)
         self.bind(latent_attention, module, q_quantized=key is not None, rotate=rotate, **decided)
         norm = "dual_rms_norm" if role.low_rank else "rms_norm"
-        self.call(path, module, norm + ("_quant" if key else ""), key, Q_B if key else (), self.with_reason(note))
+        self.call(path, module, norm, key, Q_B if key else (), self.with_reason(note))
         if rotate is None:
             self.call(path, module, "rope", note="" if self.unpaged else "mla_rope_kv_cache_concat with a PagedKVCache")
 

@@ -77,7 +77,7 @@ class Rotation:
     round_products: bool = True
 
     @property
-    def options(self) -> dict[str, bool]:
+    def options(self) -> dict[str, Any]:
         """`fused_ops.rope`'s."""
         return {"is_neox": self.is_neox, "round_products": self.round_products}
 

@@ -28,7 +28,7 @@ class Slots:
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    sequences: tuple[Tensor, ...] | None = None
+    sequences: Any = None
     kv_cache: Tensor | None = None
 
     def write(self, k: Tensor, v: Tensor) -> None:

@@ -83,9 +83,7 @@ def test_packed_sequences_take_neither_mask_nor_positions(name, no_gathering):
     def step(new: dict[int, list[int]]) -> None:
         taken = cache.step({sequence: len(ids) for sequence, ids in new.items()})
         ids = torch.tensor([[token for sequence in new.values() for token in sequence]])
-        for sequence, logits in zip(
-            new, model(ids, past_key_values=cache).logits.split(taken.counts, 1), strict=True
-        ):
+        for sequence, logits in zip(new, model(ids, past_key_values=cache).logits.split(taken.counts, 1), strict=True):
             text[sequence] = torch.cat((text[sequence], logits), 1) if sequence in text else logits
 
     first = cache.add()
@@ -150,7 +148,10 @@ MASKS = {
     "ones": (torch.ones_like, True),
     "left padding": (_padded, False),
     "four dimensions": (_windows, False),
-    "additive": (lambda ids: torch.zeros(2, 1, 9, 9).masked_fill(~_windows(ids), torch.finfo(torch.float32).min), False),
+    "additive": (
+        lambda ids: torch.zeros(2, 1, 9, 9).masked_fill(~_windows(ids), torch.finfo(torch.float32).min),
+        False,
+    ),
     "zeros": (torch.zeros_like, False),
 }
 
@@ -186,7 +187,9 @@ def _both_ways(module, query, key, value, mask, **options):
 
 @pytest.mark.parametrize("name", ["Llama", "DeepseekV3"])
 def test_what_only_an_attention_function_does_is_left_to_it(name, monkeypatch):
-    def compare(model, ids=tokens(9), **options):
+    ids = tokens(9)
+
+    def compare(model, **options):
         models_patch.unpatch(model)
         expected = model(ids, past_key_values=DynamicCache(), **options)
         models_patch.patch(model)

@@ -4,11 +4,13 @@ import gc
 
 import pytest
 import torch
+from compare import assert_same_choice
 from torch.nn.functional import cross_entropy, linear
 
 import fused_ops
 import models_patch
 from bench import models
+from models_patch.paged_cache import PagedKVCache
 
 
 @pytest.fixture(scope="module", params=["smollm2-float32", "smollm2-bfloat16", "gemma3-bfloat16"])
@@ -56,3 +58,18 @@ def test_on_the_cpu_backend_it_predicts_as_stock_does(real):
     certain = first - second > margin_bound
     assert certain.float().mean() > 0.5
     assert torch.equal(patched.argmax(-1)[certain], stock.argmax(-1)[certain])
+
+
+# Attention from blocks keeps its weights in float32, where stock rounds them to bfloat16; bounds are those above.
+@torch.no_grad()
+def test_from_blocks_it_predicts_as_stock_does(real):
+    model, ids = real
+    stock = logits(model, ids)
+    models_patch.patch(model)
+    cache, parts = PagedKVCache(model.config, 16), ids.split((150, 49, 1), 1)
+    hidden = [model.model(part, past_key_values=cache).last_hidden_state[0].float() for part in parts]
+    patched = linear(torch.cat(hidden), model.lm_head.weight.float())
+    models_patch.unpatch(model)
+    perplexity = [cross_entropy(each[:-1], ids[0, 1:]).exp() for each in (stock, patched)]
+    assert abs(perplexity[1] / perplexity[0] - 1) < (1e-5 if model.dtype == torch.float32 else 0.012)
+    assert_same_choice(patched, stock)

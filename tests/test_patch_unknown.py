@@ -97,7 +97,7 @@ def test_an_unknown_forward_is_left_by_name(model, module, cls, reason):
     report = models_patch.patch(model)
     assert report.left[0].path == "model.layers"
     assert report.left[0].note == reason.format(transformers.__version__)
-    left = {"silu_mul"} | ({"rope"} if module != "model" else set())
+    left = {"silu_mul"} | ({"rope", "paged_attention"} if module != "model" else set())
     assert {entry.operation for entry in report.replaced} == left
     assert "forward" not in vars(model.model.layers[0])
 
@@ -120,7 +120,7 @@ def test_layers_are_left_where_one_forward_was_replaced(model, path):
     report = models_patch.patch(model)
     assert report.left[0].path == "model.layers"
     assert report.left[0].note.startswith(f"the forward of this {type(module).__name__} has been replaced")
-    left = {"silu_mul"} | ({"rope"} if path.endswith("norm") else set())
+    left = {"silu_mul"} | ({"rope", "paged_attention"} if path.endswith("norm") else set())
     assert {entry.operation for entry in report.replaced} == left
 
 
