@@ -43,7 +43,8 @@ def assert_close(
     apart = steps(actual, expected)
     if terms is not None:
         step = 2.0 ** (terms.double().abs().clamp_min(1e-30).log2().floor()) * torch.finfo(actual.dtype).eps
-        cancelled = ((actual.double() - expected.double()).abs() / step).round().nan_to_num(0).long()
+        far = float(1 << 40)
+        cancelled = ((actual.double() - expected.double()).abs() / step).round().nan_to_num(far).clamp(max=far).long()
         apart = torch.minimum(apart, cancelled)
     if actual.dtype == torch.float32:
         assert (apart <= FLOAT32_ULP).all(), f"{context}: {apart.max()} ulp apart"

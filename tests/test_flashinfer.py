@@ -20,7 +20,7 @@ from quant import (
     INT8_STATIC_TENSOR,
 )
 
-MIXED = [(5, 5), (1, 40), (0, 9), (3, 17), (1, 1)]
+MIXED = [(5, 5), (1, 40), (0, 9), (3, 17), (1, 3)]
 MORE = {}, {"causal": False}, {"sliding_window": 1}, {"sliding_window": 7}, {"soft_cap": 3.0}
 NAN = float("nan")
 MISSING = _flashinfer.missing
@@ -156,7 +156,7 @@ def test_sequences_out_of_range_are_not_handed_over(case):
     at, spoil, broken = OUT_OF_RANGE[case]
     spoil(args[at])
     starts = args[5].tolist()
-    y = torch.empty_like(good)
+    y = torch.full_like(good, 7.0)
     every = (*args, options["scale"], True, 0, 0.0, None, None, None)
     _flashinfer.write_paged(every, {"y": y})
     expected = good.clone()
@@ -169,7 +169,7 @@ def test_rows_that_belong_to_others_are_taken_from_between():
     args, options = inputs([(2, 9), (3, 20), (1, 5)])
     good, sums = fused_ops.paged_attention(*args, **options), terms(args, **options)
     args[3][1] = -1
-    y = torch.empty_like(good)
+    y = torch.full_like(good, 7.0)
     _flashinfer.write_paged((*args, options["scale"], True, 0, 0.0, None, None, None), {"y": y})
     assert y[2:5].isnan().all()
     y, good, sums = (torch.cat([t[:2], t[5:]]) for t in (y, good, sums))
@@ -201,6 +201,9 @@ def test_a_result_is_quantized_as_it_is(key, given):
         m = latent()
         z = fused_ops.mla_attention(*m, scale=0.1)
         p = fused_ops.mla_attention(*m, scale=0.1, output_quant_key=key, **output)
+        if key.symmetric:
+            made = OPS["mla_attention_quant"].default(*m, 0.1, None, key.code, given.get("scale"))
+            assert_same(made[1], given.get("scale", p.scale))
     assert_same(q.unquantized, y)
     for actual, result in (q, y), (plain, y), (p, z):
         expected = fused_ops.quantize(result, key, **given)
