@@ -83,10 +83,8 @@ def _paged_attention(
         logits = torch.einsum("qhd,khd->hqk", q[rows].float(), k) * scale
         if soft_cap:
             logits = torch.tanh(logits / soft_cap) * soft_cap
-        if causal:
-            logits = logits.masked_fill(~visible(logits, sliding_window), float("-inf"))
-        weights = softmax(logits, sinks)
-        y[rows] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+        seen = visible(logits, sliding_window) if causal else torch.ones_like(logits[0], dtype=torch.bool)
+        y[rows] = attended(logits, seen, v, sinks).to(q.dtype)
     return y.flatten(1)
 
 
@@ -121,12 +119,17 @@ def visible(logits: Tensor, sliding_window: int) -> Tensor:
     return ahead <= 0 if not sliding_window else (ahead <= 0) & (ahead > -sliding_window)
 
 
-def softmax(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
-    """Over the keys of [heads, queries, keys], with a logit more for each head."""
-    if sinks is None:
-        return logits.softmax(-1)
-    sink = sinks.float()[:, None, None].expand(*logits.shape[:-1], 1)
-    return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+def attended(logits: Tensor, seen: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """[queries, heads, D] of logits [heads, queries, keys] and v [keys, heads, D]; sinks are a logit more a head."""
+    logits = logits.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:-1], 1)], -1)
+    weights = logits.softmax(-1)[..., : seen.shape[-1]]
+    finite = v.isfinite()
+    y = torch.einsum("hqk,khd->qhd", weights, v.where(finite, 0))
+    for key in (~finite).flatten(1).any(1).nonzero().flatten().tolist():  # those who don't see it have nothing of it
+        y[seen[:, key]] += weights[:, seen[:, key], key].T[..., None] * v[key].masked_fill(finite[key], 0)
+    return y
 
 
 @_paged_attention.declares("check")

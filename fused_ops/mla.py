@@ -25,13 +25,13 @@ from ._check import FLOATS, check
 from ._op import Written, invoke, op
 from .attention import (
     OutputOptions,
+    attended,
     cached,
     check_cache_scale,
     check_logits,
     check_sequences,
     run_attention,
     sequences,
-    softmax,
     visible,
 )
 from .kv_cache import CODES, _rope_kv_cache_write, check_write
@@ -137,8 +137,7 @@ def _mla_attention(
         k_nope, v = (torch.einsum("kr,hdr->khd", latents, w.float()) for w in (w_uk, w_uv))
         logits = torch.einsum("qhd,khd->hqk", q_nope[rows].float(), k_nope)
         logits = (logits + torch.einsum("qhd,kd->hqk", q_pe[rows].float(), k_pe)) * scale
-        weights = softmax(logits.masked_fill(~visible(logits, 0), float("-inf")))
-        y[rows] = torch.einsum("hqk,khd->qhd", weights, v).to(y.dtype)
+        y[rows] = attended(logits, visible(logits, 0), v).to(y.dtype)
     return y.flatten(1)
 
 
