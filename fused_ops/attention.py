@@ -14,8 +14,8 @@ A row depends on its own query and on the keys and values it sees, on nothing el
 number of queries that come with it, on blocks' places in memory, or on what later keys are.
 
 A number that is out of range (a block outside the cache, more queries than tokens, more tokens than the table has
-blocks for, a `query_start_loc` that goes back or beyond q) is an error on the CPU; on a GPU that sequence's rows of y
-become NaN. Rows of q that belong to no sequence (padding) give zeros.
+blocks for, a `query_start_loc` that goes back or beyond q) is an error on the CPU; on a GPU the sequence's rows of y,
+or those that would see the block, become NaN. Rows of q that belong to no sequence (padding) give zeros.
 
 Source: Vaswani et al., "Attention is all you need", 2017, section 3.2.1; Kwon et al., "Efficient memory management for
 LLM serving with PagedAttention", 2023; soft_cap: Gemma Team, "Gemma 2", 2024; sinks: OpenAI, "gpt-oss", 2025.
@@ -101,9 +101,13 @@ def sequences(
         blocks = block_tables[i, : -(-length // size)].long() if inside else None
         if blocks is not None and bool(((blocks < 0) | (blocks >= limit)).any()):
             blocks = None
-        if rows.start < rows.stop:
-            places = torch.arange(length, device=cache.device)
-            yield rows, None if blocks is None else blocks[places // size] * size + places % size
+        if rows.start >= rows.stop:
+            continue
+        if blocks is None:
+            yield rows, None
+            continue
+        places = torch.arange(length, device=cache.device)
+        yield rows, blocks[places // size] * size + places % size
 
 
 def cached(cache: Tensor, slots: Tensor, scale: Tensor | None) -> Tensor:
