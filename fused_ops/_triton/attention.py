@@ -272,6 +272,14 @@ def store(out, tokens, token, head, active, x, S: tl.constexpr, E: tl.constexpr)
         quantize(x, tokens, token, active, data, out.given, out.given_zero, scale, out.zero_point, None, E, first)
 
 
+@triton.jit
+def store_given_scale(out, E: tl.constexpr):
+    """A static scale that is returned with the codes; by one program."""
+    if E.codes is not None:
+        if E.codes.per_tensor and out.scale is not None:
+            tl.store(out.scale.data, tl.load(out.given), mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+
+
 # --- kernels ---
 
 @triton.jit
@@ -354,10 +362,7 @@ def finish_kernel(x, s, few, partial, out, K: tl.constexpr, E: tl.constexpr):
     S: tl.constexpr = x.q.data.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * K.merged + tl.arange(0, K.merged).to(tl.int64)
-    if E.codes is not None:
-        if E.codes.per_tensor and out.scale is not None:
-            tl.store(out.scale.data, tl.load(out.given), mask=(token == 0) & (tl.program_id(1) == 0))
-
+    store_given_scale(out, E)
     i = last_at_most(s, token, 0)
     start, queries, length, known = sequence(s, i)
     exists, query = (token < s.tokens) & (i >= 0), token - start

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention
-from .attention import Call, Results, output_of, slice_of, store, tail_rows
+from .attention import Call, Results, output_of, slice_of, store, store_given_scale, tail_rows
 from .launch import OPTIONS, next_power_of_two, on_device
 from .platform import dot, round_to
 from .row import Rows
@@ -40,6 +40,7 @@ def project_kernel(x, weight, tokens, out, K: tl.constexpr, E: tl.constexpr):
     S: tl.constexpr = x.data.dtype.element_ty
     token = tl.program_id(0).to(tl.int64) * K.tokens + tl.arange(0, K.tokens)
     active = token < tokens
+    store_given_scale(out, E)
     place = tl.program_id(1).to(tl.int64)
     head = place // K.blocks
     i = tl.arange(0, E.block)
