@@ -50,7 +50,7 @@ def arguments(op, lengths, dtype=torch.bfloat16, held=None, block_size=16, **cha
 
 
 def exact(op, args) -> tuple[Tensor, Tensor]:
-    """In float64: the results, and those of the values' magnitudes."""
+    """In float64: the results, and what they would be if all terms of values had one sign."""
     named = dict(zip(op.arguments, args, strict=True))
     tables = [named[name] for name in ("block_tables", "seq_lens", "query_start_loc")]
     if op.name.startswith("mla"):
@@ -60,6 +60,7 @@ def exact(op, args) -> tuple[Tensor, Tensor]:
         c, k_pe = rows[:, :rank], rows[:, rank:]
         k = torch.cat([torch.einsum("kr,hdr->khd", c, named["w_uk"].double()), expand(k_pe, named["w_uk"])], -1)
         v = torch.einsum("kr,hdr->khd", c, named["w_uv"].double())
+        v_terms = torch.einsum("kr,hdr->khd", c.abs(), named["w_uv"].double().abs())
         q = torch.cat([named["q_nope"], named["q_pe"]], -1).double()
         cache, causal, window, cap, sinks = named["kv_cache"], True, 0, 0.0, None
     else:
@@ -69,8 +70,9 @@ def exact(op, args) -> tuple[Tensor, Tensor]:
             (t.double() if s is None else t.double() * s.double().view(-1, 1)).flatten(0, 1).repeat_interleave(ratio, 1)
             for t, s in ((cache, named["k_scale"]), (named["v_cache"], named["v_scale"]))
         )
+        v_terms = v.abs()
         causal, window, cap, sinks = (named[name] for name in ("causal", "sliding_window", "soft_cap", "sinks"))
-    y, terms = (q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) for _ in range(2))
+    y, terms = (q.new_zeros(*q.shape[:2], v.shape[2], dtype=torch.float64) for _ in range(2))
     for rows, slots in sequences(q.shape[0], cache, *tables):
         s = torch.einsum("qhd,khd->hqk", q[rows], k[slots]) * named["scale"]
         s = torch.tanh(s / cap) * cap if cap else s
@@ -83,7 +85,7 @@ def exact(op, args) -> tuple[Tensor, Tensor]:
         if sinks is not None:
             s = torch.cat([s, sinks.double()[:, None, None].expand(*s.shape[:2], 1)], -1)
         p = s.softmax(-1)[..., : len(slots)]
-        y[rows], terms[rows] = (torch.einsum("hqk,khd->qhd", p, x) for x in (v[slots], v[slots].abs()))
+        y[rows], terms[rows] = (torch.einsum("hqk,khd->qhd", p, x) for x in (v[slots], v_terms[slots]))
     return y.flatten(1), terms.flatten(1)
 
 
