@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 import fused_ops
 from fused_ops import OPS
 from fused_ops._op import NO_KEY
-from fused_ops._triton.attention import tile_for
+from fused_ops._triton.attention_launch import tile_for
 from fused_ops._triton.launch import stages
 from fused_ops.rope import IS_NEOX, WHOLE_VECTOR, mrope_code
 from quant import NAMED_KEYS, ScaleLayout

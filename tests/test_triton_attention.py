@@ -1,5 +1,6 @@
 """The Triton kernels of attention: in Triton's interpreter, or with FUSED_OPS_TEST_DEVICE=cuda on a GPU."""
 
+import itertools
 import json
 import os
 import re
@@ -20,12 +21,12 @@ from fused_ops import OPS
 from fused_ops._op import describe
 from fused_ops.attention import sequences
 from fused_ops.attention_inputs import batch, blocks_of, filled
-from quant import FP8_DYNAMIC_GROUP_64, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, ScaleLayout
+from quant import FP8_DYNAMIC_GROUP_64, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR
 from quant.key import FP8, FP8_FNUZ
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fused_ops._triton import attention as kernels
+from fused_ops._triton import attention_launch as launches
 
 PAGED, MLA = OPS["paged_attention"], OPS["mla_attention"]
 BOTH = pytest.mark.parametrize("op", [PAGED, MLA], ids=lambda op: op.name)
@@ -132,12 +133,13 @@ def quantized(op, args, key, out: dict | None = None) -> dict[str, Tensor]:
     more = (key.code, next(iter(v for n, v in given.items() if n != "zero_point"), None), given.get("zero_point"))
     made = []
     with fused_ops.use_backend("triton"):
-        for each, inputs in ((fused, args), (OPS["quantize"], (op.default(*map(on_device, args)),))):
+        y = op.default(*map(on_device, args))
+        for each, inputs in (fused, args), (OPS["quantize"], (y,)):
             inputs = tuple(map(on_device, (*inputs, *more)))
             outs = fresh(each, inputs)
             each.out(*inputs, **outs)
             made.append({name: outs[f"{name}_out"] for name in outputs_for(each, inputs)})
-        made[1]["unquantized"] = op.default(*map(on_device, args))
+    made[1]["unquantized"] = y
     return made
 
 
@@ -147,12 +149,15 @@ def test_fused_is_unfused(op, key):
     """By the epilogue of either kernel, and where a scale is shared by heads."""
     if key.per_tensor and not key.scale.static:
         pytest.skip("attention takes no such key")
-    for each in layouts(key):
+    short, long = ((1, 20), (3, 17)), ((2, 520),)
+    for i, each in enumerate(layouts(key)):
         if op is MLA:
-            calls = [arguments(op, ((1, 20), (3, 17)))]
+            calls = [arguments(op, short)]
         else:
-            calls = [arguments(op, ((1, 20), (3, 17)), v_cols=v_cols) for v_cols in (32, 128)]
-            calls.append(arguments(op, ((2, 520),), v_cols=128))
+            calls = [
+                arguments(op, long if i == 0 else short, v_cols=128),
+                arguments(op, short, v_cols=32 << 2 * (i == 0)),
+            ]
         for args in calls:
             fused, unfused = quantized(op, args, each)
             assert fused.keys() == unfused.keys()
@@ -162,11 +167,14 @@ def test_fused_is_unfused(op, key):
 
 def test_which_keys_are_quantized_in_the_epilogue():
     def apart(key, cols):
-        return kernels.quantized_apart(kernels.Results(key.code), cols, 4)
+        return launches.quantized_apart(launches.Results(key.code), cols, 4)
 
-    assert not apart(FP8_STATIC_TENSOR, 80) and apart(FP8_DYNAMIC_TOKEN, 128)
-    assert not apart(FP8_DYNAMIC_GROUP_64, 64) and not apart(FP8_DYNAMIC_GROUP_64, 192)
-    assert apart(FP8_DYNAMIC_GROUP_64, 96) and apart(FP8_DYNAMIC_GROUP_64, 32)
+    assert not apart(FP8_STATIC_TENSOR, 80)
+    assert apart(FP8_DYNAMIC_TOKEN, 128)
+    assert not apart(FP8_DYNAMIC_GROUP_64, 64)
+    assert not apart(FP8_DYNAMIC_GROUP_64, 192)
+    assert apart(FP8_DYNAMIC_GROUP_64, 96)
+    assert apart(FP8_DYNAMIC_GROUP_64, 32)
 
 
 @pytest.mark.parametrize("name", ["paged_attention_quant", "mla_attention_quant", "paged_attention", "mla_attention"])
@@ -231,11 +239,11 @@ def test_a_row_depends_on_its_query_and_the_keys_it_sees(variant, monkeypatch):
     whole = by_triton(PAGED, args)
     for i, chunks in ((0, [0, 1]), (1, [0, 1, 20, 33]), (3, [0, 1, 40, 70])):
         rows = rows_of(args, PAGED, i)
-        for first, end in zip(chunks, chunks[1:], strict=False):
+        for first, end in itertools.pairwise(chunks):
             expected = whole[rows.start + first : rows.start + end]
             for spare in (0, 40)[: 1 + (i < 3)]:  # a table that has room for several segments
                 assert_same(by_triton(PAGED, alone(PAGED, args, i, first, end, spare)), expected, f"{i} {first} {end}")
-    monkeypatch.setattr(kernels, "WORKSPACE", 0)
+    monkeypatch.setattr(launches, "WORKSPACE", 0)
     assert_same(by_triton(PAGED, args), whole)
 
 
@@ -244,25 +252,26 @@ def test_a_row_of_mla_depends_on_its_query_and_the_keys_it_sees(monkeypatch):
     whole = by_triton(MLA, args)
     for i, chunks in ((1, [0, 1, 33]), (3, [0, 1, 30])):
         rows = rows_of(args, MLA, i)
-        for first, end in zip(chunks, chunks[1:], strict=False):
+        for first, end in itertools.pairwise(chunks):
             expected = whole[rows.start + first : rows.start + end]
             assert_same(by_triton(MLA, alone(MLA, args, i, first, end)), expected)
-    monkeypatch.setattr(kernels, "WORKSPACE", 0)
+    monkeypatch.setattr(launches, "WORKSPACE", 0)
     assert_same(by_triton(MLA, args), whole)
 
 
 def test_both_kernels_are_reached(monkeypatch):
     """Else the tests of their agreement would compare one with itself."""
     taken = []
-    partial_of = kernels.partial_of
+    partial_of = launches.partial_of
 
     def spy(*args):
         taken.append(partial_of(*args))
         return taken[-1]
 
-    monkeypatch.setattr(kernels, "partial_of", spy)
+    monkeypatch.setattr(launches, "partial_of", spy)
     by_triton(PAGED, arguments(PAGED, (*MIXED, (70, 560))))
-    assert 33 > taken[-1].few >= 5 and taken[-1].segments == 2
+    assert 33 > taken[-1].few >= 5
+    assert taken[-1].segments == 2
     by_triton(PAGED, arguments(PAGED, MIXED))
     assert taken[-1] is None
 
@@ -414,14 +423,16 @@ def test_numbers_out_of_range_give_nan_and_touch_nothing(op, what, long):
     y = memory[good.shape[0] : 2 * good.shape[0]]
     y.fill_(5.0)
     op.backends["triton"].run(tuple(map(on_device, args.values())), {"y": y})
-    assert (memory[: good.shape[0]] == 7).all() and (memory[2 * good.shape[0] :] == 7).all()
+    assert (memory[: good.shape[0]] == 7).all()
+    assert (memory[2 * good.shape[0] :] == 7).all()
     y = y.cpu()
     assert (y != 5).any(1).all()
     if nan is ...:  # which rows belong to whom has no answer
         return
     assert y.isnan().all(1).nonzero().flatten().tolist() == list(nan)
     if what == "starts late":
-        assert not y[:3].any() and y[3:].isfinite().all()
+        assert not y[:3].any()
+        assert y[3:].isfinite().all()
     else:
         right = [row for row in range(8) if row not in nan]
         assert_same(y[right], good[right])
@@ -447,7 +458,7 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match="block_tables is"):
             PAGED.default(*args[:3], args[3][0], *args[4:])
         args = [on_device(a) for a in arguments(PAGED, ((1, 1),))]
-        with pytest.raises(ValueError, match="y_out shares memory with|out overlaps"):
+        with pytest.raises(ValueError, match=r"out (shares|overlaps)"):
             PAGED.out(*args, y_out=args[0].flatten(1))
 
 
@@ -455,9 +466,10 @@ def test_programs_follow_from_the_model():
     """Tiles, of which segments are whole numbers; sizes that a GPU has."""
     for heads, kv_heads in (32, 8), (3, 1), (128, 1), (5, 5):
         for cols, v_cols, element in (64, 64, 2), (80, 96, 2), (256, 256, 2), (128, 128, 4), (1, 1, 4):
-            tile = kernels.tile_for(heads, kv_heads, 16, cols, 0, v_cols, False, element, "", True, False, False)
+            tile = launches.tile_for(heads, kv_heads, 16, cols, 0, v_cols, False, element, "", True, False, False)
             assert tile.segment % tile.keys == 0
-            assert tile.queries * tile.shared == tile.rows and tile.parts * tile.shared >= tile.ratio
+            assert tile.queries * tile.shared == tile.rows
+            assert tile.parts * tile.shared >= tile.ratio
 
 
 # --- for GPUs that aren't there ---
@@ -465,7 +477,8 @@ def test_programs_follow_from_the_model():
 PAGED_CALL = "paged_attention_quant:FP8_DYNAMIC_GROUP_128:4096:bfloat16:long"
 MLA_CALL = "mla_attention_quant:FP8_DYNAMIC_GROUP_128:2048:bfloat16:long"
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}  # KiB of a program
-COMPILED = [*((arch, PAGED_CALL) for arch in SHARED), ("sm_80", f"{PAGED_CALL}+codes"), ("sm_90", MLA_CALL), ("gfx942", MLA_CALL)]
+COMPILED = [(arch, PAGED_CALL + "+codes" * (i % 2 == 0)) for i, arch in enumerate(SHARED)]
+COMPILED += [("sm_90", MLA_CALL), ("gfx942", MLA_CALL)]
 
 
 @pytest.mark.parametrize(("arch", "call"), COMPILED)
@@ -487,5 +500,5 @@ def test_kernels_of_real_sizes_fit_their_targets(arch, call, tmp_path):
         assert kernel["shared"] <= SHARED[arch] << 10
         if kernel["name"] != "finish_kernel":
             assert re.search(r"wgmma|mma\.sync|tcgen05\.mma|v_mfma", asm)
-        assert not re.search(r"atom\.|red\.global|atomic", asm), "an order that isn't fixed"
-        assert not re.search(r"div\.full|div\.approx", asm)
+        assert not re.search(r"\b(atom|red)\.|atomic", asm), "an order that isn't fixed"
+        assert not re.search(r"div\.(full|approx)|fma\.rn\.f32", asm), "IEEE, and nothing contracted"
