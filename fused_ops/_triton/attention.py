@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .platform import INFINITY, MAGNITUDE, bits, dot, halves_sum, narrow, round_to, widen
-from .quantize import Codes, decode, quantize
+from .quantize import Codes, decode, quantize, store_padding
 from .row import Rows
 from .sequences import blocks_of_keys, last_at_most, sequence, tile_of
 
@@ -351,6 +351,12 @@ def finish_kernel(x, s, few, partial, out, K: tl.constexpr, E: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * K.merged + tl.arange(0, K.merged).to(tl.int64)
     store_given_scale(out, E)
+    if token >= s.tokens:
+        if E.codes is not None:  # noqa: SIM102
+            if E.codes.layout == "swizzled" and out.scale is not None:
+                store_padding(out.scale, token + tl.arange(0, 1), s.tokens, E.codes)
+        return
+
     i = last_at_most(s, token, 0)
     start, queries, length, known = sequence(s, i)
     exists, query = (token < s.tokens) & (i >= 0), token - start
