@@ -4,7 +4,8 @@
 
 A call may end in a colon and words that vary its arguments (`varied`), such as :whole+gate.
 
-prints a JSON list: for each call its kernels, in order, as {"asm": assembly, "usage": what ptxas says of a CUDA one}.
+prints a JSON list: for each call its kernels, in order, as {"name": its function, "asm": assembly, "shared": bytes of
+shared memory, "usage": what ptxas says of a CUDA one}.
 """
 
 import json
@@ -25,6 +26,7 @@ from triton.runtime.jit import JITFunction
 import fused_ops
 from fused_ops import OPS
 from fused_ops._op import NO_KEY
+from fused_ops._triton.attention_launch import tile_for
 from fused_ops._triton.launch import stages
 from fused_ops.rope import IS_NEOX, WHOLE_VECTOR, mrope_code
 from quant import NAMED_KEYS, ScaleLayout
@@ -60,7 +62,8 @@ def key_of(name: str):
 
 def varied(op, args: tuple, words: list[str]) -> tuple:
     """The arguments of an operation on heads with a norm of all of a token's, interleaved pairs, M-RoPE, a gate, or q
-    quantized by the key of that name; those of one on rows in dimensions that don't merge.
+    quantized by the key of that name; those of one on rows in dimensions that don't merge; those of attention with room
+    for several segments, or a cache of codes.
     """
     named = dict(zip(op.arguments, args, strict=False))
     for word in words:
@@ -68,6 +71,11 @@ def varied(op, args: tuple, words: list[str]) -> tuple:
             for name, x in named.items():
                 if isinstance(x, torch.Tensor) and x.shape == args[0].shape:
                     named[name] = x.new_empty(2, 4, 3, x.shape[1] + 16)[:, 1::2, :, :-16].transpose(1, 2)
+        elif word == "long":
+            named["block_tables"] = torch.nn.functional.pad(named["block_tables"], (0, 64))
+        elif word == "codes":
+            named |= {f"{name}_cache": named[f"{name}_cache"].to(torch.float8_e4m3fn) for name in "kv"}
+            named |= {f"{name}_scale": torch.ones(1) for name in "kv"}
         elif word == "whole":
             named |= {f"{name}_weight": torch.ones(named[name][0].numel()) for name in "qk"}
             named["flags"] |= WHOLE_VECTOR
@@ -101,7 +109,8 @@ def usage(cubin: bytes) -> str:
 
 def kernels(arch: str, call: str) -> list[dict]:
     triton.runtime.driver.set_active(Driver(arch))
-    stages.cache_clear()  # which depends on the vendor
+    for decided in stages, tile_for:
+        decided.cache_clear()  # which depends on the vendor
     name, key, cols, dtype, *words = call.split(":")
     op = OPS[name]
     args = op.workload(16, int(cols), key_of(key) if key else None, getattr(torch, dtype), "cpu")
@@ -109,7 +118,7 @@ def kernels(arch: str, call: str) -> list[dict]:
     made = []
 
     def compile(self, *args, grid, warmup, **options):
-        made.append(run(self, *args, grid=grid, warmup=True, **options).asm)
+        made.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
 
     run, JITFunction.run = JITFunction.run, compile
     try:
@@ -119,9 +128,12 @@ def kernels(arch: str, call: str) -> list[dict]:
             op.default(*args)
     finally:
         JITFunction.run = run
-    return [
-        {"asm": asm["ptx"], "usage": usage(asm["cubin"])} if "ptx" in asm else {"asm": asm["amdgcn"]} for asm in made
-    ]
+    found = []
+    for function, kernel in made:
+        asm = kernel.asm
+        cuda = {"asm": asm["ptx"], "usage": usage(asm["cubin"])} if "ptx" in asm else {"asm": asm["amdgcn"]}
+        found.append({"name": function, "shared": kernel.metadata.shared, **cuda})
+    return found
 
 
 if __name__ == "__main__":

@@ -63,12 +63,12 @@ def missing() -> str | None:
 def _runs(op: Op) -> Callable:
     @cache
     def implementation() -> Callable:
-        from . import attention, heads, operations
+        from . import attention_launch, heads, operations
 
         if _of_heads(op):
             return heads.operation(op.arguments)
         if _of_attention(op):
-            return attention.operation(op.name, op.argument("key") or op.required)
+            return attention_launch.operation(op.name, op.argument("key") or op.required)
         if op.name == "dual_rms_norm":
             return operations.dual_rms_norm
         return operations.row_operation(op.name, op.argument("key") or op.required)

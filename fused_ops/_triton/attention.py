@@ -3,47 +3,31 @@
 A program has a tile of K.rows rows, which are some queries of a sequence times heads that share keys. It goes through
 the keys K.keys at a time, at fixed places, with a softmax that is corrected as larger logits come:
 
-    m' = max(m, max(s))    p = exp2(s - m')    l' = l * exp2(m - m') + sum(p)    acc' = acc * exp2(m - m') + round_S(p) v
+    m' = max(m, max(s))        p = exp2(s - m')        a = exp2(m - m')
+    total' = total * a + sum(p)        acc' = acc * a + round_S(p) v
 
-The weights p are rounded to S for the product with v, as everywhere. Every SEGMENT keys begin with m, l and acc anew, and
-`fold` adds a segment to those before it. So a row's segments may also be computed by programs of their own, into memory,
-and be folded by another kernel: that is done for sequences of few queries, whose keys are all there is to share out. A
-row's bits are the same either way, so what is launched may follow from shapes: they depend on its query and on the keys
-it sees, not on its tile, nor on how its prompt was cut into chunks. (On a GPU as far as a product of matrices treats the
-rows of a tile alike, which is what NVIDIA's and AMD's instructions do.) A key that a row doesn't see leaves its m, l and
-acc as they were: logits are selected, not multiplied, and weights of 0 meet finite values only (`nonfinite`).
+The weights p are rounded to S for the product with v, as everywhere. Every K.segment keys begin with m, total and acc
+anew, and `fold` adds a segment to those before it. So segments may also be computed by programs of their own, into
+memory, and be folded by another kernel, which is done for sequences of few queries: their keys are all there is to
+share out. A row's bits are the same either way, and so what is launched may follow from shapes. They depend on its
+query and on the keys it sees, not on its tile, nor on how its prompt was cut into chunks; on a GPU as far as a
+product of matrices treats the rows of a tile alike, and two kernels of the same tile multiply it in the same order.
+
+A key that a row doesn't see leaves its m, total and acc as they were: logits are selected, not multiplied, and
+weights of 0 meet finite values only. Values that aren't finite show in acc, and then the segment is done again
+(`nonfinite`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .launch import (
-    OPTIONS,
-    Pipeline,
-    bytes_of,
-    float32,
-    next_power_of_two,
-    on_device,
-    places,
-    places_of,
-    round_up,
-)
-from .launch import run as run_pipeline
 from .platform import INFINITY, MAGNITUDE, bits, dot, halves_sum, narrow, round_to, widen
-from .quantize import FORMATS, Codes, codes_of, decode, quantize
+from .quantize import Codes, decode, quantize, store_padding
 from .row import Rows
-from .sequences import Sequences, blocks_of_keys, last_at_most, sequence, tile_of
-
-LOG2E = 1.4426950408889634
-SEGMENT = 512  # keys; a place where a sequence is cut, wherever it stands
-WORKSPACE = 1 << 29  # bytes, at most, of segments that are folded by another kernel
+from .sequences import blocks_of_keys, last_at_most, sequence, tile_of
 
 
 @dataclass(frozen=True)
@@ -87,17 +71,17 @@ class Slice:
 class Inputs(NamedTuple):
     """Strides of q: token, head; of caches: block, place in it, head."""
 
-    q: Rows
+    q: Rows | None
     q_rope: Rows | None  # columns that stand elsewhere, as those of the keys do
-    k: Rows
+    k: Rows | None
     k_rope: Rows | None
     v: Rows | None  # None: the keys' first columns
     k_scale: Rows | None
     v_scale: Rows | None
     sinks: Any
     window: int
-    inner: float  # of the logits, as powers of two: with a cap, outer * tanh(inner * q . k)
-    outer: float
+    inner: float | None  # of the logits, as powers of two: with a cap, outer * tanh(inner * q . k)
+    outer: float | None
 
 
 class Output(NamedTuple):
@@ -112,7 +96,7 @@ class Output(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Segments of the `few` queries of each sequence: [sequence, query, head, segment], m and l, and acc."""
+    """Segments of the `few` queries of each sequence: [sequence, query, head, segment], m and total, and acc."""
 
     stats: Any
     acc: Any
@@ -122,7 +106,7 @@ class Partial(NamedTuple):
 
 @triton.jit
 def nothing(K: tl.constexpr, ROWS: tl.constexpr):
-    """m, l and acc of rows that have seen no key."""
+    """m, total and acc of rows that have seen no key."""
     return (
         tl.full((ROWS,), float("-inf"), tl.float32),
         tl.zeros((ROWS,), tl.float32),
@@ -134,7 +118,9 @@ def nothing(K: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_cached(cache, head, block, slot, exists, COLS: tl.constexpr, BLOCK: tl.constexpr, S: tl.constexpr, K: tl.constexpr):
+def load_cached(
+    cache, head, block, slot, exists, COLS: tl.constexpr, BLOCK: tl.constexpr, S: tl.constexpr, K: tl.constexpr
+):
     """[keys, BLOCK] of S, a code's exact value; zeros where there is none."""
     column = tl.arange(0, BLOCK)[None, :]
     row = block * cache.strides[0] + slot * cache.strides[1] + head * cache.strides[2]
@@ -177,7 +163,7 @@ def nonfinite(seen, v, S: tl.constexpr):
 
 @triton.jit
 def segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K: tl.constexpr, EXACT: tl.constexpr):
-    """m, l [K.rows] and acc of the keys from `low` to `high`; a row sees those from `since` to `until`.
+    """m, total [K.rows] and acc of the keys from `low` to `high`; a row sees those from `since` to `until`.
 
     Unless EXACT, acc is wrong, and isn't finite, where any value isn't.
     """
@@ -185,7 +171,7 @@ def segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K: tl.constexp
     inner = x.inner
     if x.k_scale is not None:
         inner *= tl.load(x.k_scale.data + kv_head * x.k_scale.strides[0])
-    m, l, acc = nothing(K, K.rows)  # noqa: E741
+    m, total, acc = nothing(K, K.rows)
     for first in tl.range(low, high, K.keys, num_stages=1 if EXACT else None):
         key = first + tl.arange(0, K.keys)
         block, inside = blocks_of_keys(s, i, key, key < high, K.page)
@@ -207,7 +193,7 @@ def segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K: tl.constexp
         larger = tl.maximum(m, tl.max(logits, axis=1))
         p = exp2_from(logits, larger[:, None])
         rest = exp2_from(m, larger)
-        l = l * rest + tl.reshape(halves_sum(p), (K.rows,))  # noqa: E741
+        total = total * rest + tl.reshape(halves_sum(p), (K.rows,))
         if x.v is not None:
             held = load_cached(x.v, kv_head, block, slot, exists, K.v_cols, K.v_block, S, K)
         if EXACT:
@@ -217,39 +203,40 @@ def segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K: tl.constexp
         else:
             acc = dot(narrow(p, S), held, acc * rest[:, None])
         m = larger
-    return m, l, acc
+    return m, total, acc
 
 
 # --- segments ---
+
 
 @triton.jit
 def segment_of(number, x, q, q_rope, since, until, kv_head, s, i, low, high, K: tl.constexpr):
     """Segment `number` of the keys from `low` to `high`."""
     low, high = tl.maximum(low, number * K.segment), tl.minimum(high, (number + 1) * K.segment)
-    m, l, acc = segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K, False)  # noqa: E741
+    m, total, acc = segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K, False)
     if tl.max(tl.max(bits(acc) & MAGNITUDE, axis=1), axis=0) >= INFINITY:
-        m, l, acc = segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K, True)  # noqa: E741
-    return m, l, acc
+        m, total, acc = segment(x, q, q_rope, since, until, kv_head, s, i, low, high, K, True)
+    return m, total, acc
 
 
 @triton.jit
-def fold(m, l, acc, m2, l2, acc2):
+def fold(m, total, acc, m2, total2, acc2):
     """The sums of what came before and of a segment; one that a row doesn't see changes nothing but the sign of 0."""
     larger = tl.maximum(m, m2)
     a, b = exp2_from(m, larger), exp2_from(m2, larger)
-    return larger, l * a + l2 * b, acc * a[:, None] + acc2 * b[:, None]
+    return larger, total * a + total2 * b, acc * a[:, None] + acc2 * b[:, None]
 
 
 @triton.jit
-def finished(x, m, l, acc, head, active, S: tl.constexpr, K: tl.constexpr):
-    """acc / l with the sink's weight, rounded to S."""
+def finished(x, m, total, acc, head, active, S: tl.constexpr, K: tl.constexpr):
+    """acc / total with the sink's weight, rounded to S."""
     if x.sinks is not None:
         sink = widen(tl.load(x.sinks + head, mask=active, other=0.0)) * 1.44269504
         larger = tl.maximum(m, sink)
         rest = exp2_from(m, larger)
-        l = l * rest + exp2_from(sink, larger)  # noqa: E741
+        total = total * rest + exp2_from(sink, larger)
         acc = acc * rest[:, None]
-    acc = tl.div_rn(acc + 0.0, l[:, None])  # which makes every 0 positive
+    acc = tl.div_rn(acc + 0.0, total[:, None])  # which makes every 0 positive
     if x.v_scale is not None:
         acc *= tl.load(x.v_scale.data + head // K.ratio * x.v_scale.strides[0], mask=active, other=1.0)[:, None]
     return round_to(acc, S)
@@ -272,7 +259,16 @@ def store(out, tokens, token, head, active, x, S: tl.constexpr, E: tl.constexpr)
         quantize(x, tokens, token, active, data, out.given, out.given_zero, scale, out.zero_point, None, E, first)
 
 
+@triton.jit
+def store_given_scale(out, E: tl.constexpr):
+    """A static scale that is returned with the codes; by one program."""
+    if E.codes is not None:  # noqa: SIM102, which Triton compiles one after the other
+        if E.codes.per_tensor and out.scale is not None:
+            tl.store(out.scale.data, tl.load(out.given), mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0))
+
+
 # --- kernels ---
+
 
 @triton.jit
 def load_queries(q, token, head, active, COLS: tl.constexpr, BLOCK: tl.constexpr):
@@ -321,18 +317,18 @@ def attend(
     if SPLIT:
         number = tl.program_id(2)
         if (number >= first) & (number < end):
-            m, l, acc = segment_of(number, x, q, q_rope, since, until, kv_head, s, i, low, high, K)  # noqa: E741
+            m, total, acc = segment_of(number, x, q, q_rope, since, until, kv_head, s, i, low, high, K)
             row = partial_rows(partial, i, query, head, number, K)
             tl.store(partial.stats + row * 2, m, mask=active)
-            tl.store(partial.stats + row * 2 + 1, l, mask=active)
+            tl.store(partial.stats + row * 2 + 1, total, mask=active)
             column = tl.arange(0, K.v_block)[None, :]
             tl.store(partial.acc + row[:, None] * K.v_cols + column, acc, mask=active[:, None] & (column < K.v_cols))
     else:
-        m, l, acc = nothing(K, K.rows)  # noqa: E741
+        m, total, acc = nothing(K, K.rows)
         for number in range(first, end):
-            m2, l2, acc2 = segment_of(number, x, q, q_rope, since, until, kv_head, s, i, low, high, K)
-            m, l, acc = fold(m, l, acc, m2, l2, acc2)  # noqa: E741
-        y = finished(x, m, l, acc, head, active, S, K)
+            m2, total2, acc2 = segment_of(number, x, q, q_rope, since, until, kv_head, s, i, low, high, K)
+            m, total, acc = fold(m, total, acc, m2, total2, acc2)
+        y = finished(x, m, total, acc, head, active, S, K)
         store(out, s.tokens, token, head, active, y, S, E)
 
 
@@ -354,9 +350,12 @@ def finish_kernel(x, s, few, partial, out, K: tl.constexpr, E: tl.constexpr):
     S: tl.constexpr = x.q.data.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * K.merged + tl.arange(0, K.merged).to(tl.int64)
-    if E.codes is not None:
-        if E.codes.per_tensor and out.scale is not None:
-            tl.store(out.scale.data, tl.load(out.given), mask=(token == 0) & (tl.program_id(1) == 0))
+    store_given_scale(out, E)
+    if token >= s.tokens:
+        if E.codes is not None:  # noqa: SIM102
+            if E.codes.layout == "swizzled" and out.scale is not None:
+                store_padding(out.scale, token + tl.arange(0, 1), s.tokens, E.codes)
+        return
 
     i = last_at_most(s, token, 0)
     start, queries, length, known = sequence(s, i)
@@ -369,7 +368,7 @@ def finish_kernel(x, s, few, partial, out, K: tl.constexpr, E: tl.constexpr):
         there = other == i
     if not there:
         active = (head < K.heads) & (token < s.tokens)
-        m, l, acc = nothing(K, K.merged)  # noqa: E741
+        m, total, acc = nothing(K, K.merged)
         if partial is not None:
             until = tl.where(folded, length, 0)
             if K.causal:
@@ -383,201 +382,9 @@ def finish_kernel(x, s, few, partial, out, K: tl.constexpr, E: tl.constexpr):
             for number in range(first, end):
                 row = partial_rows(partial, i, query, head, number, K)
                 m2 = tl.load(partial.stats + row * 2, mask=active, other=0.0)
-                l2 = tl.load(partial.stats + row * 2 + 1, mask=active, other=0.0)
+                total2 = tl.load(partial.stats + row * 2 + 1, mask=active, other=0.0)
                 acc2 = tl.load(partial.acc + row[:, None] * K.v_cols + column, mask=valid, other=0.0)
-                m, l, acc = fold(m, l, acc, m2, l2, acc2)  # noqa: E741
-        y = finished(x, m, l, acc, head, active, S, K)
+                m, total, acc = fold(m, total, acc, m2, total2, acc2)
+        y = finished(x, m, total, acc, head, active, S, K)
         y = tl.where(folded, y, tl.where(exists, float("nan"), 0.0))
         store(out, s.tokens, token + head * 0, head, active, y, S, E)
-
-
-# --- launches ---
-
-
-@dataclass
-class Call:
-    """Arguments of attention. q [T, H, D], caches [blocks, page, heads, D]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor | None
-    tables: Tensor
-    lengths: Tensor
-    starts: Tensor
-    scale: float
-    causal: bool = True
-    window: int = 0
-    soft_cap: float = 0.0
-    sinks: Tensor | None = None
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    q_rope: Tensor | None = None
-    k_rope: Tensor | None = None
-
-    @property
-    def v_cols(self) -> int:
-        return self.k.shape[3] if self.v is None else self.v.shape[3]
-
-
-@dataclass
-class Results:
-    """Outputs of [T, H * D]; those that are None aren't computed."""
-
-    key: int | None = None
-    given: Tensor | None = None
-    given_zero: Tensor | None = None
-    y: Tensor | None = None
-    data: Tensor | None = None
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
-
-
-def quantized_apart(r: Results, cols: int, heads: int) -> bool:
-    """Whether a scale is shared by columns of several heads, or groups' columns wouldn't lie side by side."""
-    if r.key is None:
-        return False
-    codes = codes_of(r.key, heads * cols)
-    if codes.per_tensor:
-        return False
-    return cols % codes.group != 0 or (codes.group != cols and next_power_of_two(codes.group) != codes.group)
-
-
-def slice_of(key: int | None, cols: int, heads: int) -> Slice:
-    codes = None if key is None else codes_of(key, heads * cols)
-    _, group, width = places_of(cols, codes)
-    return Slice(cols, max(16, next_power_of_two(cols)), group, width, codes)
-
-
-def output_of(r: Results, e: Slice) -> Output:
-    y, data = (None if t is None else Rows(bytes_of(t), (t.stride(0),)) for t in (r.y, r.data))
-    scale, zero_point = (places(t, e.codes) for t in (r.scale, r.zero_point))
-    return Output(y, data, r.given, r.given_zero, scale, zero_point)
-
-
-def tail_rows(tokens: int, r: Results, e: Slice) -> int:
-    """Rows that a launch has for these tokens: those that complete a tile of scales, or at least one for its scale."""
-    if e.codes is not None and e.codes.layout == "swizzled" and r.scale is not None:
-        return round_up(tokens, 128)
-    return max(tokens, 1) if e.codes is not None and e.codes.per_tensor and r.scale is not None else tokens
-
-
-def quantized(r: Results, like: Tensor, cols: int, direct: Callable[[Results], None]) -> None:
-    """Make `r`, slices of `cols` columns, by a launch whose epilogue does, or that makes y, which is quantized then."""
-    tokens, heads, _ = like.shape
-    if r.data is None and r.scale is None:
-        r.key = None
-    if not quantized_apart(r, cols, heads):
-        return direct(r)
-    y = like.new_empty(tokens, heads * cols) if r.y is None else r.y
-    direct(Results(y=y))
-    rest = {name: getattr(r, name) for name in ("key", "given", "given_zero", "data", "scale", "zero_point")}
-    run_pipeline(Pipeline(y, **rest))
-
-
-def run(args: tuple, r: Results) -> None:
-    c = Call(*args)
-    quantized(r, c.q, c.v_cols, lambda direct: launch(c, direct))
-
-
-def operation(name: str, required: int) -> Callable[[tuple, dict[str, Any]], None]:
-    """What runs an operation of attention, or its `..._quant`, of which so many inputs come before the key."""
-    from . import mla
-
-    attend = mla.run if name.startswith("mla") else run
-
-    def call(args: tuple, outs: dict[str, Any]) -> None:
-        key, given, given_zero, *_ = *args[required:], None, None, None
-        r = Results(key, given, given_zero, outs.get("y", outs.get("unquantized")))
-        r.data, r.scale, r.zero_point = map(outs.get, ("data", "scale", "zero_point"))
-        attend(args[:required], r)
-
-    return call
-
-
-def launch(c: Call, r: Results) -> None:
-    tokens, heads, cols = c.q.shape
-    kv_heads = c.k.shape[2]
-    capped = c.soft_cap != 0
-    tile = tile_for(
-        heads, kv_heads, c.k.shape[1], cols, 0 if c.q_rope is None else c.q_rope.shape[2], c.v_cols, c.v is None,
-        c.q.element_size(), FORMATS[c.k.dtype] if c.k_scale is not None else "", c.causal, c.window > 0, capped,
-    )  # fmt: skip
-    e = slice_of(r.key, c.v_cols, heads)
-    count, blocks = c.tables.shape
-    most = blocks * c.k.shape[1]
-    s = Sequences(c.starts, c.lengths, c.tables, c.tables.stride(0), count, tokens, most, c.k.shape[0])
-    inputs = Inputs(
-        *map(strided, (c.q, c.q_rope, c.k, c.k_rope, c.v)),
-        *map(by_head, (c.k_scale, c.v_scale)),
-        c.sinks,
-        min(c.window, 2**31 - 1),
-        float32(c.scale / c.soft_cap if capped else c.scale * LOG2E),
-        float32(c.soft_cap * LOG2E),
-    )
-    partial = partial_of(c, tile, -(-most // tile.segment))
-    few = 0 if partial is None else partial.few
-    arguments = {"x": inputs, "s": s, "few": few, "partial": partial, "out": output_of(r, e), "K": tile, "E": e}
-    options = {"num_warps": tile.warps, "num_stages": 2, **OPTIONS}
-    parts = kv_heads * tile.parts
-
-    def start() -> None:
-        if tokens > few:
-            attend_kernel[(tokens // tile.queries + count, parts)](**arguments, SPLIT=False, **options)
-        if partial is not None:
-            attend_kernel[(count, parts, partial.segments)](**arguments, SPLIT=True, **options)
-        rows = tail_rows(tokens, r, e)
-        if rows:
-            finish_kernel[(rows, -(-heads // tile.merged))](**arguments, num_warps=4, **OPTIONS)
-
-    on_device(c.q.device, start)
-
-
-def strided(x: Tensor | None) -> Rows | None:
-    return None if x is None else Rows(bytes_of(x), x.stride()[:-1])
-
-
-def by_head(scale: Tensor | None) -> Rows | None:
-    return None if scale is None else Rows(scale, (int(scale.shape[0] > 1),))
-
-
-def partial_of(c: Call, tile: Tile, segments: int) -> Partial | None:
-    """Memory for the segments of sequences of few queries, where there may be several; how few follows from shapes."""
-    tokens, count = c.q.shape[0], c.tables.shape[0]
-    if segments < 2 or segments > 65535 or not count * tokens:
-        return None
-    each = count * tile.heads * segments * (tile.v_cols + 2) * 4
-    few = min(tile.queries, tokens, WORKSPACE // each)
-    if not few:
-        return None
-    rows = count * few * tile.heads * segments
-    stats, acc = (torch.empty(rows * n, dtype=torch.float32, device=c.q.device) for n in (2, tile.v_cols))
-    return Partial(stats, acc, few, segments)
-
-
-@lru_cache(4096)
-def tile_for(
-    heads: int,
-    kv_heads: int,
-    page: int,
-    cols: int,
-    rope_cols: int,
-    v_cols: int,
-    latent: bool,
-    element: int,
-    format: str,
-    causal: bool,
-    windowed: bool,
-    capped: bool,
-) -> Tile:
-    """The one place where a launch is decided, by what a model has, never by a batch."""
-    block, v_block, rope_block = (max(16, next_power_of_two(n)) for n in (cols, v_cols, rope_cols))
-    wide = max(block, v_block) > 128
-    rows = 16 if element == 4 else 32 if latent and wide else 64
-    keys = (16 if wide else 32) if element == 4 or (latent and wide) else 32 if wide else 64
-    ratio = heads // kv_heads
-    shared = min(rows, next_power_of_two(ratio))
-    return Tile(
-        heads, ratio, -(-ratio // shared), shared, rows // shared, rows, keys, SEGMENT, max(1, page), cols, block,
-        rope_cols, rope_block, v_cols, v_block, format, causal, windowed, capped,
-        min(next_power_of_two(heads), max(1, 2048 // v_block)), 8 if wide and not torch.version.hip else 4,
-    )  # fmt: skip

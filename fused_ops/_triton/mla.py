@@ -4,10 +4,10 @@
     o[t, h] = attention of [q_lat, q_pe] over keys [c, k_pe] and values c
     y[t, h] = o[t, h] w_uv[h]^T
 
-q_lat and o, the results over latents, are rounded to S, the operands of products of matrices. All sequences are absorbed,
-also those where `absorbs` says that fewer products would do: that takes keys and values of every head in memory, of a
-size that the host would have to read. So here a row doesn't depend on the number of queries that come with it, and
-prefill takes up to (2 * rank + rope) / (nope + rope + v) as many products as without absorption, 3.4 in DeepSeek-V3.
+q_lat and o, the results over latents, are rounded to S, the operands of products of matrices. All sequences are
+absorbed, also those where `absorbs` says that fewer products would do: that takes keys and values of every head in
+memory, of a size that the host would have to read. So here a row doesn't depend on the number of queries that come
+with it, and prefill takes up to (2 * rank + rope) / (nope + rope + v) times the products, 3.4 in DeepSeek-V3.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import attention
-from .attention import Call, Results, output_of, slice_of, store, tail_rows
+from .attention import store, store_given_scale
+from .attention_launch import Call, Results, launch, output_of, quantized, slice_of, tail_rows
 from .launch import OPTIONS, next_power_of_two, on_device
 from .platform import dot, round_to
 from .row import Rows
@@ -36,10 +36,11 @@ class Projection:
 
 @triton.jit(do_not_specialize=["tokens"])
 def project_kernel(x, weight, tokens, out, K: tl.constexpr, E: tl.constexpr):
-    """y[t, h] = x[t, h] weight[h]^T of a tile of tokens and a slice of the results; strides of weight [H, results, cols]."""
+    """y[t, h] = x[t, h] weight[h]^T of a tile of tokens and a slice of the results; weight [H, results, cols]."""
     S: tl.constexpr = x.data.dtype.element_ty
     token = tl.program_id(0).to(tl.int64) * K.tokens + tl.arange(0, K.tokens)
     active = token < tokens
+    store_given_scale(out, E)
     place = tl.program_id(1).to(tl.int64)
     head = place // K.blocks
     i = tl.arange(0, E.block)
@@ -87,5 +88,5 @@ def run(args: tuple, r: Results) -> None:
     scales = {"k_scale": kv_scale, "v_scale": kv_scale}
     rope = {"q_rope": q_pe, "k_rope": turned} if q_pe.shape[2] else {}
     call = Call(q_latent, latent, None, tables, lengths, starts, scale, **scales, **rope)
-    attention.launch(call, Results(y=o.flatten(1)))
-    attention.quantized(r, o, w_uv.shape[1], lambda direct: project(o, w_uv, direct))
+    launch(call, Results(y=o.flatten(1)))
+    quantized(r, o, w_uv.shape[1], lambda direct: project(o, w_uv, direct))

@@ -1,6 +1,6 @@
 """Which sequence a program works for: the host reads no numbers, so kernels find their own.
 
-Numbers may be anything. What is used as an offset lies within its tensor; a sequence is `known` if its own are in range.
+Numbers may be anything: what is used as an offset lies in its tensor. A sequence is `known` if its own are in range.
 """
 
 from typing import NamedTuple
@@ -10,13 +10,13 @@ import triton.language as tl
 
 
 class Sequences(NamedTuple):
-    """starts [count + 1], lengths [count], and tables [count, ...] whose rows lie `width` apart."""
+    """starts [all + 1], lengths [all], and tables [all, ...] whose rows lie `width` apart."""
 
     starts: object
     lengths: object
     tables: object
     width: int
-    count: int
+    all: int
     tokens: int  # rows of q
     most: int  # keys that a row of tables has blocks for
     blocks: int  # of the cache
@@ -28,7 +28,7 @@ def last_at_most(s, value, TILE: tl.constexpr):
 
     With tiles: sequence i begins with tile number starts[i] // TILE + i, at which all before it have ended.
     """
-    low, high = 0, s.count
+    low, high = 0, s.all
     while low < high:
         middle = (low + high) // 2
         begin = tl.load(s.starts + middle).to(tl.int64)
