@@ -66,3 +66,13 @@ def raw(x: Tensor) -> Tensor:
         x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(bits) if x.element_size() > 1 else x.contiguous().view(torch.uint8)
+
+
+def assert_attention(actual: Tensor, exact: Tensor, theirs: Tensor, context: str = "") -> None:
+    """Attention, beside torch's own in the same dtype: at most twice as far from the float64 result.
+
+    Where theirs happens to be as good as the result's rounding allows, that rounding is the bar.
+    """
+    mine, other = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (actual, theirs))
+    rounding = exact.abs().max().item() * torch.finfo(actual.dtype).eps if exact.numel() else 0.0
+    assert mine <= 2 * max(other, rounding), f"{context}: {mine} from the exact result, torch {other}"
