@@ -8,6 +8,8 @@ from torch import Tensor
 NEIGHBOURS = 1 / 5000
 # float32 results carry the sum's and exp's own rounding errors, in units of the last place.
 FLOAT32_ULP = 6
+# Attention's float32 sums in another order, of the largest result.
+ATTENTION_ERROR = 2**-17
 
 
 def ordered(x: Tensor) -> Tensor:
@@ -76,3 +78,12 @@ def assert_attention(actual: Tensor, exact: Tensor, theirs: Tensor, context: str
     mine, other = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (actual, theirs))
     rounding = exact.abs().max().item() * torch.finfo(actual.dtype).eps if exact.numel() else 0.0
     assert mine <= 2 * max(other, rounding), f"{context}: {mine} from the exact result, torch {other}"
+
+
+def assert_attention_close(actual: Tensor, expected: Tensor, context: str = "") -> None:
+    """Attention of two backends: a step of the dtype apart, and what sums in another order may differ by."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), context
+    a, e = actual.double(), expected.double()
+    largest = e.abs().max() if e.numel() else 0.0
+    allowed = e.abs() * torch.finfo(actual.dtype).eps + ATTENTION_ERROR * largest
+    assert ((a - e).abs() <= allowed).all(), f"{context}: {(a - e).abs().max()} apart, the largest is {largest}"
