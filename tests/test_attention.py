@@ -53,7 +53,9 @@ def by_torch(call, dtype):
         if start == end:
             continue
         q = call["q"][start:end].to(dtype).transpose(0, 1)
-        k, v = (gathered(call, c, i).to(dtype).transpose(0, 1).repeat_interleave(group, 0) for c in ("k_cache", "v_cache"))
+        k, v = (
+            gathered(call, c, i).to(dtype).transpose(0, 1).repeat_interleave(group, 0) for c in ("k_cache", "v_cache")
+        )
         ahead = torch.arange(k.shape[1]) - torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
         seen = ahead <= 0 if call.get("causal", True) else torch.ones_like(ahead, dtype=torch.bool)
         if window := call.get("sliding_window"):
@@ -67,7 +69,9 @@ def by_torch(call, dtype):
                 logits = torch.cat([logits, sinks.to(dtype)[:, None, None].expand(*logits.shape[:2], 1)], -1)
             y = logits.softmax(-1)[..., : k.shape[1]] @ v
         else:
-            y = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=call["scale"])[0]
+            y = torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], seen, scale=call["scale"])[
+                0
+            ]
         found.append(y.transpose(0, 1))
     return torch.cat(found).flatten(1)
 
@@ -95,7 +99,9 @@ def reordered(call, order, device="cpu"):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(4, 2, 64, 64), (8, 1, 128, 128), (7, 1, 80, 96), (2, 2, 256, 256), (3, 3, 33, 7), (6, 2, 192, 128)], ids=str
+    "shape",
+    [(4, 2, 64, 64), (8, 1, 128, 128), (7, 1, 80, 96), (2, 2, 256, 256), (3, 3, 33, 7), (6, 2, 192, 128)],
+    ids=str,
 )
 @needs_kernels
 def test_it_is_as_exact_as_torch(shape, dtype):
@@ -272,7 +278,11 @@ for dtype in DTYPES:
 def test_instruction_sets_give_the_same_bits():
     printed = []
     for isa in "base", "":
-        environment = {**os.environ, "FUSED_OPS_ISA": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+        environment = {
+            **os.environ,
+            "FUSED_OPS_ISA": isa,
+            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+        }
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
@@ -374,7 +384,12 @@ def test_codes_are_those_of_the_unfused_result(backend, key, shape):
                 if kept:
                     assert_same(fused.unquantized, y)
                 if each.scale.layout in (ScaleLayout.SWIZZLED_128X4, ScaleLayout.PACKED_UE8M0):
-                    stored = [raw(a.scale.as_strided((a.scale.untyped_storage().nbytes() // a.scale.element_size(),), (1,), 0)) for a in (fused, expected)]
+                    stored = [
+                        raw(
+                            a.scale.as_strided((a.scale.untyped_storage().nbytes() // a.scale.element_size(),), (1,), 0)
+                        )
+                        for a in (fused, expected)
+                    ]
                     if each.scale.layout == ScaleLayout.SWIZZLED_128X4:
                         assert torch.equal(*stored), f"{each}: padding"
 
