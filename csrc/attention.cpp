@@ -33,8 +33,8 @@ Cached cache_of(T cache, int64_t dims, OptionalT scale, ScalarType dtype, const 
   check_dims(cache, dims, name);
   Cached c;
   c.dtype = dtype_of(cache);
-  const bool coded = c.dtype == ScalarType::Float8_e4m3fn || c.dtype == ScalarType::Float8_e4m3fnuz ||
-                     c.dtype == ScalarType::Char;
+  const bool coded =
+      c.dtype == ScalarType::Float8_e4m3fn || c.dtype == ScalarType::Float8_e4m3fnuz || c.dtype == ScalarType::Char;
   STD_TORCH_CHECK(coded || c.dtype == dtype, name, ": expected q's dtype, an eight-bit float or int8");
   const int64_t bytes = byte_size(c.dtype);
   c.data = static_cast<const char*>(cache.data_ptr());
@@ -93,8 +93,7 @@ void set_rows(Attention& p, int64_t tokens, int64_t cols, ScalarType dtype) {
 }
 
 Attention attention_of(T q, T k_cache, T v_cache, T block_tables, T seq_lens, T query_start_loc, double scale,
-                       bool causal, int64_t window, double cap, OptionalT sinks, OptionalT k_scale,
-                       OptionalT v_scale) {
+                       bool causal, int64_t window, double cap, OptionalT sinks, OptionalT k_scale, OptionalT v_scale) {
   Attention p;
   p.q_dtype = dtype_of(q);
   STD_TORCH_CHECK(is_float(p.q_dtype), "q: expected bfloat16, float16 or float32");
@@ -140,7 +139,8 @@ Mla mla_of(T q_nope, T q_pe, T kv_cache, T w_uk, T w_uv, T block_tables, T seq_l
   p.w_uv = weight_of(w_uv, dtype, a.heads, "w_uv");
   p.rank = w_uk.size(2);
   p.rope = q_pe.size(2);
-  STD_TORCH_CHECK(q_pe.size(0) == q_nope.size(0) && q_pe.size(1) == a.heads, "q_pe: expected q_nope's tokens and heads");
+  STD_TORCH_CHECK(q_pe.size(0) == q_nope.size(0) && q_pe.size(1) == a.heads,
+                  "q_pe: expected q_nope's tokens and heads");
   STD_TORCH_CHECK(p.w_uk.rows == q_nope.size(2), "w_uk: expected as many rows as q_nope has columns");
   STD_TORCH_CHECK(w_uv.size(2) == p.rank && p.rank > 0, "w_uv: expected w_uk's columns");
   a.k = a.v = cache_of(kv_cache, 3, kv_scale, dtype, "kv_cache");
@@ -236,7 +236,8 @@ struct Overloads {
  private:
   static void set_served_key(Attention& p, int64_t key, OptionalT given, OptionalT zero_point) {
     set_key(p.out, key, given, zero_point);
-    STD_TORCH_CHECK(p.out.key.is_static() || !p.out.key.per_tensor(), "key: expected static scales, or one a row or group");
+    STD_TORCH_CHECK(p.out.key.is_static() || !p.out.key.per_tensor(),
+                    "key: expected static scales, or one a row or group");
   }
 
   static void check(const Attention& p, const std::decay_t<Input>&... inputs) {

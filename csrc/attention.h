@@ -53,8 +53,8 @@ struct Attention {
   const void* sinks = nullptr;  // may be absent
   ScalarType sinks_dtype = ScalarType::Float;
 
-  Place results;    // float32, for a kernel that follows; absent where y and codes are made
-  Pipeline out;     // y and codes of all heads of a token, side by side
+  Place results;        // float32, for a kernel that follows; absent where y and codes are made
+  Pipeline out;         // y and codes of all heads of a token, side by side
   bool slices = false;  // codes are made a head at a time, otherwise of y's whole rows
   int64_t used = 0;     // rows behind are zeros
 

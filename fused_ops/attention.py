@@ -216,7 +216,7 @@ def _(q, k_cache, v_cache, *_):
     return q.new_empty(q.shape[0], q.shape[1] * v_cache.shape[-1])
 
 
-_paged_attention_quant = quantizing(_paged_attention, "output_", one_scale=False)
+_paged_attention_quant = quantizing(_paged_attention, "output_", one_scale=False, case_every=12)
 
 
 def paged_attention(

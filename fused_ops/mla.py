@@ -178,7 +178,7 @@ def _(q_nope, q_pe, kv_cache, w_uk, w_uv, *_):
     return q_nope.new_empty(q_nope.shape[0], w_uv.shape[0] * w_uv.shape[1])
 
 
-_mla_attention_quant = quantizing(_mla_attention, "output_", one_scale=False)
+_mla_attention_quant = quantizing(_mla_attention, "output_", one_scale=False, case_every=6)
 
 
 def mla_attention(

@@ -121,14 +121,14 @@ def key_inputs(key: QuantKey, device: str) -> tuple:
     return (key.code, given) if zero_point is None else (key.code, given, zero_point)
 
 
-def quantizing(plain: Op, prefix: str = "", *, one_scale: bool = True) -> Op:
+def quantizing(plain: Op, prefix: str = "", *, one_scale: bool = True, case_every: int = 1) -> Op:
     """Declare `plain` followed by the quantization of its first result; everything follows from `plain`'s declaration.
 
     The inputs are those of `plain`, with (key, given, zero_point=None) after the ones that have no default. The outputs
     are (data, scale, the other results of plain, zero_point, unquantized).
 
     prefix: what the public function puts before the names of `QuantOptions`. one_scale: whether it serves keys with one
-    dynamic scale for the tensor.
+    dynamic scale for the tensor. case_every: each key's cases are every so many of `plain`'s, in turn.
     """
     required, (first, *others) = plain.required, plain.outputs
 
@@ -177,10 +177,10 @@ def quantizing(plain: Op, prefix: str = "", *, one_scale: bool = True) -> Op:
 
     @fused.declares("cases")
     def _(device: str) -> Iterator[tuple]:
-        for key in filter(serves, case_keys()):
-            for args in plain.cases(device):
-                if plain.check(*args) % 32 == 0:
-                    yield with_key(args, key, device)
+        every = [args for args in plain.cases(device) if plain.check(*args) % 32 == 0]
+        for i, key in enumerate(filter(serves, case_keys())):
+            for args in every[i % case_every :: case_every]:
+                yield with_key(args, key, device)
 
     @fused.declares("workload")
     def _(tokens: int, cols: int, key: QuantKey, dtype: torch.dtype, device: str) -> tuple:

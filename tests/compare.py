@@ -16,6 +16,10 @@ ON_THE_WAY = 4
 ATTENTION_ULP = 64
 
 
+# Attention's float32 sums in another order, of the largest result.
+ATTENTION_ERROR = 2**-17
+
+
 def ordered(x: Tensor) -> Tensor:
     """Integers in the order of x's values, neighbouring values one apart; -0 and +0 are the same."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
@@ -109,3 +113,22 @@ def assert_near(actual: Tensor, expected: Tensor, terms: Tensor, context: str = 
     allowed = steps_allowed * torch.finfo(actual.dtype).eps * terms.double().abs()
     apart = (actual.double() - expected.double()).abs()
     assert (apart <= allowed).all(), f"{context}: up to {(apart / allowed).max():.2g} of what is allowed apart"
+
+
+def assert_attention(actual: Tensor, exact: Tensor, theirs: Tensor, context: str = "") -> None:
+    """Attention, beside torch's own in the same dtype: at most twice as far from the float64 result.
+
+    Where theirs happens to be as good as the result's rounding allows, that rounding is the bar.
+    """
+    mine, other = ((t.double() - exact).abs().max().item() if t.numel() else 0.0 for t in (actual, theirs))
+    rounding = exact.abs().max().item() * torch.finfo(actual.dtype).eps if exact.numel() else 0.0
+    assert mine <= 2 * max(other, rounding), f"{context}: {mine} from the exact result, torch {other}"
+
+
+def assert_attention_close(actual: Tensor, expected: Tensor, context: str = "") -> None:
+    """Attention of two backends: a step of the dtype apart, and what sums in another order may differ by."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), context
+    a, e = actual.double(), expected.double()
+    largest = e.abs().max() if e.numel() else 0.0
+    allowed = e.abs() * torch.finfo(actual.dtype).eps + ATTENTION_ERROR * largest
+    assert ((a - e).abs() <= allowed).all(), f"{context}: {(a - e).abs().max()} apart, the largest is {largest}"

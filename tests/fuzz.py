@@ -55,6 +55,7 @@ BITS = (*range(20), *range(31, 63))  # not those between: a row may be padded to
 FLOATS = (float("nan"), float("inf"), -1.0, 0.0, 1e300)
 BITWISE = ("quantize", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat")
 HEADS = [name for name in OPS if "rope" in name]
+ATTENTION = [name for name in OPS if "attention" in name]
 GUARD = 64  # elements around a tensor in a larger storage
 
 
@@ -148,10 +149,11 @@ def hostile(op: Op) -> tuple[list, dict[str, Any]]:
 def public(op: Op, args: list, outs: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """The same call by the keywords of the public function."""
     words: dict[str, Any] = {}
-    function = getattr(fused_ops, op.name, None)
+    output: dict[str, Any] = {}  # of attention, whose `scale` is the logits'
+    function = getattr(fused_ops, op.name.removesuffix("_quant") if op.name in ATTENTION else op.name, None)
     if function is None:  # it has no other way to ask for a result that isn't quantized
         function, words = getattr(fused_ops, f"{op.name}_quant"), {"quant_key": None}
-    options: dict[str, dict] = {"": words, "q_": {}, "kv_": {}}
+    options: dict[str, dict] = {"": output if op.name in ATTENTION else words, "q_": {}, "kv_": {}}
     activation = {}
     for name, value in zip(op.arguments, args, strict=False):
         side, part = next(((s, name[len(s) :]) for s in ("q_", "kv_") if name.startswith(s)), ("", name))
@@ -164,16 +166,20 @@ def public(op: Op, args: list, outs: dict[str, Any]) -> tuple[Callable, dict[str
         elif op.name == "scaled_linear" and name in ("data", "scale", "key", "scale2", "zero_point"):
             activation[name] = value
         elif part == "key" or name == "weight_code":
-            words["weight_key" if name == "weight_code" else f"{side}quant_key"] = key_of(value)
+            named = "weight_key" if name == "weight_code" else f"{side}quant_key"
+            (output if op.name in ATTENTION else words)[named] = key_of(value)
         elif part == "given" and value is not None:
-            key = words.get(f"{side}quant_key")
+            key = (words | output).get(f"{side}quant_key")
             known = isinstance(key, QuantKey)
             kind = "scale2" if known and key.scale2 else "scale" if known and key.scale.static else "scale_ub"
             options[side][kind] = value
         elif part == "zero_point":
             options[side][part] = value
+        elif name in ("sliding_window", "soft_cap") and value == 0:
+            words[name] = None
         else:
             words[name] = value
+    words |= {f"output_{name}": value for name, value in output.items()}
     if activation:
         key = key_of(activation.get("key"))
         key = key if isinstance(key, QuantKey) else INT8_DYNAMIC_TOKEN
@@ -187,14 +193,17 @@ def public(op: Op, args: list, outs: dict[str, Any]) -> tuple[Callable, dict[str
         words |= heads_out(op, given, words)
     if "y" in given:
         words["out"] = given["y"]
-    if "data" in given and isinstance(words.get("quant_key"), QuantKey):
+    key = words.get("output_quant_key", words.get("quant_key"))
+    if "data" in given and isinstance(key, QuantKey):
         parts = (given.get(name) for name in ("scale", "data", "zero_point", "unquantized"))
         scale, data, zero_point, unquantized = parts
         words["out"] = QuantizedActivation(
-            data, scale, words["quant_key"], getattr(args[0], "dtype", None), None, zero_point, unquantized
+            data, scale, key, getattr(args[0], "dtype", None), None, zero_point, unquantized
         )
     if "quant_key" in words and random.random() < 0.2:
         words |= random.choice([{"pad_rows": 4}, {"pad_rows": -1}, {"keep_unquantized": True}, {"scael": 1}])
+    if "output_quant_key" in words and random.random() < 0.2:
+        words |= random.choice([{"output_pad_rows": 4}, {"output_pad_rows": -1}, {"output_scael": 1}])
     return function, words
 
 

@@ -9,7 +9,7 @@ import sys
 import pairwise
 import pytest
 import torch
-from compare import assert_close, assert_same
+from compare import assert_attention_close, assert_close, assert_same
 from torch import Tensor
 
 import fused_ops
@@ -140,6 +140,8 @@ def test_compiled_kernels_match_the_reference(op):
             context = f"{op.name} {name} {fused_ops._op.describe(args)}"
             if op.name in BITWISE or (name == "residual" and op.name.startswith("fused_add")):
                 assert_same(actual[name], e, context)
+            elif op.name in ATTENTION:
+                assert_attention_close(actual[name], e, context)
             elif op.name != "scaled_linear":  # products in test_linear.py
                 a = actual[name]
                 if (tokens := tokens_of(op, args)) is not None:

@@ -13,8 +13,8 @@ namespace fused_ops {
 
 namespace {
 
-constexpr int64_t kPartFloats = 1 << 24;     // the most for blocks that are spread over threads
-constexpr int64_t kLatentFloats = 1 << 24;   // for queries that are projected at once
+constexpr int64_t kPartFloats = 1 << 24;    // the most for blocks that are spread over threads
+constexpr int64_t kLatentFloats = 1 << 24;  // for queries that are projected at once
 
 struct alignas(64) Line {
   float v[16];
@@ -121,8 +121,7 @@ void run_absorbed(const Mla& p, std::vector<Sequence> sequences) {
     for_each(tiles * a.heads, Desk::floats(kStaged, x_cols, vectors, p.rank), [&](int64_t i, float* buffer) {
       const int64_t first = i % tiles * kStaged;
       const int at_once = static_cast<int>(std::min<int64_t>(kStaged, count - first));
-      project(p, rows.data() + first, first, at_once, i / tiles, place,
-              Desk(buffer, kStaged, x_cols, vectors, p.rank));
+      project(p, rows.data() + first, first, at_once, i / tiles, place, Desk(buffer, kStaged, x_cols, vectors, p.rank));
     });
   };
   for_projections(PICK_ISA(project_queries), a.q);
@@ -166,14 +165,14 @@ void run_expanded(const Mla& p, const std::vector<Sequence>& sequences) {
 }  // namespace
 
 void run_on_cpu(Attention& p) {
-  if (p.out.data) prepare_on_cpu(p.out);
+  prepare_on_cpu(p.out);
   run_tiles(p);
   put_unused(p);
 }
 
 void run_on_cpu(Mla& p) {
   const Attention& a = p.attention;
-  if (p.attention.out.data) prepare_on_cpu(p.attention.out);
+  prepare_on_cpu(p.attention.out);
   std::vector<Sequence> absorbed, expanded;
   int64_t queries = 0;
   const int64_t at_once = std::max<int64_t>(1, kLatentFloats / (a.heads * a.k.cols));
