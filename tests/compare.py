@@ -10,12 +10,11 @@ NEIGHBOURS = 1 / 5000
 FLOAT32_ULP = 6
 # Logits of whole models: a share of the largest in float32, and by how much a token must lead in bfloat16.
 LOGITS, MARGIN = 1e-5, 0.5
-# Another library's attention rounds weights and queries to S on the way: steps of the largest term.
-ON_THE_WAY = 4
-# A logit's rounding error is its weight's relative error: units of the last place of attention in float32.
-ATTENTION_ULP = 64
 
 
+# Attention on GPUs rounds its weights to S, and those of others or of MLA more on the way; its sums are float32, whose
+# logits' rounding errors are relative errors of the weights: steps of the largest term.
+ATTENTION_STEPS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 64}
 # Attention's float32 sums in another order, of the largest result.
 ATTENTION_ERROR = 2**-17
 
@@ -56,10 +55,6 @@ def assert_close(
         assert (apart <= roundings).all(), f"{context}: {apart.max()} steps apart"
         allowed = 1 + roundings * NEIGHBOURS * apart.numel()  # one boundary case is always allowed
         assert (apart > 0).sum() <= allowed, f"{context}: {int((apart > 0).sum())} of {apart.numel()} elements differ"
-
-
-# Attention rounds its weights to S, its sums are float32; with projections of its queries and results in S, thrice.
-ATTENTION_STEPS = {torch.bfloat16: 3, torch.float16: 3, torch.float32: 48}
 
 
 def assert_attends(actual: Tensor, exact: Tensor, terms: Tensor, context: str = "") -> None:
@@ -104,15 +99,6 @@ def raw(x: Tensor) -> Tensor:
         x = torch.where(x.isnan(), torch.full_like(x, float("nan")), x)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.contiguous().view(bits) if x.element_size() > 1 else x.contiguous().view(torch.uint8)
-
-
-def assert_near(actual: Tensor, expected: Tensor, terms: Tensor, context: str = "") -> None:
-    """Attention: sums whose terms were rounded before they were added, within steps of the largest one's size."""
-    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), context
-    steps_allowed = ATTENTION_ULP if actual.dtype == torch.float32 else ON_THE_WAY
-    allowed = steps_allowed * torch.finfo(actual.dtype).eps * terms.double().abs()
-    apart = (actual.double() - expected.double()).abs()
-    assert (apart <= allowed).all(), f"{context}: up to {(apart / allowed).max():.2g} of what is allowed apart"
 
 
 def assert_attention(actual: Tensor, exact: Tensor, theirs: Tensor, context: str = "") -> None:

@@ -3,7 +3,7 @@
 import pairwise
 import pytest
 import torch
-from compare import assert_close, assert_near, assert_same
+from compare import assert_attends, assert_close, assert_same
 from test_ops import results
 
 import fused_ops
@@ -84,7 +84,7 @@ def test_every_case_is_the_reference(name, triton):
                 terms = results(op, (*args[:at], magnitudes, *args[at + 1 :]))["y"]
         context = f"{name} {describe(args, op)}"
         if actual.dtype == torch.float32:
-            assert_near(actual, expected, terms, context)
+            assert_attends(actual, expected, terms, context)
         else:
             assert_close(actual, expected, context, terms=terms)
 
@@ -214,7 +214,7 @@ def test_flashinfer_is_the_reference(lengths, held, dtype, more, outermost):
         expected = run("paged_attention", tensors, options, **more)
         magnitudes = tensors[2].float().abs().to(tensors[2].dtype)
         terms = run("paged_attention", [*tensors[:2], magnitudes, *tensors[3:]], options, **more)
-    assert_near(actual, expected, terms)
+    assert_attends(actual, expected, terms)
 
 
 @needs_flashinfer
@@ -225,7 +225,7 @@ def test_flashinfers_mla_is_the_reference(lengths):
         actual = run("mla_attention", tensors, options)
     with fused_ops.use_backend("reference"):
         expected = run("mla_attention", tensors, options)
-    assert_near(actual, expected, expected.abs().max())
+    assert_attends(actual, expected, expected.abs().max())
 
 
 @needs_flashinfer
