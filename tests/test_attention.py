@@ -83,7 +83,7 @@ def close(call):
     return actual
 
 
-def reordered(call, order, device="cpu"):
+def reordered(call, order):
     """The same sequences in another order of the batch."""
     starts = call["query_start_loc"].tolist()
     rows = [torch.arange(starts[i], starts[i + 1]) for i in order]
@@ -286,7 +286,8 @@ def test_instruction_sets_give_the_same_bits():
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
-    assert printed[0] == printed[1] and len(printed[0].splitlines()) == 36
+    assert printed[0] == printed[1]
+    assert len(printed[0].splitlines()) == 36
 
 
 # --- nothing is hidden ---
@@ -314,11 +315,14 @@ def test_infinities_reach_the_result(backend):
         call = inputs(((4, 300),), dtype=torch.float32)
         call["v_cache"][int(call["block_tables"][0, 2]), 3, 0, 1] = math.inf
         y = paged_attention(**call).view(4, 4, 64)
-        assert (y[:, :2, 1] == math.inf).all() and y[:, 2:].isfinite().all()
+        assert (y[:, :2, 1] == math.inf).all()
+        assert y[:, 2:].isfinite().all()
         call = inputs(((4, 300),), dtype=torch.float32)
         call["q"][1, 0, 0] = math.inf
         y = paged_attention(**call).view(4, 4, 64)
-        assert y[1, 0].isnan().all() and y[[0, 2, 3]].isfinite().all() and y[1, 1:].isfinite().all()
+        assert y[1, 0].isnan().all()
+        assert y[[0, 2, 3]].isfinite().all()
+        assert y[1, 1:].isfinite().all()
         call = inputs(((2, 300),), heads=1, kv_heads=1, cols=8, dtype=torch.float32)
         call["q"][:] = torch.tensor([1.0, *[0.0] * 7])
         call["k_cache"][..., 0] = -math.inf  # no key counts, until one does
@@ -334,7 +338,8 @@ def test_rows_of_no_sequence_are_zeros(backend):
     call["q"] = torch.cat([call["q"], torch.full((5, 4, 64), math.nan).bfloat16()])
     with fused_ops.use_backend(backend):
         y = paged_attention(**call)
-        assert y[:4].isfinite().all() and not y[4:].any()
+        assert y[:4].isfinite().all()
+        assert not y[4:].any()
         none = {**call, "block_tables": call["block_tables"][:0], "seq_lens": call["seq_lens"][:0]}
         assert not paged_attention(**{**none, "query_start_loc": torch.zeros(1, dtype=torch.int32)}).any()
         empty = {**call, "q": call["q"][:0], "query_start_loc": torch.zeros(4, dtype=torch.int32)}
@@ -442,7 +447,7 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong, error, says", BAD, ids=[f"{next(iter(w))} {i}" for i, (w, *_) in enumerate(BAD)])
+@pytest.mark.parametrize(("wrong", "error", "says"), BAD, ids=[f"{next(iter(w))} {i}" for i, (w, *_) in enumerate(BAD)])
 @every_backend
 def test_errors_name_the_argument(backend, wrong, error, says):
     with fused_ops.use_backend(backend), pytest.raises(error, match=says):
@@ -456,7 +461,7 @@ def test_blocks_outside_the_cache_are_refused_before_anything_is_written(backend
         tables = call["block_tables"].clone()
         tables[3, 33] = block
         out = torch.full((79, 256), 7.0).bfloat16()
-        with fused_ops.use_backend(backend), pytest.raises(ValueError, match="block_tables has .* at 3"):
+        with fused_ops.use_backend(backend), pytest.raises(ValueError, match=r"block_tables has .* at 3"):
             paged_attention(**{**call, "block_tables": tables}, out=out)
         assert (out == 7).all()
 
