@@ -23,7 +23,7 @@ struct Tile {
   int rows() const { return static_cast<int>(tokens * heads); }
 };
 
-// Matrices of float32 whose rows are padded for whole vectors; see attention.inc for who uses which.
+// Matrices of float32 whose rows are padded for whole vectors; see attention_products.inc.
 struct Matrix {
   float* data;
   int64_t stride;
