@@ -260,18 +260,29 @@ def paged_attention(
         TypeError, ValueError: an argument is not as above, or (on the CPU) a number is out of range; nothing is
             written.
     """
-    window = 0 if sliding_window is None else _at_least_one("sliding_window", sliding_window)
-    cap = 0.0 if soft_cap is None else _at_least_one("soft_cap", soft_cap)
+    check_logits("paged_attention", scale)
+    window, cap = _options(causal, sliding_window, soft_cap)
     inputs = (q, k_cache, v_cache, block_tables, seq_lens, query_start_loc)
     args = (*inputs, scale, causal, window, cap, sinks, k_scale, v_scale)
     return run_attention(_paged_attention, _paged_attention_quant, args, output_quant_key, output)
 
 
-def _at_least_one(name: str, value: Any) -> Any:
-    """0 stands for None in the operation; here it is a mistake."""
-    if value == 0 and not isinstance(value, bool):
-        raise ValueError(f"paged_attention: {name} is {value}, expected a positive number, or None")
-    return value
+def _options(causal: Any, sliding_window: Any, soft_cap: Any) -> tuple[int, float]:
+    """(sliding_window, soft_cap) as the operation takes them, where 0 is none: torch would convert what they aren't."""
+    name = "paged_attention"
+    boolean(name, causal=causal)
+    if sliding_window is not None and (type(sliding_window) is bool or not isinstance(sliding_window, _INTS)):
+        raise TypeError(f"{name}: sliding_window is {type(sliding_window).__name__}, expected an int or None")
+    if sliding_window is not None and not 0 < sliding_window < 1 << 63:
+        raise ValueError(f"{name}: sliding_window is {sliding_window}, expected at least 1, or None")
+    if soft_cap is not None:
+        number(name, soft_cap=soft_cap)
+        if not 0 < soft_cap <= FLOAT32_MAX:
+            raise ValueError(f"{name}: soft_cap is {soft_cap}, expected a positive float32, or None")
+    return sliding_window or 0, soft_cap or 0.0  # type: ignore[return-value]
+
+
+_INTS = (int, torch.SymInt)
 
 
 def run_attention(plain: Op, fused: Op, args: tuple, key: QuantKey | None, output: OutputOptions) -> Any:

@@ -207,6 +207,8 @@ def mla_attention(
         kv_scale: float32 [1], of an FP8 or int8 cache.
         output_quant_key, **output: as in `paged_attention`.
 
+    On the CPU a row's bits also depend on how many queries its sequence has, by `absorbs`; Triton always absorbs.
+
     Returns:
         [T, heads * V] in S, or as a `QuantizedActivation`, bit for bit what `quantize` makes of the former.
 
@@ -214,5 +216,6 @@ def mla_attention(
         TypeError, ValueError: an argument is not as above, or (on the CPU) a number is out of range; nothing is
             written.
     """
+    check_logits("mla_attention", scale)
     args = (q_nope, q_pe, kv_cache, w_uk, w_uv, block_tables, seq_lens, query_start_loc, scale, kv_scale)
     return run_attention(_mla_attention, _mla_attention_quant, args, output_quant_key, output)

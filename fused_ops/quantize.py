@@ -299,7 +299,7 @@ def _write(op: Op, args: tuple, key: QuantKey, quant: QuantOptions, outs: dict, 
     try:
         given_all = quant.get("out") is not None and len(outs) == len(op.outputs) - 4
         fresh = {} if given_all else dict(zip(op.outputs, op.empty(*args), strict=True))
-        out, written = target(op.name, key, quant, fresh, args[0].dtype)
+        out, written = target(op.name, key, quant, fresh, args[0].dtype, op.prefix)
         others = {name: outs[name] if name in outs else fresh[name] for name in op.outputs[2:-2]}
         op.out(*args, **written, **{f"{name}_out": tensor for name, tensor in others.items()})
     except Exception as error:
@@ -310,7 +310,7 @@ def _write(op: Op, args: tuple, key: QuantKey, quant: QuantOptions, outs: dict, 
 
 
 def target(
-    op_name: str, key: QuantKey, quant: QuantOptions, fresh: dict[str, Any], dtype: torch.dtype
+    op_name: str, key: QuantKey, quant: QuantOptions, fresh: dict[str, Any], dtype: torch.dtype, prefix: str = ""
 ) -> tuple[QuantizedActivation, dict[str, Tensor | None]]:
     """What an `out` overload is to write, and return: (the activation, its written tensors by output's name).
 
@@ -321,7 +321,7 @@ def target(
     boolean(op_name, keep_unquantized=keep_unquantized)
     if out is None:
         out = QuantizedActivation(
-            _padded(op_name, fresh["data"], pad_rows),
+            _padded(op_name, fresh["data"], pad_rows, prefix),
             fresh["scale"] if scale is None else scale,
             key,
             dtype,
@@ -331,7 +331,8 @@ def target(
         )
     else:
         if pad_rows != 1:
-            raise ValueError(f"{op_name}: pad_rows is {pad_rows!r} and out is given, whose rows are what they are")
+            given = f"{prefix}pad_rows is {pad_rows!r} and out is given"
+            raise ValueError(f"{op_name}: {given}, whose rows are what they are")
         out = _given_out(op_name, out, key, scale, scale2, zero_point, keep_unquantized, dtype)
     written: dict[str, Tensor | None] = {"data_out": out.data}
     if not key.scale.static:
@@ -341,10 +342,10 @@ def target(
     return out, written
 
 
-def _padded(op_name: str, data: Tensor, pad_rows: Any) -> Tensor:
+def _padded(op_name: str, data: Tensor, pad_rows: Any, prefix: str) -> Tensor:
     """`data`, or as many rows at the start of a tensor that has a multiple of `pad_rows`."""
     if isinstance(pad_rows, bool) or not isinstance(pad_rows, int) or pad_rows < 1:
-        raise ValueError(f"{op_name}: pad_rows is {pad_rows!r}, expected an int of at least 1")
+        raise ValueError(f"{op_name}: {prefix}pad_rows is {pad_rows!r}, expected an int of at least 1")
     if pad_rows == 1:
         return data
     rows = data.shape[:-1].numel()

@@ -30,6 +30,8 @@ KEYS = {
     "INT8_TENSOR_ASYM": QuantKey(torch.int8, FP8_DYNAMIC_TENSOR.scale, symmetric=False),
 }
 EVERY_KEY = pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+BY_ROW = {name: key for name, key in KEYS.items() if key.scale.static or not key.per_tensor}
+EVERY_KEY_BY_ROW = pytest.mark.parametrize("key", BY_ROW.values(), ids=BY_ROW)  # none has one dynamic scale
 
 
 def layouts(key: QuantKey) -> list[QuantKey]:

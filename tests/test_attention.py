@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from compare import assert_attention, assert_same, raw
-from keys import EVERY_KEY, given_tensors, layouts
+from keys import EVERY_KEY_BY_ROW, given_tensors, layouts
 
 import fused_ops
 from fused_ops import paged_attention, quantize
@@ -365,12 +365,10 @@ HEADS_AND_SLICES = [(4, 32), (3, 64), (2, 128), (5, 32), (1, 96), (4, 96)]
 
 
 @pytest.mark.parametrize("shape", HEADS_AND_SLICES, ids=str)
-@EVERY_KEY
+@EVERY_KEY_BY_ROW
 @every_backend
 def test_codes_are_those_of_the_unfused_result(backend, key, shape):
     heads, cols = shape
-    if not key.scale.static and key.per_tensor:
-        pytest.skip("one dynamic scale for the tensor isn't served")
     call = inputs(((3, 3), (1, 40)), heads, 1, cols)
     call["q"] = torch.cat([call["q"], call["q"][:2]])  # two of no sequence
     given = given_tensors(key)
@@ -444,6 +442,12 @@ BAD = [
     ({"output_quant_key": FP8_DYNAMIC_TENSOR}, ValueError, "output_quant_key is"),
     ({"output_scale": torch.ones(1)}, ValueError, "output_scale is given, but output_quant_key is None"),
     ({"output_sacle": torch.ones(1)}, TypeError, "output_sacle"),
+    ({"output_quant_key": FP8_DYNAMIC_TOKEN, "output_pad_rows": 0}, ValueError, "output_pad_rows is 0"),
+    ({"soft_cap": True}, TypeError, "soft_cap is bool"),
+    ({"scale": True}, TypeError, "scale is bool"),
+    ({"causal": 1}, TypeError, "causal is 1"),
+    ({"sliding_window": True}, TypeError, "sliding_window is bool"),
+    ({"sliding_window": 2**63}, ValueError, "sliding_window is 9223372036854775808"),
 ]  # fmt: skip
 
 

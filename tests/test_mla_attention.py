@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from compare import assert_attention, assert_same, raw
-from keys import EVERY_KEY, given_tensors, layouts
+from keys import EVERY_KEY_BY_ROW, given_tensors, layouts
 
 import fused_ops
 from fused_ops import mla_attention, quantize
@@ -130,11 +130,9 @@ def test_nothing_is_hidden_and_nothing_unseen_is_met(held):
 
 
 @pytest.mark.parametrize("sizes", [(4, 32, 16, 64, 32), (3, 16, 8, 32, 128)], ids=str)
-@EVERY_KEY
+@EVERY_KEY_BY_ROW
 @every_backend
 def test_codes_are_those_of_the_unfused_result(backend, key, sizes):
-    if not key.scale.static and key.per_tensor:
-        pytest.skip("one dynamic scale for the tensor isn't served")
     call = inputs(((3, 3), (1, 40)), sizes)
     for name in "q_nope", "q_pe":
         call[name] = torch.cat([call[name], call[name][:2]])  # two of no sequence
