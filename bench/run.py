@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> dict:
             found["linear"] = [r for key in keys for r in linear.measure(key, counts, size, budget=4 * budget)]
             print(f"\nscaled_linear, {size} x {size}\n{_linear_table(found['linear'])}", flush=True)
         if wanted := set(options.ops or rows.ATTENTION) & set(rows.ATTENTION):
-            for batch in attention.cases(options.quick, attention.free_memory("cpu")):
+            limit = attention.free_memory("cpu")
+            for batch in attention.quick_cases() if options.quick else attention.cases("cpu", limit):
                 results = [r for r in attention.measure(batch, **settings) if r["op"] in wanted]
                 found["attention"] += results
                 if results:

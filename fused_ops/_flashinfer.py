@@ -1,8 +1,9 @@
 """The FlashInfer backend of attention: its paged wrappers, and this library's `quantize` after them.
 
 Never chosen by default: `with use_backend("flashinfer")`, in which `quantize` stays what it is on the device. It stands
-outside promises 2 (a row never depends on its neighbours) and 5 (nothing is hidden), and where there is a v_scale or
-MLA outside 1's rounding once; a quantized result is still `quantize` of the unquantized one:
+outside promise 2 (a row never depends on its neighbours), doesn't give 3 and 5 (run twice, same bits; nothing is
+hidden), which FlashInfer doesn't state, and rounds more often than 1 allows with a v_scale and in MLA; a quantized
+result is `quantize` of the unquantized one all the same:
 
 - How FlashInfer splits a sequence over blocks follows from the whole batch, and so do a row's last bits.
 - It multiplies keys that a row doesn't see with 0, so NaN in them, or in what lies behind a sequence in its last block,
