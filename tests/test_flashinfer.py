@@ -218,7 +218,10 @@ def test_the_workspaces_of_the_last_streams_are_kept(monkeypatch):
 
 def test_two_calls_at_one_time_have_a_workspace_each():
     device = torch.device("cpu")
+    with _flashinfer.workspace(device) as kept:
+        pass
     with _flashinfer.workspace(device) as first, _flashinfer.workspace(device) as second:
+        assert first is kept
         assert first is not second
     assert list(_flashinfer._kept.values()) == [first]
 
