@@ -1,4 +1,6 @@
-"""The benchmark: `python -m bench.run` (about four minutes on two cores; less once peers are downloaded and compiled).
+"""The benchmark: `python -m bench.run` (about eight minutes on two cores, half of them attention).
+
+It takes less once peers are downloaded and compiled.
 
 Operations on rows against eager PyTorch, `torch.compile` and vLLM's CPU kernels; `scaled_linear` against torch's
 linear layers; attention over paged caches against the same three; the cost of a call. Everything that is compared is
