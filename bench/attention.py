@@ -85,19 +85,26 @@ class Case:
         return q, k, v, *tables, DIM**-0.5, True, 0, 0.0, None, scale, scale
 
 
-def cases(quick: bool, limit: float) -> Iterator[Case]:
-    """limit: bytes for a case's cache and its peers' copies."""
-    if quick:
-        yield Case("decode", ((1, 64),) * 2, heads=16, keys=KEYS[:1])
-        yield Case("mixed", ((1, 64), (8, 40), (32, 32)), heads=16)
-        yield Case("mla decode", ((1, 40),) * 2, heads=4, latent=True, keys=KEYS[1:2])
-        return
-    decode = [((1, tokens),) * sequences for tokens in (128, 2048, 8192) for sequences in (1, 16, 64)]
-    found = [Case("decode", lengths, keys=KEYS if lengths[0][1] < 8192 else ()) for lengths in decode]
+def quick_cases() -> Iterator[Case]:
+    yield Case("decode", ((1, 64),) * 2, heads=16, keys=KEYS[:1])
+    yield Case("mixed", ((1, 64), (8, 40), (32, 32)), heads=16)
+    yield Case("mla decode", ((1, 40),) * 2, heads=4, latent=True, keys=KEYS[1:2])
+
+
+def cases(device: str, limit: float) -> Iterator[Case]:
+    """limit: bytes for a case's cache and its peers' copies. They are few on the CPU, where a call may take long."""
+    cpu = device == "cpu"
+    sizes = [(1, 2048), (16, 2048), (64, 128), (1, 8192)]  # sequences, tokens
+    if not cpu:
+        sizes = [(sequences, tokens) for tokens in (128, 2048, 8192) for sequences in (1, 16, 64)]
+    fused = [(16, 2048)] if cpu else [size for size in sizes if size[1] < 8192]
+    decode = [(size, ((1, size[1]),) * size[0]) for size in sizes]
+    found = [Case("decode", lengths, keys=KEYS if size in fused else ()) for size, lengths in decode]
     found += [Case("decode", ((1, 2048),) * 16, held) for held in (FP8, torch.int8)]
-    found += [Case("prefill", ((tokens, tokens),), keys=KEYS) for tokens in (512, 2048)]
-    found += [Case("mixed", (*((1, 2048),) * 15, (256, 1024), (256, 256)), keys=KEYS)]
-    found += [Case("mla decode", ((1, 2048),) * 16, heads=heads, latent=True, keys=KEYS) for heads in (16, 128)]
+    keys = () if cpu else KEYS
+    found += [Case("prefill", ((512, 512),), keys=KEYS), Case("prefill", ((2048, 2048),), keys=keys)]
+    found += [Case("mixed", (*((1, 2048),) * 15, (256, 1024), (256, 256)), keys=keys)]
+    found += [Case("mla decode", ((1, 2048),) * 16, heads=heads, latent=True, keys=keys) for heads in (16, 128)]
     yield from (case for case in found if COPIES * case.bytes < limit)
 
 
@@ -165,10 +172,9 @@ def torch_peers(args: tuple) -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def flex_peer(args: tuple) -> Callable[[], Tensor]:
-    """`flex_attention` on keys that were gathered before."""
-    a = Paged(*args)
-    return peers.flex(a, peers.groups(a))
+def flex_peers(sets: Sequence[tuple]) -> list[Callable[[], Tensor]]:
+    """`flex_attention` on keys that were gathered before, for each set of one case's inputs."""
+    return peers.flex([Paged(*args) for args in sets])
 
 
 def compiled_peer(args: tuple, backend: str) -> Callable[[], Tensor]:

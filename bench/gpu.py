@@ -160,7 +160,8 @@ def _measure(case: Case, every_tokens: list[int], device: str, budget: float) ->
 
 def _attention(device: str, budget: float, end: float) -> Iterator[list[dict]]:
     """The results of each batch: attention against its peers, then with each key of its output."""
-    for case in attention.cases(device == "cpu", attention.free_memory(device)):
+    rehearsed = device == "cpu"
+    for case in attention.quick_cases() if rehearsed else attention.cases(device, attention.free_memory(device)):
         if time.perf_counter() > end:
             return
         op, args = OPS[case.op], case.inputs(device)
@@ -171,10 +172,11 @@ def _attention(device: str, budget: float, end: float) -> Iterator[list[dict]]:
         for name in BACKENDS:
             if name in op.backends and op.backends[name].supports(*args):
                 contestants[name] = [partial(op.default, *each) for each in sets]
-        for each in sets:
+        flex = [] if rehearsed or case.latent else attention.flex_peers(sets)
+        for i, each in enumerate(sets):
             others = attention.torch_peers(each) | gpu.bind(case.op, each, [])
-            if device == "cuda" and not case.latent:
-                others["flex_attention"] = attention.flex_peer(each)
+            if flex:
+                others["flex_attention"] = flex[i]
             for name, call in attention.agreeing(others, op.default(*each)).items():
                 contestants.setdefault(name, []).append(call)
         timing, failed = _time(contestants, device, budget)

@@ -1,4 +1,6 @@
-"""The benchmark: `python -m bench.run` (about four minutes on two cores; less once peers are downloaded and compiled).
+"""The benchmark: `python -m bench.run` (about eight minutes on two cores, half of them attention).
+
+It takes less once peers are downloaded and compiled.
 
 Operations on rows against eager PyTorch, `torch.compile` and vLLM's CPU kernels; `scaled_linear` against torch's
 linear layers; attention over paged caches against the same three; the cost of a call. Everything that is compared is
@@ -57,7 +59,8 @@ def main(arguments: list[str] | None = None) -> dict:
             found["linear"] = [r for key in keys for r in linear.measure(key, counts, size, budget=4 * budget)]
             print(f"\nscaled_linear, {size} x {size}\n{_linear_table(found['linear'])}", flush=True)
         if wanted := set(options.ops or rows.ATTENTION) & set(rows.ATTENTION):
-            for batch in attention.cases(options.quick, attention.free_memory("cpu")):
+            limit = attention.free_memory("cpu")
+            for batch in attention.quick_cases() if options.quick else attention.cases("cpu", limit):
                 results = [r for r in attention.measure(batch, **settings) if r["op"] in wanted]
                 found["attention"] += results
                 if results:

@@ -1,7 +1,9 @@
 """The FlashInfer backend of attention: its paged wrappers, and this library's `quantize` after them.
 
 Never chosen by default: `with use_backend("flashinfer")`, in which `quantize` stays what it is on the device. It stands
-outside promises 1 and 2, and hides more than the library's own kernels do:
+outside promise 2 (a row never depends on its neighbours), doesn't give 3 and 5 (run twice, same bits; nothing is
+hidden), which FlashInfer doesn't state, and rounds more often than 1 allows with a v_scale and in MLA; a quantized
+result is `quantize` of the unquantized one all the same:
 
 - How FlashInfer splits a sequence over blocks follows from the whole batch, and so do a row's last bits.
 - It multiplies keys that a row doesn't see with 0, so NaN in them, or in what lies behind a sequence in its last block,
@@ -12,15 +14,21 @@ outside promises 1 and 2, and hides more than the library's own kernels do:
 Sequences are read on the host and planned for anew in every call, which waits for the stream; a CUDA graph can't hold
 that. Numbers out of range give NaN, as in the library's own kernels: such a sequence isn't handed to FlashInfer.
 
-Written for flashinfer-python 0.6.13.
+Its wrappers split sequences in a workspace of 384 MiB. At most two of them a device are kept between calls, those of
+the streams that were used last (calls at one time on one stream have one each while they last), until the process ends.
+
+Written for flashinfer-python 0.6.13; others serve that have the same parameters.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,7 +44,29 @@ HALVES = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 128, 256)
 RANK, ROPE = 512, 64  # of latents: what its MLA kernels are made for
 ALIGNED = 16  # bytes: its loads
-WORKSPACE = 384 << 20  # bytes, for each stream: partial results of sequences that are split
+WORKSPACE = 384 << 20  # bytes, for a stream: partial results of sequences that are split
+KEPT = 2  # workspaces, of a device
+
+CALLS = {  # what is called, with the names of what is handed over: by place, then after * by name
+    ("BatchPrefillWithPagedKVCacheWrapper", "__init__"): "float_workspace_buffer * kv_layout",
+    ("BatchPrefillWithPagedKVCacheWrapper", "plan"): (
+        "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len num_qo_heads num_kv_heads head_dim_qk "
+        "page_size * causal sm_scale window_left logits_soft_cap q_data_type kv_data_type"
+    ),
+    ("BatchPrefillWithPagedKVCacheWrapper", "run"): "q paged_kv_cache * k_scale v_scale",
+    ("BatchDecodeWithPagedKVCacheWrapper", "__init__"): "float_workspace_buffer * kv_layout use_tensor_cores",
+    ("BatchDecodeWithPagedKVCacheWrapper", "plan"): (
+        "indptr indices last_page_len num_qo_heads num_kv_heads head_dim page_size "
+        "* sm_scale window_left logits_soft_cap q_data_type kv_data_type"
+    ),
+    ("BatchDecodeWithPagedKVCacheWrapper", "run"): "q paged_kv_cache * k_scale v_scale",
+    ("BatchMLAPagedAttentionWrapper", "__init__"): "float_workspace_buffer",
+    ("BatchMLAPagedAttentionWrapper", "plan"): (
+        "qo_indptr kv_indptr kv_indices kv_len_arr num_heads head_dim_ckv head_dim_kpe page_size causal sm_scale "
+        "q_data_type kv_data_type"
+    ),
+    ("BatchMLAPagedAttentionWrapper", "run"): "q_nope q_pe ckv_cache kpe_cache",
+}
 
 
 class Paged(NamedTuple):
@@ -73,10 +103,39 @@ class Latent(NamedTuple):
 
 
 def missing() -> str | None:
-    """What must be installed for this backend."""
-    if importlib.util.find_spec("flashinfer"):
-        return None
-    return "the flashinfer backend needs FlashInfer, and nvcc and ninja for it: pip install 'flashinfer-python==0.6.13'"
+    """What must be installed for this backend; it is imported to see whether it is called as here."""
+    how = "and nvcc and ninja for it: pip install 'flashinfer-python==0.6.13'"
+    if not importlib.util.find_spec("flashinfer"):
+        return f"the flashinfer backend needs FlashInfer, {how}"
+    try:
+        found = library()
+    except Exception as error:  # of its own, or of what it needs
+        return f"FlashInfer can't be imported ({type(error).__name__}: {error}); it is needed, {how}"
+    if other := _differs(found):
+        version = getattr(found, "__version__", "of unknown version")
+        return f"the flashinfer backend is written for FlashInfer 0.6.13; {version} is here, whose {other}"
+    return None
+
+
+def _differs(flashinfer: Any) -> str:
+    """Which of its parameters aren't those of `CALLS`, or nothing."""
+    for (kind, method), names in CALLS.items():
+        placed, named = (part.split() for part in (*names.split("*"), "")[:2])
+        function = getattr(getattr(flashinfer, kind, None), method, None)
+        if function is None:
+            return f"{kind}.{method} is missing"
+        _, *parameters = inspect.signature(function).parameters.values()
+        theirs = [p.name for p in parameters]
+        if theirs[: len(placed)] != placed:
+            return f"{kind}.{method} takes {', '.join(theirs[: len(placed)])}, expected {', '.join(placed)}"
+        if absent := [name for name in named if name not in theirs]:
+            return f"{kind}.{method} has no {', '.join(absent)}"
+        rest = [
+            p for p in parameters if p.name not in (*placed, *named) and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if more := [p.name for p in rest if p.default is p.empty]:
+            return f"{kind}.{method} needs {', '.join(more)}, too"
+    return ""
 
 
 # --- what it serves ---
@@ -191,36 +250,64 @@ def _indptr(counts: Tensor) -> Tensor:
 # --- its wrappers ---
 
 
-class _Here(threading.local):
-    """A wrapper holds one plan at a time, and its workspace belongs to the stream that it was used on."""
-
-    def __init__(self) -> None:
-        self.workspaces: dict[tuple, Tensor] = {}
-        self.wrappers: dict[tuple, Any] = {}
-
-
-_here = _Here()
-
-
 def library() -> Any:
     return importlib.import_module("flashinfer")
 
 
-def wrapper(kind: str, device: torch.device, *dtypes: torch.dtype, **options) -> Any:
-    """FlashInfer's class of this name; one for each choice of dtypes, since it keeps the kernels of its first plan."""
-    place = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    choice = (kind, *place, *dtypes)
-    made = _here.wrappers.get(choice)
-    if made is None:
-        if place not in _here.workspaces:
-            _here.workspaces[place] = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
-        made = getattr(library(), kind)(_here.workspaces[place], **options)
-        _here.wrappers[choice] = made
-    return made
+class Workspace:
+    """The memory of a stream, with the wrappers that use it one after the other.
+
+    A wrapper holds one plan at a time and keeps the kernels of its first: there is one for each choice of dtypes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory = torch.zeros(WORKSPACE, dtype=torch.uint8, device=device)
+        self.wrappers: dict[tuple, Any] = {}
+
+    def wrapper(self, kind: str, _: torch.device, *dtypes: torch.dtype, **options) -> Any:
+        """FlashInfer's class of this name."""
+        choice = (kind, *dtypes)
+        if choice not in self.wrappers:
+            self.wrappers[choice] = getattr(library(), kind)(self.memory, **options)
+        return self.wrappers[choice]
 
 
-def plan_paged(a: Paged, batch: Batch, make: Callable = wrapper) -> Callable[[Tensor], Tensor]:
-    """From the batch's rows of q to [queries, heads, D]; a batch of single queries has a wrapper of its own."""
+_kept: OrderedDict[tuple[torch.device, int], Workspace] = OrderedDict()  # idle ones, used last last
+_lock = threading.Lock()  # of that alone: a thread that held it while it waits could stop another device's
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+@contextmanager
+def workspace(device: torch.device) -> Iterator[Workspace]:
+    """That of the current stream, nobody else's in this block, in which the sequences must be read on the host.
+
+    Reading waits for the stream: the last plan, which is copied from the host, is then where it belongs.
+    """
+    place = device, _stream(device)
+    with _lock:
+        lent = _kept.pop(place, None)
+    lent = lent or Workspace(device)
+    try:
+        yield lent
+    finally:
+        with _lock:
+            dropped = [_kept.pop(place, None)]  # of another call at the same time
+            _kept[place] = lent
+            own = [other for other in _kept if other[0] == device]
+            dropped += [_kept.pop(other) for other in own[:-KEPT]]
+        if any(dropped) and device.type == "cuda":
+            torch.cuda.synchronize(device)  # plans may still be on their way from the host's memory, freed below
+        del dropped
+
+
+def plan_paged(a: Paged, batch: Batch, make: Callable) -> Callable[[Tensor], Tensor]:
+    """From the batch's rows of q to [queries, heads, D]; a batch of single queries has a wrapper of its own.
+
+    make: a wrapper from its name, device, dtypes and options.
+    """
     q, size = a.q, a.k_cache.shape[1]
     pages: tuple[Tensor, ...] = (batch.kv_indptr, batch.kv_indices, batch.last_page_len(size))
     sizes = (q.shape[1], a.k_cache.shape[2], q.shape[2], size)
@@ -243,7 +330,7 @@ def plan_paged(a: Paged, batch: Batch, make: Callable = wrapper) -> Callable[[Te
     return lambda q: made.run(q, (a.k_cache, a.v_cache), **scales)
 
 
-def plan_latent(a: Latent, batch: Batch, make: Callable = wrapper) -> Callable[[Tensor, Tensor], Tensor]:
+def plan_latent(a: Latent, batch: Batch, make: Callable) -> Callable[[Tensor, Tensor], Tensor]:
     """From the batch's rows of queries to [queries, heads, V], with both projections moved to them."""
     held = a.kv_cache
     made = make("BatchMLAPagedAttentionWrapper", held.device, held.dtype, held.dtype)
@@ -268,34 +355,40 @@ def _number(scale: Tensor | None) -> float | None:
 
 def write_paged(args: tuple, outs: dict[str, Tensor]) -> None:
     a = Paged(*args)
-    _write(outs["y"], a, {"q": a.q}, {"k_cache": a.k_cache, "v_cache": a.v_cache}, plan_paged)
+    read = {"k_cache": a.k_cache, "v_cache": a.v_cache}
+    _write("paged_attention", outs["y"], a, {"q": a.q}, read, plan_paged)
 
 
 def write_latent(args: tuple, outs: dict[str, Tensor]) -> None:
     a = Latent(*args)
     queries = {"q_nope": a.q_nope, "q_pe": a.q_pe}
-    _write(outs["y"], a, queries, {"q_pe": a.q_pe, "kv_cache": a.kv_cache}, plan_latent)
+    _write("mla_attention", outs["y"], a, queries, {"q_pe": a.q_pe, "kv_cache": a.kv_cache}, plan_latent)
 
 
-def _write(y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], plan: Callable) -> None:
-    """Rows of sequences by FlashInfer, of those out of range NaN, of no sequence zeros."""
+def _write(op: str, y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], plan: Callable) -> None:
+    """Rows of sequences by FlashInfer, of those out of range NaN, of no sequence zeros.
+
+    Sequences may overlap where query_start_loc goes back. A row of one in range has its result, whichever others claim
+    it; NaN is for rows that only sequences out of range have.
+    """
     for name, t in (queries | read).items():
         if name != "q_nope" and t.data_ptr() % ALIGNED:
-            raise ValueError(f"{name} begins at {t.data_ptr():#x}, FlashInfer takes multiples of {ALIGNED}")
+            raise ValueError(f"{op}: {name} begins at {t.data_ptr():#x}, FlashInfer takes multiples of {ALIGNED}")
     if y.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the flashinfer backend reads sequences on the host, which a CUDA graph can't capture")
+        raise RuntimeError(f"{op}: the flashinfer backend reads sequences on the host, a CUDA graph can't capture that")
     cache = list(read.values())[-1]
-    batch = batch_of(y.shape[0], cache, a.block_tables, a.seq_lens, a.query_start_loc)
-    count = batch.queries
-    rows = slice(count) if batch.rows is None else batch.rows.to(y.device)
-    if batch.rows is None:
-        y[count:] = 0
-    else:
-        y.zero_()
-    if count:
-        y[rows] = plan(a, batch)(*(q[rows] for q in queries.values())).flatten(1)
-    for each in batch.broken:
-        y[each] = float("nan")
+    with workspace(y.device) as lent:
+        batch = batch_of(y.shape[0], cache, a.block_tables, a.seq_lens, a.query_start_loc)
+        count = batch.queries
+        rows = slice(count) if batch.rows is None else batch.rows.to(y.device)
+        if batch.rows is None:
+            y[count:] = 0
+        else:
+            y.zero_()
+        for each in batch.broken:
+            y[each] = float("nan")
+        if count:
+            y[rows] = plan(a, batch, lent.wrapper)(*(q[rows] for q in queries.values())).flatten(1)
 
 
 def _quantizer(device: torch.device) -> Backend | None:
@@ -322,7 +415,7 @@ def _then_quantizes(name: str, write: Callable, refuses: Callable) -> tuple[Call
         if reason := refuses(*args[:n]):
             return reason
         quantizer = _quantizer(args[0].device)
-        row = cast(Tensor, plain.empty(*args[:n]))[:0]
+        row = cast(Tensor, plain.empty(args[0][:0], *args[1:n]))  # as wide, of no rows
         if quantizer is None or quantizer.supports(row, *args[n:]):
             return ""
         limits = quantizer.limits(row, *args[n:]) if callable(quantizer.limits) else quantizer.limits

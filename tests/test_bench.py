@@ -8,6 +8,7 @@ import torch
 import fused_ops
 from bench import attention, bars, gpu, rows, run
 from bench.emulate import EmulatedLinear
+from bench.peers import attention as peers
 from bench.peers import eager
 from bench.table import table
 from quant.methods import SCHEMES, quantize_model
@@ -72,7 +73,7 @@ def test_attention_is_measured_on_a_gpu(tmp_path):
     assert not any(r["failed"] for r in record["attention"])
 
 
-@pytest.mark.parametrize("case", list(attention.cases(True, 0)), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(attention.quick_cases()), ids=lambda case: case.name)
 def test_peers_of_attention_compute_the_same(case, capsys):
     args = case.inputs("cpu")
     y = fused_ops.OPS[case.op].default(*args)
@@ -96,7 +97,26 @@ def test_what_a_batch_of_attention_reads_and_computes():
     assert decode.bytes == 3 * 100 * 2 * 8 * 128 * 2
     assert decode.flops == 3 * 100 * 4 * 32 * 128
     assert prefill.flops == (1 + 2 + 3 + 4 + 4 + 5) * 4 * 32 * 128
-    assert [case.bytes for case in attention.cases(False, 8 * decode.bytes)] == [1 << 19]
+    assert [case.bytes for case in attention.cases("cuda", 8 * decode.bytes)] == [1 << 19]
+
+
+def test_flex_attention_is_compiled_once_for_a_case(monkeypatch):
+    """Here the code itself runs."""
+    resets, compiled, compile = [], [], torch.compile
+
+    def as_it_is(function, **options):  # which compiles something of its own
+        if function is not peers.flex_attention:
+            return compile(function, **options)
+        compiled.append(1)
+        return function
+
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    case = attention.Case("mixed", ((1, 64), (8, 40)), heads=8)
+    sets = [case.inputs("cpu") for _ in range(2)]
+    for args, call in zip(sets, attention.flex_peers(sets), strict=True):
+        assert attention.agreeing({"flex_attention": call}, fused_ops.OPS[case.op].default(*args))
+    assert resets == compiled == [1]
 
 
 def test_unknown_operations_are_refused(capsys):

@@ -2,7 +2,9 @@
 
 import ast
 import importlib.util
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import flashinfer_double as double
 import pytest
@@ -32,7 +34,7 @@ def flashinfer(monkeypatch):
     kept = {name: OPS[name].backends.get("flashinfer") for name in OPS}
     monkeypatch.setattr(_flashinfer, "missing", lambda: None)
     monkeypatch.setattr(_flashinfer, "library", lambda: double.LIBRARY)
-    monkeypatch.setattr(_flashinfer, "_here", _flashinfer._Here())
+    monkeypatch.setattr(_flashinfer, "_kept", OrderedDict())
     monkeypatch.setattr(_flashinfer, "WORKSPACE", 16)
     _flashinfer.load(("CPU",))
     double.PLANNED.clear()
@@ -156,12 +158,15 @@ def test_sequences_out_of_range_are_not_handed_over(case):
     at, spoil, broken = OUT_OF_RANGE[case]
     spoil(args[at])
     starts = args[5].tolist()
+    others = [slice(*starts[i : i + 2]) for i in range(5) if i not in broken]  # in range: their rows are theirs
     y = torch.full_like(good, 7.0)
     every = (*args, options["scale"], True, 0, 0.0, None, None, None)
     _flashinfer.write_paged(every, {"y": y})
     expected = good.clone()
     for i in broken:
         expected[max(starts[i], 0) : max(starts[i + 1], 0)] = NAN
+    for rows in others:
+        expected[rows] = good[rows]
     assert_close(y, expected, terms=sums)
 
 
@@ -174,6 +179,58 @@ def test_rows_that_belong_to_others_are_taken_from_between():
     assert y[2:5].isnan().all()
     y, good, sums = (torch.cat([t[:2], t[5:]]) for t in (y, good, sums))
     assert_close(y, good, terms=sums)
+
+
+def test_rows_of_a_sequence_in_range_are_its_own():
+    """Where query_start_loc goes back, the second and third sequence claim rows of the first."""
+    args, options = inputs([(5, 9), (0, 20), (3, 17)])
+    good, sums = fused_ops.paged_attention(*args, **options), terms(args, **options)
+    args[5] = torch.tensor([0, 5, 3, 8])
+    y = torch.full_like(good, 7.0)
+    _flashinfer.write_paged((*args, options["scale"], True, 0, 0.0, None, None, None), {"y": y})
+    assert_close(y[:5], good[:5], terms=sums[:5])
+    assert y[5:].isnan().all()
+
+
+# --- workspaces ---
+
+
+def test_the_workspaces_of_the_last_streams_are_kept(monkeypatch):
+    made, stream = [], []
+    monkeypatch.setattr(_flashinfer, "Workspace", lambda device: made.append(device) or object())
+    monkeypatch.setattr(_flashinfer, "_stream", lambda device: stream[-1])
+
+    def use(number, device=0):
+        stream.append(number)
+        with _flashinfer.workspace(torch.device("cpu", device)) as lent:
+            return lent
+
+    first = [use(0), use(1), use(0, device=1)]
+    assert [use(0), use(1), use(0, device=1)] == first
+    assert use(0) is first[0]
+    use(2)  # in place of 1, which was used before 0
+    assert use(0) is first[0]
+    assert use(1) is not first[1]
+    assert use(0, device=1) is first[2]
+    assert len(made) == 5
+    assert len(_flashinfer._kept) == _flashinfer.KEPT + 1
+
+
+def test_two_calls_at_one_time_have_a_workspace_each():
+    device = torch.device("cpu")
+    with _flashinfer.workspace(device) as kept:
+        pass
+    with _flashinfer.workspace(device) as first, _flashinfer.workspace(device) as second:
+        assert first is kept
+        assert first is not second
+    assert list(_flashinfer._kept.values()) == [first]
+
+
+def test_a_workspace_survives_what_fails():
+    with pytest.raises(ZeroDivisionError), _flashinfer.workspace(torch.device("cpu")) as first:
+        raise ZeroDivisionError
+    with _flashinfer.workspace(torch.device("cpu")) as again:
+        assert again is first
 
 
 # --- quantized results ---
@@ -254,7 +311,10 @@ def test_what_it_does_not_serve():
 def test_an_odd_address_is_refused():
     args, options = inputs()
     memory = torch.zeros(args[0].shape[0] * 256 + 1, dtype=torch.bfloat16)[1:]
-    with fused_ops.use_backend("flashinfer"), pytest.raises(ValueError, match=r"q begins at 0x.*multiples of 16"):
+    with (
+        fused_ops.use_backend("flashinfer"),
+        pytest.raises(ValueError, match=r"paged_attention: q begins at 0x.*multiples of 16"),
+    ):
         fused_ops.paged_attention(memory.view(-1, 4, 64), *args[1:], **options)
 
 
@@ -293,6 +353,45 @@ def test_what_must_be_installed(monkeypatch):
     _flashinfer.load()
     with pytest.raises(ImportError, match=r"name is 'flashinfer': .* pip install 'flashinfer-python=="):
         fused_ops.use_backend("flashinfer")
+
+
+def other_run(take):
+    """A library with other parameters of one method."""
+    kind = "BatchDecodeWithPagedKVCacheWrapper"
+    changed = type("Other", (), vars(double.LIBRARY)[kind].__dict__ | {"run": take})
+    return SimpleNamespace(**(vars(double.LIBRARY) | {kind: changed}))
+
+
+@pytest.mark.parametrize(
+    ("take", "what"),
+    [
+        (lambda self, q, cache, *, k_scale=None, v_scale=None: 0, "takes q, cache, expected q, paged_kv_cache"),
+        (lambda self, q, paged_kv_cache, *, k_scale=None: 0, "has no v_scale"),
+        (lambda self, q, paged_kv_cache, more, *, k_scale=None, v_scale=None: 0, "needs more, too"),
+        (None, "is missing"),
+    ],
+)
+def test_another_flashinfer_is_refused(take, what, monkeypatch):
+    monkeypatch.setattr(_flashinfer, "missing", MISSING)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    _flashinfer.load(("CPU",))
+    fused_ops.use_backend("flashinfer")
+    monkeypatch.setattr(_flashinfer, "library", lambda: other_run(take))
+    with pytest.raises(ImportError, match=rf"0\.6\.13; .* whose BatchDecodeWithPagedKVCacheWrapper.run {what}"):
+        fused_ops.use_backend("flashinfer")
+    monkeypatch.setattr(_flashinfer, "library", lambda: 1 / 0)
+    with pytest.raises(ImportError, match=r"FlashInfer can't be imported \(ZeroDivisionError"):
+        fused_ops.use_backend("flashinfer")
+
+
+def test_a_refusal_allocates_no_result(monkeypatch):
+    """Arguments are looked at before every call."""
+    args, options = inputs()
+    shapes, empty = [], OPS["paged_attention"].empty
+    monkeypatch.setattr(OPS["paged_attention"], "empty", lambda *a: shapes.append(empty(*a).shape) or empty(*a))
+    given = (*args, options["scale"], True, 0, 0.0, None, None, None, INT8_DYNAMIC_TOKEN.code, None)
+    assert OPS["paged_attention_quant"].backends["flashinfer"].supports(*given)
+    assert shapes == [(0, 256)]
 
 
 # --- the double ---

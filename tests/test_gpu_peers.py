@@ -65,7 +65,7 @@ def test_halves_of_one_tensor():
         assert gpu._packed(*others) is None
 
 
-@pytest.mark.parametrize("case", list(attention.cases(True, 0)), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(attention.quick_cases()), ids=lambda case: case.name)
 def test_flashinfers_attention_is_planned_beforehand(case, monkeypatch):
     monkeypatch.setattr(gpu, "_loaded", {"flashinfer": flashinfer_double.LIBRARY})
     monkeypatch.setattr(_flashinfer, "WORKSPACE", 16)

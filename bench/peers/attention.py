@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fused_ops._flashinfer import Latent, Paged
 
@@ -84,24 +84,34 @@ def contiguous(a: Paged, every: list[Group]) -> Callable[[], Tensor]:
     return run
 
 
-def flex(a: Paged, every: list[Group]) -> Callable[[], Tensor]:
-    """`flex_attention`, compiled for these sizes, of keys and values that are gathered already."""
-    torch._dynamo.reset()  # it compiles anew for other sizes, a few times only
+def flex(sets: list[Paged]) -> list[Callable[[], Tensor]]:
+    """`flex_attention` of keys and values that are gathered already, for each of these batches of the same lengths.
+
+    They share what is compiled for their sizes, and what other batches had compiled is forgotten: it compiles anew for
+    other sizes, a few times only.
+    """
+    torch._dynamo.reset()
     attend = torch.compile(flex_attention)
-    held = []
-    for group in every:
-        behind = group.tokens - group.rows.shape[1]
-        seen = lambda b, h, i, j, behind=behind: j <= i + behind  # noqa: E731
-        mask = create_block_mask(seen, None, None, group.rows.shape[1], group.tokens, device=a.q.device)
-        pairs = ((a.k_cache, a.k_scale), (a.v_cache, a.v_scale))
-        held.append((group.rows, mask, *(gathered(c, s, a.q.dtype, group) for c, s in pairs)))
+    masks = [causal_mask(group, sets[0].q.device) for group in groups(sets[0])]
+    return [_flex(attend, a, groups(a), masks) for a in sets]
+
+
+def causal_mask(group: Group, device: torch.device) -> BlockMask:
+    queries = group.rows.shape[1]
+    behind = group.tokens - queries
+    return create_block_mask(lambda b, h, i, j: j <= i + behind, None, None, queries, group.tokens, device=device)
+
+
+def _flex(attend: Callable, a: Paged, every: list[Group], masks: list[BlockMask]) -> Callable[[], Tensor]:
+    pairs = ((a.k_cache, a.k_scale), (a.v_cache, a.v_scale))
+    held = [[gathered(c, s, a.q.dtype, group) for c, s in pairs] for group in every]
 
     def run() -> Tensor:
         y = a.q.new_empty(a.q.shape[0], a.q.shape[1] * a.v_cache.shape[-1])
-        for rows, mask, k, v in held:
-            q = a.q[rows].transpose(1, 2)
+        for group, mask, (k, v) in zip(every, masks, held, strict=True):
+            q = a.q[group.rows].transpose(1, 2)
             made = attend(q, k, v, block_mask=mask, scale=a.scale, enable_gqa=True)
-            y[rows] = made.transpose(1, 2).flatten(2)
+            y[group.rows] = made.transpose(1, 2).flatten(2)
         return y
 
     return run
