@@ -140,7 +140,7 @@ class _Plan:
         attentions = attentions_of(base)
         # The model makes one mask for all its layers, so blocks are read by all of them or none.
         problems = [role.unpaged if role else note for role, note in attentions]
-        self.unpaged = next(filter(None, problems), "") or unpaged(base)
+        self.unpaged = next(filter(None, problems), "") or unpaged(base, [role for role, _ in attentions])
         if self.unpaged:
             attentions = [(None, NO_ROTATION) if role and not role.rotation else (role, n) for role, n in attentions]
         else:
