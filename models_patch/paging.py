@@ -59,6 +59,7 @@ def _is_plain(module: Any, options: dict[str, Any]) -> bool:
     )
 
 
+@torch.compiler.disable
 def _is_stock(implementation: str) -> bool:
     """Whether attention and masks of that name are transformers' own; one may have registered others by it."""
     found = (
