@@ -17,7 +17,7 @@ from quant import QuantizedActivation
 
 from .caches import slots_of
 from .paging import is_paged
-from .roles import PAGED_OPTIONS, Attention
+from .roles import PAGED_OPTIONS, Attention, value_at
 
 UNQUANTIZED: dict[str, Any] = {"output_quant_key": None}
 
@@ -67,7 +67,7 @@ def attention(
             scales: dict[str, Any] = {"k_scale": slots.k_scale, "v_scale": slots.v_scale}
             q = _fused(self, role, *write, (q, k, v, None, position_embeddings), caches, **scales)
         if paged:
-            options = {PAGED_OPTIONS[name]: _at(self, path) for name, path in role.options}
+            options = {PAGED_OPTIONS[name]: value_at(self, path) for name, path in role.options}
             options |= {"scale": self.scaling, "k_scale": slots.k_scale, "v_scale": slots.v_scale}
             quant = self.o_proj.input_quant("output_") if quantized else UNQUANTIZED
             tables, lengths, starts = slots.sequences
@@ -81,7 +81,7 @@ def attention(
             keys = by_sequence(k, shape)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-    options = {name: _at(self, path) for name, path in role.options}
+    options = {name: value_at(self, path) for name, path in role.options}
     output, weights = attend(self, eager, by_sequence(q, shape), keys, values, attention_mask, **options, **kwargs)
     return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
@@ -119,9 +119,3 @@ def _fused(
     weights = module.q_norm.weight, norm.pop("weight"), norm.pop("eps")
     norm |= {"whole_vector": role.whole_vector, **role.rotation.options}
     return norming(*inputs, *weights, *caches, **scales, **norm)
-
-
-def _at(module: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        module = getattr(module, name)
-    return module

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from . import stock
-from .binding import replaced
+from .binding import changed_linear, replaced
 from .families import NORMS, computes, mismatch, version
-from .roles import Attention, LatentAttention, Norm, Rotation
+from .masks import windows
+from .roles import Attention, LatentAttention, Norm, Rotation, value_at
 from .source import formula, reads, statements
 
 
@@ -89,16 +90,29 @@ def complex_rotation_of(module: nn.Module, role: LatentAttention) -> Callable | 
     return functions["apply_rotary_emb"] if role.rotation.stock is stock.ComplexPairs else None
 
 
-def unpaged(model: Any) -> str:
+def unpaged(model: Any, roles: Sequence[Any]) -> str:
     """Why the attentions of `model`, which are known, can't read keys from a `PagedKVCache`'s blocks; "" if they can.
 
     Its forward must hand the mask to nobody but those who make masks, which pass one of four dimensions on as it is.
+    What they make must let each layer see what its attention says: some slide by the mask alone.
     """
     forward = type(model).forward
     parameters = tuple(inspect.signature(inspect.unwrap(forward)).parameters)[1 : len(_PARAMETERS) + 1]
     if parameters != _PARAMETERS or not _MASK_MAKERS.issuperset(reads(forward, "attention_mask") or ("unknown",)):
         return f"{type(model).__name__}.forward reads attention_mask elsewhere too"
+    seen = windows(model)
+    if seen is None:
+        return f"{type(model).__name__}.forward makes masks that aren't known"
+    for layer, role, window in zip(model.layers, roles, seen, strict=True):
+        paths = [path for name, path in getattr(role, "options", ()) if name == "sliding_window"]
+        handed = value_at(layer.self_attn, paths[0]) if paths else None
+        if handed != window:
+            return f"a mask lets {type(layer.self_attn).__name__} see {_keys(window)}, its arguments {_keys(handed)}"
     return ""
+
+
+def _keys(window: int | None) -> str:
+    return "all keys" if window is None else f"{window} keys"
 
 
 _PARAMETERS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
@@ -169,10 +183,14 @@ def _latent_attention_of(module: Any, table: nn.Module) -> tuple[LatentAttention
     if rotation is None or norm_problem or len(set(kinds)) > 1:
         return None, rotation_problem or norm_problem or f"the norms of this {cls.__name__} differ"
     sorts = rotation.stock is stock.SortedPairs and module.config.rope_interleave
-    kept = _unpaged(module, ())
-    if type(module.kv_b_proj) is not nn.Linear:
-        kept = f"kv_b_proj is {type(module.kv_b_proj).__name__}, and mla_attention takes its weight unquantized"
+    kept = _unpaged(module, ()) or absorbs(module)
     return LatentAttention(rotation, kinds[0], module.q_lora_rank is not None, sorts, kept), ""
+
+
+def absorbs(module: Any) -> str:
+    """Why `mla_attention` can't take the weight of an attention's `kv_b_proj` for all that it does; "" where it can."""
+    problem = changed_linear(module.kv_b_proj)
+    return f"kv_b_proj {problem}, and mla_attention takes its weight alone" if problem else ""
 
 
 @functools.cache

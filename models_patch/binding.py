@@ -17,7 +17,18 @@ def is_ours(method: Any) -> bool:
 
 def replaced(module: nn.Module, *methods: str) -> str | None:
     """Why a fused forward can't be bound: something else was; None where it can."""
-    for name in methods or (*METHODS, "_norm"):
+    for name in methods or (*METHODS, "_norm", "expand_kv"):
         if callable(own := vars(module).get(name)) and not is_ours(own):
             return f"the {name} of this {type(module).__name__} has been replaced by something else already"
+    return None
+
+
+def changed_linear(module: Any) -> str | None:
+    """What it is or does beside the product with its weight; None where that is all, and the weight may be used."""
+    if type(module) is not nn.Linear:
+        return f"is {type(module).__name__}"
+    if module.bias is not None:
+        return "has a bias"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "has a forward or hooks of its own"
     return None

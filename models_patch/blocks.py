@@ -38,6 +38,10 @@ class Step:
         """Whether its sequences may be rows of a batch: all have the same length, and get as many tokens."""
         return len(set(self.lengths)) == len(set(self.counts)) == 1
 
+    def is_batch_of(self, length: int) -> bool:
+        """Whether rows of so many new tokens are its sequences, one a row; the same may come packed in one row."""
+        return self.is_batch and (len(self.sequences) == 1 or length == self.counts[0])
+
 
 @dataclass
 class _Sequence:

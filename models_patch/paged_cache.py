@@ -99,7 +99,7 @@ class PagedKVCache(Cache):
     The next call of the model writes this step. A patched model whose report names `paged_attention` knows by the step
     which keys each token may see, and where it stands; it reads keys and values where they are. Any other model takes
     `position_ids=step.positions[None]` and a mask [1, 1, tokens, all keys] that lets each token see its own sequence,
-    unless the step is of one sequence, or a batch of equals; it gets all keys and values gathered.
+    unless the step is of one sequence, or a batch of equals, one a row; it gets all keys and values gathered.
 
     A call that fails midway leaves its tokens counted: `truncate` takes them back. `set_rows` lets `generate` go on
     from sequences, whose prefixes may be shared. `fused_ops`' cache writes and attentions take `layers[i].k_cache`,
@@ -200,8 +200,14 @@ class PagedKVCache(Cache):
 
         Raises:
             OutOfBlocks: there are too few free blocks; no sequence has changed.
-            ValueError: there are other rows than before, or other tokens than those of the step.
+            ValueError: there are other rows than before, other tokens than those of the step, or more layers than the
+                config has.
         """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"PagedKVCache: got keys of layer {layer_idx}, counted from 0, but its config has "
+                f"{len(self.layers)} layers; expected the model's"
+            )
         layer = self.layers[layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
@@ -246,7 +252,7 @@ class PagedKVCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         step = self.pending
-        if step is not None and not step.is_batch:
+        if step is not None and not step.is_batch_of(query_length):
             raise ValueError(
                 "PagedKVCache: tokens of several sequences in one row take an attention_mask [1, 1, tokens, all keys], "
                 "since each may see its own sequence alone; or no mask at all, where `patch` reports paged_attention"

@@ -3,8 +3,9 @@
 `paged_attention` computes one thing: each token sees its sequence up to itself, or a window of that. A mask may say
 something else, so the model's forward decides once, before any mask is made: where the mask it got is None, or a row of
 ones for each sequence, layers get a mask of no keys, which stands for that. Any other mask (left padding, one of four
-dimensions) is the model's to apply, by its attention function, to keys and values that are gathered; and so is what
-only that function has: weights to return, dropout in training, `is_causal`, an implementation of the user's own.
+dimensions, a dict of one for each type of layer) is the model's to apply, by its attention function, to keys and values
+that are gathered; and so is what only that function has: weights to return, dropout in training, `is_causal`, an
+implementation of the user's own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .binding import changed_linear
 from .paged_cache import PagedKVCache
 
 # Those of transformers, which differ in speed. Others may compute anything.
@@ -32,7 +36,7 @@ def model(
 ) -> Any:
     """The stock forward of a model without head; a step of a `PagedKVCache` needs neither mask nor positions."""
     x = inputs_embeds if input_ids is None else input_ids
-    if isinstance(past_key_values, PagedKVCache) and x is not None and _is_plain(self, kwargs):
+    if isinstance(past_key_values, PagedKVCache) and x is not None and _is_plain(self, kwargs) and _absorbs(self):
         attention_mask, position_ids = _of_step(past_key_values, x, attention_mask, position_ids)
     inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
     return type(self).forward(self, *inputs, *args, **kwargs)
@@ -47,12 +51,32 @@ def _is_plain(module: Any, options: dict[str, Any]) -> bool:
     """Whether a call asks for nothing that only the attention function does."""
     config = module.config
     return (
-        config._attn_implementation in IMPLEMENTATIONS
+        _is_stock(config._attn_implementation)
         and getattr(config, "is_causal", True)
         and not module.training
         and not (options.get("output_attentions") or getattr(config, "output_attentions", False))
         and options.get("is_causal") is None
     )
+
+
+@torch.compiler.disable
+def _is_stock(implementation: str) -> bool:
+    """Whether attention and masks of that name are transformers' own; one may have registered others by it."""
+    found = (
+        functions.get(implementation, None) for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+    )
+    return implementation in IMPLEMENTATIONS and all(
+        function is None  # "eager", which is the model's
+        or getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers.")
+        for function in found
+    )
+
+
+@torch.compiler.disable
+def _absorbs(module: Any) -> bool:
+    """Whether `mla_attention` may use the weights it takes: one may have quantized them since, or hooked a layer."""
+    projections = (getattr(layer.self_attn, "kv_b_proj", None) for layer in module.layers)
+    return all(projection is None or changed_linear(projection) is None for projection in projections)
 
 
 @torch.compiler.disable  # which tokens are whose is kept in Python
@@ -61,7 +85,8 @@ def _of_step(cache: PagedKVCache, x: Tensor, mask: Any, positions: Tensor | None
     step, (batch, length) = cache.pending, x.shape[:2]
     if mask is not None:
         whole = (batch, cache.get_seq_length() + length)
-        if (step is not None and not step.is_batch) or tuple(mask.shape) != whole or not mask.all():
+        fits = (step is None or step.is_batch_of(length)) and isinstance(mask, Tensor) and tuple(mask.shape) == whole
+        if not fits or not mask.all():
             return mask, positions
     if positions is None and step is not None and step.positions.numel() == batch * length:
         positions = step.positions.view(batch, length)

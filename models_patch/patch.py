@@ -55,7 +55,7 @@ def patch(model: nn.Module) -> Report:
 
     How results are quantized is decided here, by the linear layers that the model has now. So quantize first; a model
     that is quantized after it was patched gives the same numbers, but its layers quantize for themselves until `patch`
-    is called again, which decides anew.
+    is called again, which decides anew. Where its `kv_b_proj` was quantized too, latents are gathered from blocks.
 
     Between layers a patched model passes `Pending` instead of a tensor. A decoder layer with forward hooks, such as
     those of `output_hidden_states=True`, which transformers leaves in place, returns the tensor, and its addition stays
@@ -140,7 +140,7 @@ class _Plan:
         attentions = attentions_of(base)
         # The model makes one mask for all its layers, so blocks are read by all of them or none.
         problems = [role.unpaged if role else note for role, note in attentions]
-        self.unpaged = next(filter(None, problems), "") or unpaged(base)
+        self.unpaged = next(filter(None, problems), "") or unpaged(base, [role for role, _ in attentions])
         if self.unpaged:
             attentions = [(None, NO_ROTATION) if role and not role.rotation else (role, n) for role, n in attentions]
         else:

@@ -125,3 +125,10 @@ class LatentAttention:
     low_rank: bool
     sorts_pairs: bool
     unpaged: str = ""
+
+
+def value_at(module: Any, path: tuple[str, ...]) -> Any:
+    """The attribute that an option of a module's attention function is read from."""
+    for name in path:
+        module = getattr(module, name)
+    return module

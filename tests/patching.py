@@ -51,6 +51,13 @@ FAMILIES = {  # by `<name>Config`, with what its tiny model needs
     "DeepseekV3": {"q_lora_rank": 24, **_DEEPSEEK},
     "MiniMaxM2": {"head_dim": 16, "rotary_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
+UNLISTED = {  # the same of models that are made of the same layers
+    "Mixtral": {"num_local_experts": 4},
+    "Gemma": {"head_dim": 16},
+    "Glm": {"head_dim": 16},
+    "Olmo3": {"sliding_window": 4},
+    "Cwm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+}
 
 
 def tiny(name: str = "Llama", dtype: torch.dtype = torch.bfloat16, **changes):

@@ -362,6 +362,7 @@ def _uneven_rows(cache):
         (_started, _again, r"called without a step; call step\(\), set_rows\(\) or reset\(\) first"),
         (_started, _uneven_rows, r"sequences have lengths \[4, 3\], expected one for all"),
         (_cache, _other_rows, r"keys are of 3 rows, expected 2; reset\(\) forgets them"),
+        (_cache, lambda cache: cache.update(_keys(1, 2), _keys(1, 2), 2), "keys of layer 2, .* has 2 layers"),
         (_cache, lambda cache: cache.crop(2), "tokens_to_remove is 2, expected a negative int or 0"),
     ],
 )  # fmt: skip

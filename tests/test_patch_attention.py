@@ -9,7 +9,19 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from patching import FAMILIES, L, assert_equal, count, generate, quantize, tiny, tiny_model, tokens, without_blocks
+from patching import (
+    FAMILIES,
+    UNLISTED,
+    L,
+    assert_equal,
+    count,
+    generate,
+    quantize,
+    tiny,
+    tiny_model,
+    tokens,
+    without_blocks,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -78,15 +90,6 @@ def test_norms_and_rotations_that_a_layer_does_without():
     model.model.layers[0].self_attn.is_causal = False
     (entry,) = (entry for entry in models_patch.patch(model) if entry.path == "model.layers.1.self_attn")
     assert (entry.operation, entry.note) == (None, "it doesn't rotate: nothing to fuse")
-
-
-UNLISTED = {
-    "Mixtral": {"num_local_experts": 4},
-    "Gemma": {"head_dim": 16},
-    "Glm": {"head_dim": 16},
-    "Olmo3": {"sliding_window": 4},
-    "Cwm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-}
 
 
 @pytest.mark.parametrize("name", UNLISTED)

@@ -113,10 +113,64 @@ def test_a_quantized_kv_b_proj_leaves_attention_to_the_model():
     ids = tokens(9)
     expected = model(ids, past_key_values=DynamicCache()).logits
     report = models_patch.patch(model)
-    reason = "kv_b_proj is QuantLinear, and mla_attention takes its weight unquantized"
+    reason = "kv_b_proj is QuantLinear, and mla_attention takes its weight alone"
     assert sum(reason in entry.note for entry in report) == L
     cache = PagedKVCache(model.config, 16, 4)
     assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
+def test_one_that_is_quantized_after_the_patch_does_too():
+    model, ids = tiny_model("DeepseekV3"), tokens(9)
+    models_patch.patch(model)
+    quantize(model, "int8_token")
+    cache = PagedKVCache(model.config, 16, 4)
+    expected = model(ids, past_key_values=DynamicCache()).logits
+    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert count(lambda: model(ids[:, :1], past_key_values=cache))["mla_attention"] == 0
+
+
+def _with_bias(attention):
+    attention.kv_b_proj.bias = torch.nn.Parameter(torch.randn(attention.kv_b_proj.out_features), requires_grad=False)
+
+
+def _with_another_forward(attention):
+    linear = attention.kv_b_proj
+    linear.forward = lambda x: 2 * type(linear).forward(linear, x)
+
+
+def _with_a_hook(attention):
+    attention.kv_b_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _with_a_pre_hook(attention):
+    attention.kv_b_proj.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the patch", "after it"])
+@pytest.mark.parametrize("change", [_with_bias, _with_another_forward, _with_a_hook, _with_a_pre_hook])
+def test_a_kv_b_proj_that_does_more_is_called(change, after):
+    model, ids = model_of("V3"), tokens(9)
+    if after:
+        models_patch.patch(model)
+    change(model.model.layers[1].self_attn)
+    expected = model(ids).logits
+    if not after:
+        reason = (
+            f"kv_b_proj has a {'bias' if change is _with_bias else 'forward or hooks of its own'}, and mla_attention"
+        )
+        assert any(reason in entry.note for entry in models_patch.patch(model))
+    assert_logits_close(model(ids, past_key_values=PagedKVCache(model.config, 16, 4)).logits, expected)
+
+
+def test_an_expansion_that_was_replaced_is_called():
+    model, ids = model_of("V3"), tokens(9)
+    attention = model.model.layers[1].self_attn
+    attention.expand_kv = lambda *latents: [2 * x for x in type(attention).expand_kv(attention, *latents)]
+    expected = model(ids).logits
+    report = models_patch.patch(model)
+    note = "the expand_kv of this DeepseekV3Attention has been replaced by something else already"
+    assert note in {entry.note for entry in report.left}
+    assert_logits_close(model(ids, past_key_values=PagedKVCache(model.config, 16, 4)).logits, expected)
 
 
 CHANGES = [  # in DeepSeek-V3's source

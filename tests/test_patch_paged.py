@@ -1,10 +1,15 @@
 """Patched models with a `PagedKVCache`: what stock computes, from blocks in place, and for o_proj as it wants it."""
 
+import functools
+
 import pytest
 import torch
+import transformers
 from compare import assert_logits_close, assert_same_choice
-from patching import FAMILIES, L, count, generate, quantize, tiny, tiny_model, tokens
+from patching import FAMILIES, SIZES, UNLISTED, L, count, generate, quantize, tiny, tiny_model, tokens
 from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
@@ -13,6 +18,8 @@ import models_patch
 from models_patch.paged_cache import PagedKVCache, PagedLayer
 
 NAMES = ["Llama", "Mistral", "Qwen2", *FAMILIES]
+BACKENDS = [backend for backend in ("reference", "cpu") if backend in fused_ops.OPS["paged_attention"].backends]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -53,12 +60,14 @@ def in_chunks(model, ids: torch.Tensor, cache, ends=(7, 11, 12)) -> torch.Tensor
 # What stock computes.
 
 
+@every_backend
 @every_model
-def test_a_batch_in_chunks(name, no_gathering):
+def test_a_batch_in_chunks(name, backend, no_gathering):
     model, ids = model_of(name), tokens(12)
     expected = model(ids, past_key_values=DynamicCache()).logits
     report = models_patch.patch(model)
-    assert_logits_close(in_chunks(model, ids, paged(model)), expected)
+    with fused_ops.use_backend(backend):
+        assert_logits_close(in_chunks(model, ids, paged(model)), expected)
     assert count(lambda: in_chunks(model, ids, paged(model)))[attention_of(name)] == 3 * L
     entries = [entry for entry in report if entry.operation == attention_of(name)]
     assert [(entry.quant_key, entry.feeds, entry.note) for entry in entries] == [(None, (), "with a PagedKVCache")] * L
@@ -72,8 +81,9 @@ def test_a_batch_in_bfloat16_chooses_what_stock_does(name, no_gathering):
     assert_same_choice(in_chunks(model, ids, paged(model), ends=(20, 31, 32)), expected)
 
 
+@every_backend
 @every_model
-def test_packed_sequences_take_neither_mask_nor_positions(name, no_gathering):
+def test_packed_sequences_take_neither_mask_nor_positions(name, backend, no_gathering):
     model, prompt, text = model_of(name), [5, 6, 7, 8, 9, 10], {}
     whole = {0: [*prompt, 11, 12], 1: [*prompt[:5], 20, 21, 22, 23]}
     alone = {sequence: model(torch.tensor([ids])).logits for sequence, ids in whole.items()}
@@ -86,12 +96,13 @@ def test_packed_sequences_take_neither_mask_nor_positions(name, no_gathering):
         for sequence, logits in zip(new, model(ids, past_key_values=cache).logits.split(taken.counts, 1), strict=True):
             text[sequence] = torch.cat((text[sequence], logits), 1) if sequence in text else logits
 
-    first = cache.add()
-    step({first: prompt})
-    second = cache.add(prefix_of=first, length=5)  # in the middle of a block
-    text[second] = text[first][:, :5]
-    step({second: [20, 21, 22], first: [11]})
-    step({first: [12], second: [23]})
+    with fused_ops.use_backend(backend):
+        first = cache.add()
+        step({first: prompt})
+        second = cache.add(prefix_of=first, length=5)  # in the middle of a block
+        text[second] = text[first][:, :5]
+        step({second: [20, 21, 22], first: [11]})
+        step({first: [12], second: [23]})
     for sequence, expected in alone.items():
         assert_logits_close(text[sequence], expected)
 
@@ -104,6 +115,39 @@ def test_generation_without_padding(name, options, no_gathering):
     expected = model.generate(prompt, past_key_values=DynamicCache(), **options)
     models_patch.patch(model)
     assert torch.equal(model.generate(prompt, past_key_values=paged(model), **options), expected)
+
+
+# Sliding windows, of which masks and attentions may say different things.
+
+QWEN2_MOE = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+NEEDS = {"Llama": {}, "Mistral": {}, "Qwen2": {}, **FAMILIES, **UNLISTED, "Qwen2Moe": QWEN2_MOE}
+CONFIGS = {name: getattr(transformers, name + "Config")() for name in NEEDS}
+SLIDING = [
+    (name, use)
+    for name, config in CONFIGS.items()
+    for use in ((True, False) if hasattr(config, "use_sliding_window") else (None,))
+    if hasattr(config, "sliding_window")
+]
+BY_THE_MASK = [("SmolLM3", False), ("Qwen2Moe", True), ("Qwen2Moe", False)]
+
+
+@pytest.mark.parametrize(("name", "use"), SLIDING)
+def test_a_sliding_window_is_never_dropped(name, use):
+    changes = {**NEEDS[name], "sliding_window": 4, "num_hidden_layers": L}
+    if use is not None:
+        changes |= {"use_sliding_window": use}
+    if use or (name, use) in BY_THE_MASK:  # others have no mask for a window that isn't used
+        changes |= {"layer_types": ["sliding_attention", "full_attention"]}
+    model, ids = tiny(name, torch.float32, **changes), tokens(12)
+    expected = model(ids, past_key_values=DynamicCache()).logits
+    report = models_patch.patch(model)
+    assert_logits_close(model(ids, past_key_values=paged(model)).logits, expected)
+    notes = [entry.note for entry in report if entry.path.endswith("self_attn")]
+    by_the_mask = (name, use) in BY_THE_MASK
+    assert any("the model's: a mask lets" in note for note in notes) == by_the_mask
+    assert any(entry.operation == "paged_attention" for entry in report) != by_the_mask
 
 
 # Quantized for o_proj.
@@ -153,11 +197,12 @@ MASKS = {
         False,
     ),
     "zeros": (torch.zeros_like, False),
+    "dict": (lambda ids: dict.fromkeys(("full_attention", "sliding_attention"), _windows(ids)), False),
 }
+CASES = [(name, case) for name in ("Llama", "Gemma3Text", "DeepseekV3") for case in MASKS]
 
 
-@pytest.mark.parametrize("case", MASKS)
-@pytest.mark.parametrize("name", ["Llama", "Gemma3Text", "DeepseekV3"])
+@pytest.mark.parametrize(("name", "case"), [each for each in CASES if each[1] != "dict" or each[0] == "Gemma3Text"])
 def test_a_mask_is_never_ignored(name, case):
     model, ids, (make, from_blocks) = model_of(name), tokens(9), MASKS[case]
     mask = make(ids)
@@ -166,6 +211,20 @@ def test_a_mask_is_never_ignored(name, case):
     assert_logits_close(model(ids, attention_mask=mask, past_key_values=paged(model)).logits, expected)
     calls = count(lambda: model(ids, attention_mask=mask, past_key_values=paged(model)))
     assert calls[attention_of(name)] == L * from_blocks
+
+
+def test_a_model_that_always_makes_a_dict_of_masks():
+    text = {**SIZES, **FAMILIES["Gemma3Text"], "num_hidden_layers": L}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 8,
+    }  # fmt: skip
+    special = {"boi_token_index": 94, "eoi_token_index": 95, "image_token_index": 96, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **special)
+    model, ids = transformers.Gemma3ForConditionalGeneration(config).eval(), tokens(9).clamp(max=93)
+    expected = model(ids, past_key_values=DynamicCache()).logits
+    models_patch.patch(model)
+    assert_logits_close(model(ids, past_key_values=paged(model)).logits, expected)
 
 
 def test_padded_and_whole_calls_may_follow_each_other():
@@ -182,7 +241,7 @@ def test_padded_and_whole_calls_may_follow_each_other():
 
 
 def _both_ways(module, query, key, value, mask, **options):
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **{**options, "is_causal": False})
+    return sdpa_attention_forward(module, query, key, value, None, **{**options, "is_causal": False})
 
 
 @pytest.mark.parametrize("name", ["Llama", "DeepseekV3"])
@@ -207,7 +266,14 @@ def test_what_only_an_attention_function_does_is_left_to_it(name, monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "both_ways", _both_ways)
     model.eval().config._attn_implementation = "both_ways"
     compare(model)
-    model.config._attn_implementation, model.config.is_causal = "sdpa", False
+    model.config._attn_implementation = "sdpa"
+    with monkeypatch.context() as registered:
+        registered.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", _both_ways)
+        compare(model)
+    with monkeypatch.context() as registered:
+        registered.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", lambda *args, **kwargs: sdpa_mask(*args, **kwargs))
+        compare(model)
+    model.config.is_causal = False
     compare(model, is_causal=False)
 
 
@@ -230,6 +296,15 @@ def _with_other_eager(model, monkeypatch):
     monkeypatch.setattr(llama, "eager_attention_forward", _other_eager)
 
 
+def _with_a_joined_mask(model, monkeypatch):
+    window = functools.partial(create_causal_mask, and_mask_function=lambda batch, head, q, k: q - k < 3)
+    monkeypatch.setattr(llama, "create_causal_mask", window)
+
+
+def _with_a_mask_of_its_own(model, monkeypatch):
+    monkeypatch.setattr(llama, "create_causal_mask", lambda *args, **kwargs: create_causal_mask(*args, **kwargs))
+
+
 def _with_a_reader_of_masks(model, monkeypatch):
     model.model.__class__ = _Peeking
 
@@ -242,6 +317,8 @@ def _looking_ahead(model, monkeypatch):
     ("change", "reason"),
     [
         (_with_other_eager, "eager_attention_forward of test_patch_paged of transformers {} is not a known attention"),
+        (_with_a_joined_mask, "LlamaModel.forward makes masks that aren't known"),
+        (_with_a_mask_of_its_own, "LlamaModel.forward makes masks that aren't known"),
         (_with_a_reader_of_masks, "_Peeking.forward reads attention_mask elsewhere too"),
         (_looking_ahead, "this LlamaAttention isn't causal"),
     ],
@@ -258,22 +335,25 @@ def test_an_unknown_attention_is_left_to_the_model_and_packed_steps_need_a_mask(
         _packed_step_raises(model)
 
 
+@pytest.mark.parametrize("counts", [(2, 1), (2, 2)], ids=str)  # equals too: one row is no batch of theirs
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("name", ["Llama", "DeepseekV3"])
-def test_packed_steps_raise_where_a_mask_would_be_needed(name, patched):
-    model = model_of(name)
+def test_packed_steps_raise_where_a_mask_would_be_needed(name, patched, counts):
+    model = model_of(name, attn_implementation="eager")
     if patched:
         models_patch.patch(model)
-        _packed_step_raises(model, attention_mask=torch.ones(1, 3))  # says nothing of sequences
+        _packed_step_raises(model, counts, attention_mask=torch.ones(1, sum(counts)))  # says nothing of sequences
+        _packed_step_raises(model, counts, output_attentions=True)
+        _packed_step_raises(model, counts, is_causal=True)
         model.train()
-    _packed_step_raises(model)
+    _packed_step_raises(model, counts)
 
 
-def _packed_step_raises(model, **options):
+def _packed_step_raises(model, counts=(2, 1), **options):
     cache = paged(model)
-    cache.step({cache.add(): 2, cache.add(): 1})
+    cache.step({cache.add(): count for count in counts})
     with pytest.raises(ValueError, match=r"take an attention_mask .* or no mask at all, where `patch` reports"):
-        model(tokens(3, batch=1), past_key_values=cache, **options)
+        model(tokens(sum(counts), batch=1), past_key_values=cache, **options)
 
 
 def test_generation_with_padding_has_stocks_bits():
