@@ -60,6 +60,8 @@ Numbers numbers_of(T tensor, int64_t dims, const char* name) {
   return {tensor.data_ptr(), dtype == ScalarType::Long};
 }
 
+constexpr int64_t kMostTokens = int64_t{1} << 62;  // of a sequence, so that rounding up can't overflow
+
 void set_sequences(Attention& p, T cache, T block_tables, T seq_lens, T query_start_loc, int64_t tokens) {
   p.tables = numbers_of(block_tables, 2, "block_tables");
   p.table_stride = block_tables.stride(0);
@@ -73,8 +75,10 @@ void set_sequences(Attention& p, T cache, T block_tables, T seq_lens, T query_st
   for (int64_t i = 0; i < count; ++i) {
     const int64_t start = starts[i], end = starts[i + 1], length = lengths[i];
     STD_TORCH_CHECK(start <= end && end <= tokens, "query_start_loc: out of range");
-    STD_TORCH_CHECK(end - start <= length && length <= block_tables.size(1) * size, "seq_lens: out of range");
-    const int64_t used = (length + p.block_size - 1) / p.block_size;
+    // By division, since a block may seem to have any number of tokens, all in one place.
+    const int64_t used = length / p.block_size + (length % p.block_size != 0);
+    STD_TORCH_CHECK(end - start <= length && length <= kMostTokens && used <= block_tables.size(1) && (size || !length),
+                    "seq_lens: out of range");
     for (int64_t j = 0; j < used; ++j) {
       const int64_t block = p.tables[i * p.table_stride + j];
       STD_TORCH_CHECK(block >= 0 && block < blocks, "block_tables: out of range");

@@ -4,6 +4,7 @@
 //
 // A block's part of a row follows from the row and the keys that it sees there, and blocks begin at fixed places of a
 // sequence. So a row's bits are the same in any batch, in prefill, its chunks and decoding, with any number of threads.
+// (Mla::absorbs asks for the number of queries; so MLA's bits follow from that too.)
 #pragma once
 
 #include <vector>

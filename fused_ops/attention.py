@@ -38,6 +38,8 @@ from ._op import Op, invoke, op
 from .kv_cache import CODES
 from .quantize import plain_out, quantizing, run_quant
 
+MOST_TOKENS = 1 << 62  # of a sequence
+
 
 class OutputOptions(TypedDict, total=False):
     """What attention takes besides its `output_quant_key`: `QuantOptions`, since `scale` is the logits'.
@@ -97,8 +99,8 @@ def sequences(
     for i, length in enumerate(lengths):
         start, end = starts[i : i + 2]
         rows = slice(max(start, 0), min(max(end, 0), tokens))
-        inside = 0 <= start <= end <= tokens and end - start <= length <= block_tables.shape[1] * size
-        blocks = block_tables[i, : -(-length // size)].long() if inside else None
+        inside = 0 <= start <= end <= tokens and end - start <= length <= min(block_tables.shape[1] * size, MOST_TOKENS)
+        blocks = block_tables[i, : -(-length // max(size, 1))].long() if inside else None
         if blocks is not None and bool(((blocks < 0) | (blocks >= limit)).any()):
             blocks = None
         if rows.start >= rows.stop:
@@ -203,7 +205,7 @@ def check_sequences(op_name: str, q: Tensor, cache: Tensor, block_tables, seq_le
             raise ValueError(
                 f"{op_name}: query_start_loc goes from {start} to {end} at {i}, expected no less, up to {q.shape[0]}"
             )
-        most = sizes["M"] * size
+        most = min(sizes["M"] * size, MOST_TOKENS)
         if not end - start <= length <= most:
             raise ValueError(f"{op_name}: seq_lens has {length} at {i}, expected {end - start} to {most}")
         used = table[: -(-length // size)] if size else table[:0]

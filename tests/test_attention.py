@@ -405,6 +405,7 @@ BAD = [
     ({"query_start_loc": torch.tensor([1, 5, 6, 6, 76, 77, 79])}, ValueError, "query_start_loc starts with 1"),
     ({"query_start_loc": torch.tensor([0, 5, 4, 6, 76, 77, 79])}, ValueError, "goes from 5 to 4 at 1"),
     ({"query_start_loc": torch.tensor([0, 5, 6, 6, 76, 77, 80])}, ValueError, "goes from 77 to 80 at 5"),
+    ({"seq_lens": torch.tensor([5, 300, 9, 530, 1, 2**63 - 1])}, ValueError, "seq_lens has 9223372036854775807 at 5"),
     ({"query_start_loc": torch.tensor([0, 5])}, ValueError, "query_start_loc is"),
     ({"output_quant_key": FP8_DYNAMIC_TENSOR}, ValueError, "output_quant_key is"),
     ({"output_scale": torch.ones(1)}, ValueError, "output_scale is given, but output_quant_key is None"),

@@ -1,6 +1,7 @@
 #include "../attention.h"
 
 #include <atomic>
+#include <exception>
 #include <memory>
 
 #include "attention.h"
@@ -26,11 +27,18 @@ std::unique_ptr<Line[]> floats(int64_t count) { return std::unique_ptr<Line[]>(n
 template <class Fn>
 void for_each(int64_t count, int64_t size, const Fn& fn) {
   std::atomic<int64_t> next{0};
+  std::exception_ptr error;  // torch's threads would lose what it says
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
   constexpr int64_t kWorthAThread = 1 << 20;
   parallel_rows(std::min<int64_t>(count, torch::stable::get_num_threads()), kWorthAThread, [&](int64_t, int64_t) {
-    const auto memory = floats(size);
-    for (int64_t i; (i = next++) < count;) fn(i, memory[0].v);
+    try {
+      const auto memory = floats(size);
+      for (int64_t i; (i = next++) < count;) fn(i, memory[0].v);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 // The later of a sequence's tokens, which see most, first.

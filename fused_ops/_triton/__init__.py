@@ -24,7 +24,7 @@ LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static
 MAX_PLACES = 16384  # of a head, with a power of two for its columns, or of all of a token's that are one row
 HEADS_LIMITS = f"heads of up to {MAX_PLACES} columns, all of a token's together where they are normed as one row"
 HEADS = ("q", "k", "v", "gate", "q_pe", "k_pe", "kv_c")
-MOST_HEADS = 32768
+MOST_HEADS = 8192  # times slices of 128 latents or values, a dimension of a grid
 ATTENTION_LIMITS = (
     "heads of up to 256 columns, latents of up to 512 and 256 rotated columns beside them, in blocks of at least one "
     f"token, up to {MOST_HEADS} heads, fewer than 2^31 tokens to a row of block_tables, and keys of whole bytes a head"
@@ -121,7 +121,7 @@ def _supports_attention(op: Op) -> Callable[..., bool]:
         else:
             heads, page = named["q"].shape[1], named["k_cache"].shape[1]
             fits = max(named["q"].shape[2], named["v_cache"].shape[3]) <= 256
-        fits = fits and heads <= MOST_HEADS and tables.shape[1] * page < 1 << 31
+        fits = fits and heads <= MOST_HEADS and page > 0 and tables.shape[1] * page < (1 << 31) - 1024
         return fits and all(map(serves, op.keys(args)))
 
     return supports
