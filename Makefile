@@ -12,9 +12,9 @@ MODEL ?= smollm2
 demo: .venv/models
 	$(BIN)/python -m bench.demo --model $(MODEL)
 
-# In two processes, a file in one.
+# In two processes, a file in one; each with one thread, but for the tests of threads.
 test: .venv/models .venv/tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 # Every combination of arguments, where `make test` takes every pair of two.
 test-full: .venv/models .venv/tests

@@ -275,7 +275,7 @@ def test_patching_again_undoes_what_no_longer_fits(reference, model):
 
 def test_the_report_is_a_table():
     lines = str(models_patch.patch(quantized("int8_token"))).splitlines()
-    assert lines[0] == "LlamaForCausalLM: fused operations in 13 places, 0 left as they were"
+    assert lines[0] == "LlamaForCausalLM: fused operations in 16 places, 0 left as they were"
     assert lines[1].split() == ["module", "class", "calls", "quantized", "as", "for", "note"]
     assert lines[2].split()[:4] == [
         "model.layers.0.input_layernorm",
