@@ -154,21 +154,26 @@ def _(
     heads, kv_heads, cols = sizes["H"], sizes["K"], sizes["V"]
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"{name}: q has {heads} heads, expected a multiple of k_cache's {kv_heads}")
-    check_logits(name, scale)
-    number(name, soft_cap=soft_cap)
-    if not 0 <= soft_cap <= FLOAT32_MAX:
-        raise ValueError(f"{name}: soft_cap is {soft_cap}, expected a positive float32, or None")
-    boolean(name, causal=causal)
-    if isinstance(sliding_window, bool) or not isinstance(sliding_window, int):
-        raise TypeError(f"{name}: sliding_window is {type(sliding_window).__name__}, expected an int or None")
-    if sliding_window < 0 or (sliding_window and not causal):
-        raise ValueError(f"{name}: sliding_window is {sliding_window}, expected at least 1, with causal=True")
+    _check_options(name, scale, causal, sliding_window, soft_cap)
     for scale_name, cache_scale in ("k_scale", k_scale), ("v_scale", v_scale):
         check_cache_scale(name, q, scale_name, cache_scale, k_cache, kv_heads)
     check_sequences(name, q, k_cache, block_tables, seq_lens, query_start_loc)
     if not sizes["D"] or not heads * cols:
         raise ValueError(f"{name}: heads are of {sizes['D']} and {cols} columns, expected at least one")
     return heads * cols
+
+
+def _check_options(op_name: str, scale: Any, causal: Any, sliding_window: Any, soft_cap: Any) -> None:
+    """Of `paged_attention`, as the operation takes them: 0 is none."""
+    check_logits(op_name, scale)
+    boolean(op_name, causal=causal)
+    if isinstance(sliding_window, bool) or not isinstance(sliding_window, (int, torch.SymInt)):
+        raise TypeError(f"{op_name}: sliding_window is {type(sliding_window).__name__}, expected an int or None")
+    if not 0 <= sliding_window < 1 << 63 or (sliding_window and not causal):
+        raise ValueError(f"{op_name}: sliding_window is {sliding_window}, expected at least 1, with causal=True")
+    number(op_name, soft_cap=soft_cap)
+    if not 0 <= soft_cap <= FLOAT32_MAX:
+        raise ValueError(f"{op_name}: soft_cap is {soft_cap}, expected a positive float32, or None")
 
 
 def check_logits(op_name: str, scale: Any) -> None:
@@ -262,29 +267,15 @@ def paged_attention(
         TypeError, ValueError: an argument is not as above, or (on the CPU) a number is out of range; nothing is
             written.
     """
-    check_logits("paged_attention", scale)
-    window, cap = _options(causal, sliding_window, soft_cap)
+    name = "paged_attention"
+    window, cap = 0 if sliding_window is None else sliding_window, 0.0 if soft_cap is None else soft_cap
+    _check_options(name, scale, causal, window, cap)  # as given: torch would convert what it isn't
+    if sliding_window == 0 or soft_cap == 0:
+        wrong = "sliding_window is 0" if sliding_window == 0 else f"soft_cap is {soft_cap}"
+        raise ValueError(f"{name}: {wrong}, expected a positive number, or None")
     inputs = (q, k_cache, v_cache, block_tables, seq_lens, query_start_loc)
     args = (*inputs, scale, causal, window, cap, sinks, k_scale, v_scale)
     return run_attention(_paged_attention, _paged_attention_quant, args, output_quant_key, output)
-
-
-def _options(causal: Any, sliding_window: Any, soft_cap: Any) -> tuple[int, float]:
-    """(sliding_window, soft_cap) as the operation takes them, where 0 is none: torch would convert what they aren't."""
-    name = "paged_attention"
-    boolean(name, causal=causal)
-    if sliding_window is not None and (type(sliding_window) is bool or not isinstance(sliding_window, _INTS)):
-        raise TypeError(f"{name}: sliding_window is {type(sliding_window).__name__}, expected an int or None")
-    if sliding_window is not None and not 0 < sliding_window < 1 << 63:
-        raise ValueError(f"{name}: sliding_window is {sliding_window}, expected at least 1, or None")
-    if soft_cap is not None:
-        number(name, soft_cap=soft_cap)
-        if not 0 < soft_cap <= FLOAT32_MAX:
-            raise ValueError(f"{name}: soft_cap is {soft_cap}, expected a positive float32, or None")
-    return sliding_window or 0, soft_cap or 0.0  # type: ignore[return-value]
-
-
-_INTS = (int, torch.SymInt)
 
 
 def run_attention(plain: Op, fused: Op, args: tuple, key: QuantKey | None, output: OutputOptions) -> Any:

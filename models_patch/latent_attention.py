@@ -73,12 +73,10 @@ def latent_attention(
 def _projected(module: Any, x: Any, role: LatentAttention, q_quantized: bool) -> tuple[Any, Any, Any]:
     """Queries, normed latents, and keys still to be rotated, of all heads side by side."""
     kv = role.norm.of(module.kv_a_layernorm)
-    if not role.low_rank:
-        q = module.q_proj(x)
-        kv_c, k_pe = module.kv_a_proj_with_mqa(x).split((module.kv_lora_rank, module.qk_rope_head_dim), -1)
-        return q, rms_norm(kv_c, **kv), k_pe
-    q, norm = module.q_a_proj(x), role.norm.of(module.q_a_layernorm)
     kv_c, k_pe = module.kv_a_proj_with_mqa(x).split((module.kv_lora_rank, module.qk_rope_head_dim), -1)
+    if not role.low_rank:
+        return module.q_proj(x), rms_norm(kv_c, **kv), k_pe
+    q, norm = module.q_a_proj(x), role.norm.of(module.q_a_layernorm)
     weights = norm.pop("weight"), kv["weight"], norm.pop("eps"), kv["eps"]
     quant: Any = module.q_b_proj.input_quant() if q_quantized else {}
     key = quant.pop("quant_key", None)

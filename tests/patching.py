@@ -1,5 +1,8 @@
 """Tiny random models for the tests of `models_patch`, and how often they call what."""
 
+import importlib
+import inspect
+import sys
 from collections import Counter
 
 import torch
@@ -121,3 +124,18 @@ def assert_equal(actual, expected):
     assert len(actual) == len(expected)
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a, e), f"{index}: {int((a != e).sum())} of {e.numel()} elements differ"
+
+
+def changed_copy(module, cls: str, change: str, to: str, folder, monkeypatch):
+    """A copy of a modeling file of transformers whose class `cls`, and what follows it, has one change."""
+    package, name = module.__name__.rpartition(".")[0], f"changed_{cls.lower()}"
+    source = inspect.getsource(module).replace("from ... import", "from transformers import")
+    source = source.replace("from ...", "from transformers.").replace(
+        "from .configuration", f"from {package}.configuration"
+    )
+    begin = source.index(f"class {cls}")
+    assert change in source[begin:]
+    (folder / f"{name}.py").write_text(source[:begin] + source[begin:].replace(change, to))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)

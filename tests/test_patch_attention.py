@@ -1,9 +1,6 @@
 """Attention of patched models: what is recognised, what is fused with which cache, and what is left by name."""
 
 import functools
-import importlib
-import inspect
-import sys
 from collections import Counter
 
 import pytest
@@ -14,6 +11,7 @@ from patching import (
     UNLISTED,
     L,
     assert_equal,
+    changed_copy,
     count,
     generate,
     quantize,
@@ -362,22 +360,10 @@ CHANGES = {
 }
 
 
-def changed_llama(change: str, to: str, folder, monkeypatch):
-    """A copy of Llama's source whose attention has one change, as a module."""
-    source = inspect.getsource(llama).replace("from ...", "from transformers.")
-    source = source.replace("from .configuration_llama", "from transformers.models.llama.configuration_llama")
-    begin = source.index("class LlamaAttention")
-    assert change in source[begin:]
-    (folder / "changed_llama.py").write_text(source[:begin] + source[begin:].replace(change, to))
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "changed_llama", raising=False)
-    return importlib.import_module("changed_llama")
-
-
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_attention_with_one_change_is_unknown(change, tmp_path, monkeypatch):
     model = tiny()
-    module = changed_llama(change, CHANGES[change], tmp_path, monkeypatch)
+    module = changed_copy(llama, "LlamaAttention", change, CHANGES[change], tmp_path, monkeypatch)
     model.model.layers[0].self_attn.__class__ = module.LlamaAttention
     reason = f"LlamaAttention.forward of transformers {VERSION} is not a known attention"
     assert attentions_of(model.model) == [(None, reason)] * 3
@@ -386,7 +372,7 @@ def test_an_attention_with_one_change_is_unknown(change, tmp_path, monkeypatch):
 def test_an_attention_in_other_words_is_known(tmp_path, monkeypatch):
     model = tiny()
     expected = attentions_of(model.model)
-    module = changed_llama("attn_output", "attended", tmp_path, monkeypatch)
+    module = changed_copy(llama, "LlamaAttention", "attn_output", "attended", tmp_path, monkeypatch)
     model.model.layers[0].self_attn.__class__ = module.LlamaAttention
     assert attentions_of(model.model) == expected
     assert expected[0][0] is not None

@@ -1,14 +1,10 @@
 """Latent attention of patched models: what is recognised, what is fused, and a cache of latents."""
 
-import importlib
-import inspect
-import sys
-
 import pytest
 import torch
 import transformers
 from compare import assert_logits_close
-from patching import L, assert_equal, count, generate, quantize, tiny_model, tokens, without_blocks
+from patching import L, assert_equal, changed_copy, count, generate, quantize, tiny_model, tokens, without_blocks
 from transformers import DynamicCache
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
@@ -185,16 +181,8 @@ CHANGES = [  # in DeepSeek-V3's source
 
 @pytest.mark.parametrize(("change", "to"), CHANGES, ids=range(len(CHANGES)))
 def test_a_changed_one_is_left(change, to, tmp_path, monkeypatch):
-    source = inspect.getsource(v3).replace("from ... import", "from transformers import")
-    source = source.replace("from ...", "from transformers.")
-    source = source.replace("from .configuration", "from transformers.models.deepseek_v3.configuration")
-    begin = source.index("class DeepseekV3Attention")
-    assert change in source[begin:]
-    (tmp_path / "changed_deepseek.py").write_text(source[:begin] + source[begin:].replace(change, to))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "changed_deepseek", raising=False)
     model = tiny_model("DeepseekV3")
-    module = importlib.import_module("changed_deepseek")
+    module = changed_copy(v3, "DeepseekV3Attention", change, to, tmp_path, monkeypatch)
     model.model.layers[1].self_attn.__class__ = module.DeepseekV3Attention
     reason = (
         f"DeepseekV3Attention.forward of transformers {transformers.__version__} is not a known attention over latents"
