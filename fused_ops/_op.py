@@ -37,6 +37,7 @@ _SCHEMA_TYPES = {
     bool: "bool",
     list[int] | None: "int[]?",
     torch.dtype: "ScalarType",
+    str: "str",
 }
 
 

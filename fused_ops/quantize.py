@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -147,7 +148,8 @@ def quantizing(plain: Op, prefix: str = "", *, one_scale: bool = True, case_ever
     key_parameters = [p for p in inspect.signature(_quantize.reference).parameters.values() if p.name != "x"]
     signature = [*parameters[:required], *key_parameters, *parameters[required:]]
     reference.__name__ = f"{plain.name}_quant"
-    reference.__annotations__ = {p.name: p.annotation for p in signature}
+    hints = {f: typing.get_type_hints(f, include_extras=True) for f in (plain.reference, _quantize.reference)}
+    reference.__annotations__ = {**hints[_quantize.reference], **hints[plain.reference]}
     reference.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     fused = Op(reference, " ".join(["data scale", *others, "zero_point unquantized"]), returns=2 + len(others))
     fused.prefix = prefix
