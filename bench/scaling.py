@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .table import table
+
 
 @dataclass(frozen=True)
 class Link:
@@ -230,6 +232,13 @@ def ring(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
     return programs
 
 
+def unfused(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
+    """The library's ring, then addition, norm and quantization, a kernel each: four launches."""
+    passes = (3, 2, 1 + layer.coded)
+    kernels = [Work(machine.launch + n * layer.bytes / machine.memory) for n in passes]
+    return [[*program[:-1], *kernels] for program in ring(layer, ranks, machine)]
+
+
 def by_hosts(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
     """Summed within hosts, rings between them of a share each, gathered within hosts; then norm and quantization."""
     inside = min(machine.ranks_per_host, ranks)
@@ -259,11 +268,40 @@ ALGORITHMS: dict[str, Callable[[Layer, int, Machine], list[Program]]] = {
     "one shot": one_shot,
     "two shot": two_shot,
     "scattered": scattered,
-    "ring, then fused norm": ring,
-    "by hosts, then fused norm": by_hosts,
+    "ring, one after the other": unfused,
+    "ring, fused norm": ring,
+    "by hosts, fused norm": by_hosts,
 }
 
 
 def seconds(algorithm: str, layer: Layer, ranks: int, machine: Machine) -> float:
     """Until the last rank has ended."""
     return max(simulate(ALGORITHMS[algorithm](layer, ranks, machine), machine))
+
+
+# From the makers' sheets and what others report of their links: nobody has measured this library on them.
+NVLINK = Machine("NVLink, 8 to a host", Link(1e-6, 450e9), Link(5e-6, 50e9), memory=4.0e12, launch=2.5e-6)
+HIDDEN = 8192
+
+
+def tables() -> str:
+    """What docs/scaling.md says of GPUs."""
+    parts = []
+    for ranks in 2, 4, 8, 16, 64:
+        names = [name for name in ALGORITHMS if _fits(name, ranks)]
+        rows = []
+        for tokens in 1, 16, 64, 256, 1024, 4096:
+            layer = Layer(tokens, HIDDEN)
+            rows.append((tokens, layer.bytes / 2**20, *(1e6 * seconds(n, layer, ranks, NVLINK) for n in names)))
+        parts.append(f"{ranks} ranks, microseconds\n{table(('tokens', 'MiB', *names), rows, left=0)}")
+    return "\n\n".join(parts)
+
+
+def _fits(name: str, ranks: int) -> bool:
+    """Whether so many ranks would run it: shots are within a host."""
+    several = ranks > NVLINK.ranks_per_host
+    return not name.endswith("shot") if several else not name.startswith("by hosts")
+
+
+if __name__ == "__main__":
+    print(tables())
