@@ -203,7 +203,8 @@ class Batch(NamedTuple):
     """The sequences that FlashInfer is asked for: those in range that have queries.
 
     rows: of q, where they aren't simply the first; qo_indptr says which are whose.
-    kv_indptr, kv_indices, kv_lens: on the host, as are the others; a sequence's blocks, one after the other.
+    kv_indptr, kv_indices, kv_lens: on the host, as are the others; the blocks that a sequence's queries see, one after
+        the other, and how many of its tokens are in these.
     broken: rows of the sequences that are out of range.
     """
 
@@ -222,17 +223,29 @@ class Batch(NamedTuple):
         return int(self.qo_indptr[-1])
 
 
-def batch_of(tokens: int, cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor) -> Batch:
+def batch_of(
+    tokens: int,
+    cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    sliding_window: int = 0,
+) -> Batch:
+    """Of blocks that lie before the window of all of a sequence's queries FlashInfer isn't told: it counts from the end."""
     starts, lengths, tables = (t.cpu().long() for t in (query_start_loc, seq_lens, block_tables))
     blocks, size = cache.shape[0], max(cache.shape[1], 1)
     begin, end, most = starts[:-1], starts[1:], tables.shape[1] * cache.shape[1]
-    counts = (lengths + size - 1) // size
-    used = torch.arange(tables.shape[1]) < counts[:, None]
+    unseen = torch.zeros_like(lengths)
+    if sliding_window:
+        unseen = (lengths - (end - begin) + 1 - sliding_window).clamp_min(0) // size
+    behind = (lengths + size - 1) // size
+    place = torch.arange(tables.shape[1])
+    used = (place >= unseen[:, None]) & (place < behind[:, None])
     ahead = (begin == starts.cummax(0).values[:-1]) & (begin <= end)
     inside = ahead & (begin >= 0) & (end <= tokens) & (end - begin <= lengths) & (lengths <= most)
     inside &= ((tables >= 0) & (tables < blocks) | ~used).all(1)
     asked = inside & (end > begin)
-    qo_indptr, kv_indptr = (_indptr(n[asked]) for n in (end - begin, counts))
+    qo_indptr, kv_indptr = (_indptr(n[asked]) for n in (end - begin, behind - unseen))
     rows = None
     if not torch.equal(begin[asked], qo_indptr[:-1].long()):
         each = [torch.arange(b, e) for b, e in zip(begin[asked].tolist(), end[asked].tolist(), strict=True)]
@@ -240,7 +253,7 @@ def batch_of(tokens: int, cache: Tensor, block_tables: Tensor, seq_lens: Tensor,
     outside = zip(begin[~inside].tolist(), end[~inside].tolist(), strict=True)
     broken = [slice(max(b, 0), max(e, 0)) for b, e in outside]
     indices = tables[asked][used[asked]].int()
-    return Batch(rows, qo_indptr, kv_indptr, indices, lengths[asked].int(), broken)
+    return Batch(rows, qo_indptr, kv_indptr, indices, (lengths - unseen * size)[asked].int(), broken)
 
 
 def _indptr(counts: Tensor) -> Tensor:
@@ -356,7 +369,7 @@ def _number(scale: Tensor | None) -> float | None:
 def write_paged(args: tuple, outs: dict[str, Tensor]) -> None:
     a = Paged(*args)
     read = {"k_cache": a.k_cache, "v_cache": a.v_cache}
-    _write("paged_attention", outs["y"], a, {"q": a.q}, read, plan_paged)
+    _write("paged_attention", outs["y"], a, {"q": a.q}, read, plan_paged, a.sliding_window)
 
 
 def write_latent(args: tuple, outs: dict[str, Tensor]) -> None:
@@ -365,7 +378,9 @@ def write_latent(args: tuple, outs: dict[str, Tensor]) -> None:
     _write("mla_attention", outs["y"], a, queries, {"q_pe": a.q_pe, "kv_cache": a.kv_cache}, plan_latent)
 
 
-def _write(op: str, y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], plan: Callable) -> None:
+def _write(
+    op: str, y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], plan: Callable, window: int = 0
+) -> None:
     """Rows of sequences by FlashInfer, of those out of range NaN, of no sequence zeros.
 
     Sequences may overlap where query_start_loc goes back. A row of one in range has its result, whichever others claim
@@ -378,7 +393,7 @@ def _write(op: str, y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[st
         raise RuntimeError(f"{op}: the flashinfer backend reads sequences on the host, a CUDA graph can't capture that")
     cache = list(read.values())[-1]
     with workspace(y.device) as lent:
-        batch = batch_of(y.shape[0], cache, a.block_tables, a.seq_lens, a.query_start_loc)
+        batch = batch_of(y.shape[0], cache, a.block_tables, a.seq_lens, a.query_start_loc, window)
         count = batch.queries
         rows = slice(count) if batch.rows is None else batch.rows.to(y.device)
         if batch.rows is None:

@@ -14,10 +14,11 @@ namespace fused_ops {
 
 namespace {
 
-// What calls hold at most besides their results; docs/attention.md says how much that is.
-constexpr int64_t kPartFloats = 1 << 24;    // for blocks that are spread over threads
-constexpr int64_t kLatentFloats = 1 << 24;  // for queries that are projected at once, if these aren't one token's
-constexpr int64_t kExpandedQueries = 4096;  // of a thread, for which keys and values are projected once
+// What a call holds at most of each, besides its results; docs/attention.md says so.
+constexpr int64_t kPartFloats = 1 << 24;    // parts of blocks that are spread over threads
+constexpr int64_t kLatentFloats = 1 << 22;  // queries that are projected at once, or one token's
+constexpr int64_t kStateFloats = 1 << 24;   // states of queries for which keys and values are projected once,
+constexpr int64_t kLeastExpanded = 1024;    // or of so many queries a thread: for fewer, projecting takes most
 
 constexpr double kMultiplied = 16;  // so many products are the unit of kSerial
 
@@ -217,9 +218,10 @@ void run_on_cpu(Mla& p) {
   std::vector<Sequence> absorbed, expanded;
   int64_t queries = 0;
   const int64_t at_once = std::max<int64_t>(1, kLatentFloats / (a.heads * a.k.cols));
+  const int64_t states = kStateFloats / (torch::stable::get_num_threads() * p.w_uv.rows);
   for (const Sequence& s : a.sequences) {
     if (!p.absorbs(s)) {
-      for_slices(s, kExpandedQueries, [&](const Sequence& slice) { expanded.push_back(slice); });
+      for_slices(s, std::max(kLeastExpanded, states), [&](const Sequence& slice) { expanded.push_back(slice); });
       continue;
     }
     for_slices(s, at_once, [&](const Sequence& slice) {
