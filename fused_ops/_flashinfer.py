@@ -231,7 +231,7 @@ def batch_of(
     query_start_loc: Tensor,
     sliding_window: int = 0,
 ) -> Batch:
-    """Of blocks that lie before the window of all of a sequence's queries FlashInfer isn't told: it counts from the end."""
+    """FlashInfer isn't told of blocks before the window of all of a sequence's queries: it counts from the end."""
     starts, lengths, tables = (t.cpu().long() for t in (query_start_loc, seq_lens, block_tables))
     blocks, size = cache.shape[0], max(cache.shape[1], 1)
     begin, end, most = starts[:-1], starts[1:], tables.shape[1] * cache.shape[1]
