@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_ops import OPS
-from fused_ops._flashinfer import Latent, Paged
+from fused_ops._flashinfer_inputs import Latent, Paged
 from fused_ops.attention_inputs import batch, blocks_of, filled
 from fused_ops.quantize import key_inputs
 from quant import FP8_DYNAMIC_GROUP_128, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN, QuantKey

@@ -79,7 +79,9 @@ void set_sequences(Attention& p, T cache, T block_tables, T seq_lens, T query_st
     const int64_t used = length / p.block_size + (length % p.block_size != 0);
     STD_TORCH_CHECK(end - start <= length && length <= kMostTokens && used <= block_tables.size(1) && (size || !length),
                     "seq_lens: out of range");
-    for (int64_t j = 0; j < used; ++j) {
+    // Blocks that lie behind the window of the first query, and so of all, may be gone.
+    const int64_t seen = p.window ? std::max<int64_t>(0, length - (end - start) + 1 - p.window) : 0;
+    for (int64_t j = seen / p.block_size; j < used; ++j) {
       const int64_t block = p.tables[i * p.table_stride + j];
       STD_TORCH_CHECK(block >= 0 && block < blocks, "block_tables: out of range");
     }
@@ -166,20 +168,6 @@ Tensor rows_without_columns(const Attention& p) {
   return empty_strided(2, size, stride, ScalarType::Char, kCpu);
 }
 
-// Raises where an output lies over an input.
-void check_apart_from(const Pipeline& out, T tensor) {
-  Pipeline in;
-  in.x = rows_of(tensor, "input");
-  in.x.cols *= static_cast<int64_t>(tensor.element_size());
-  in.dtype = ScalarType::Char;
-  check_apart(out, in);
-}
-void check_apart_from(const Pipeline& out, OptionalT tensor) {
-  if (tensor) check_apart_from(out, *tensor);
-}
-template <class Number, class = std::enable_if_t<std::is_arithmetic_v<Number>>>
-void check_apart_from(const Pipeline&, Number) {}
-
 // Makes codes of rows of S: a head at a time where no scale is shared by two, otherwise when a row is complete.
 template <class Call>
 void run_with_codes(Call& call) {
@@ -233,7 +221,7 @@ struct Overloads {
     Attention& p = attention_in(call);
     set_served_key(p, key, given, zero_point);
     set_quantized(p.out, rows_without_columns(p), data, scale, zero_point_out, unquantized);
-    check(p, inputs...);
+    check(p, inputs..., given, zero_point);
     run_with_codes(call);
   }
 
@@ -244,9 +232,16 @@ struct Overloads {
                     "key: expected static scales, or one a row or group");
   }
 
-  static void check(const Attention& p, const std::decay_t<Input>&... inputs) {
-    check_memory(p.out);
-    (check_apart_from(p.out, inputs), ...);
+  template <class... Argument>
+  static void check(const Attention& p, const Argument&... arguments) {
+    Memory memory;
+    (add_input(memory, arguments), ...);
+    add_outputs(memory, p.out);
+    memory.check();
+  }
+  template <class Argument>
+  static void add_input(Memory& memory, const Argument& argument) {
+    if constexpr (!std::is_arithmetic_v<Argument>) memory.reads(argument, "input");
   }
 };
 

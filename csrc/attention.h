@@ -1,6 +1,6 @@
 // Attention over a paged cache: what its operations (attention.cpp) hand to the kernels.
 //
-//   for each query row: blocks of keys -> (largest logit, sum, weighted values) -> merged in order -> y, its codes
+//   for each query row: blocks of keys -> (largest logit, weights' sum, mean value) -> merged in order -> y, its codes
 //
 // A block's part of a row follows from the row and the keys that it sees there, and blocks begin at fixed places of a
 // sequence. So a row's bits are the same in any batch, in prefill, its chunks and decoding, with any number of threads.

@@ -104,6 +104,8 @@ inline ScalarType dtype_of(const Tensor& tensor) {
   return ScalarType::Undefined;
 }
 
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 inline int64_t byte_size(ScalarType dtype) {
   if (dtype == ScalarType::Float || dtype == ScalarType::Int) return 4;
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2 : 1;

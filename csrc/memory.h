@@ -16,6 +16,7 @@ class Memory {
   void writes(const Tensor& tensor, const char* name, const Tensor* in_place_of = nullptr) {
     add(tensor, name, in_place_of, true);
   }
+  void writes(const Rows& rows, int64_t bytes, const char* name) { put({rows, bytes, name, nullptr, nullptr, true}); }
 
   void check() const {
     for (int i = 0; i < count_; ++i) {
@@ -25,7 +26,8 @@ class Memory {
       for (int j = 0; j < count_; ++j) {
         const Named& other = named_[j];
         if (i == j || (other.written && j < i)) continue;
-        check_overlap(out.rows, out.bytes, other.rows, other.bytes, other.argument == out.in_place_of, out.name);
+        check_overlap(out.rows, out.bytes, other.rows, other.bytes, out.in_place_of && other.argument == out.in_place_of,
+                      out.name);
       }
     }
   }
@@ -40,9 +42,12 @@ class Memory {
   };
 
   void add(const Tensor& tensor, const char* name, const Tensor* in_place_of, bool written) {
-    STD_TORCH_CHECK(count_ < kMost, "too many tensors");
     const int64_t bytes = static_cast<int64_t>(tensor.element_size());
-    named_[count_++] = {rows_of(tensor, name), bytes, name, &tensor, in_place_of, written};
+    put({rows_of(tensor, name), bytes, name, &tensor, in_place_of, written});
+  }
+  void put(const Named& named) {
+    STD_TORCH_CHECK(count_ < kMost, "too many tensors");
+    named_[count_++] = named;
   }
 
   static constexpr int kMost = 24;

@@ -1,6 +1,5 @@
 #include "rope.h"
 
-#include "memory.h"
 #include "row_op.h"
 
 namespace fused_ops {

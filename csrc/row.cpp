@@ -114,6 +114,11 @@ void check_apart(const Pipeline& a, const Pipeline& b) {
   }
 }
 
+void add_outputs(Memory& memory, const Pipeline& p) {
+  for (const Named& out : outputs(p))
+    if (out.rows) memory.writes(out.rows, out.bytes, out.name);
+}
+
 Pipeline codes_of(const Pipeline& p, const Rows& rows) {
   Pipeline codes;
   codes.rows = p.rows;

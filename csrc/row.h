@@ -6,7 +6,7 @@
 // fills in a Pipeline; row_op.h makes its overloads from that.
 #pragma once
 
-#include "common.h"
+#include "memory.h"
 
 namespace fused_ops {
 
@@ -102,6 +102,8 @@ void set_quantized(Pipeline& p, const Tensor& like, const OptionalTensor& data, 
 void check_memory(const Pipeline& p);
 // The same for what a writes and b reads or writes, in one launch.
 void check_apart(const Pipeline& a, const Pipeline& b);
+// What a pipeline writes, for an operation whose inputs aren't one's.
+void add_outputs(Memory& memory, const Pipeline& p);
 
 // One dynamic scale for the whole tensor takes two passes over it.
 inline bool one_scale(const Pipeline& p) { return p.scale && p.key.per_tensor() && !p.key.is_static(); }

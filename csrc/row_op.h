@@ -94,7 +94,7 @@ struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
   using Out = std::conditional_t<kAlso, WithResidual, Plain>;
 
  private:
-  static int64_t padded_cols(const Pipeline& p) { return (p.cols + p.multiple - 1) / p.multiple * p.multiple; }
+  static int64_t padded_cols(const Pipeline& p) { return round_up(p.cols, p.multiple); }
 
   static void finish(Pipeline& p) {
     check_memory(p);

@@ -23,8 +23,6 @@ ScalarType scale_dtype(const Key& key) {
   return key.scale_format() == Key::kScaleE4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Float;
 }
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 struct ScaleShape {
   int64_t dims, size[2], stride[2];
 };

@@ -29,21 +29,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from quant import QuantKey
-from quant.key import FP8
 
+from ._flashinfer_inputs import ALIGNED, RANK, ROPE, Batch, Latent, Paged, batch_of, refuses_latent, refuses_paged
 from ._op import OPS, Backend
 
 NAME = "flashinfer"
-HALVES = (torch.bfloat16, torch.float16)
-HEAD_SIZES = (64, 128, 256)
-RANK, ROPE = 512, 64  # of latents: what its MLA kernels are made for
-ALIGNED = 16  # bytes: its loads
 WORKSPACE = 384 << 20  # bytes, for a stream: partial results of sequences that are split
 KEPT = 2  # workspaces, of a device
 
@@ -67,39 +63,6 @@ CALLS = {  # what is called, with the names of what is handed over: by place, th
     ),
     ("BatchMLAPagedAttentionWrapper", "run"): "q_nope q_pe ckv_cache kpe_cache",
 }
-
-
-class Paged(NamedTuple):
-    """The arguments of `paged_attention`."""
-
-    q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables: Tensor
-    seq_lens: Tensor
-    query_start_loc: Tensor
-    scale: float
-    causal: bool
-    sliding_window: int
-    soft_cap: float
-    sinks: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-
-
-class Latent(NamedTuple):
-    """The arguments of `mla_attention`."""
-
-    q_nope: Tensor
-    q_pe: Tensor
-    kv_cache: Tensor
-    w_uk: Tensor
-    w_uv: Tensor
-    block_tables: Tensor
-    seq_lens: Tensor
-    query_start_loc: Tensor
-    scale: float
-    kv_scale: Tensor | None
 
 
 def missing() -> str | None:
@@ -136,115 +99,6 @@ def _differs(flashinfer: Any) -> str:
         if more := [p.name for p in rest if p.default is p.empty]:
             return f"{kind}.{method} needs {', '.join(more)}, too"
     return ""
-
-
-# --- what it serves ---
-
-
-def refuses_paged(*args) -> str:
-    """Why FlashInfer doesn't serve these arguments, or nothing."""
-    a = Paged(*args)
-    size, held = a.q.shape[-1], a.k_cache.dtype
-    if reason := _refuses(a.q.device, q=a.q):
-        return reason
-    if size not in HEAD_SIZES or a.v_cache.shape[-1] != size:
-        return f"heads are of {size} and {a.v_cache.shape[-1]} columns, it takes {HEAD_SIZES} of both"
-    if held not in (a.q.dtype, FP8):
-        return f"k_cache is {held}, it takes {a.q.dtype} and {FP8}"
-    if a.k_cache.stride() != a.v_cache.stride():
-        return f"k_cache has strides {a.k_cache.stride()} and v_cache {a.v_cache.stride()}, it takes the same"
-    if a.sinks is not None:
-        return "its wrappers ignore sinks"
-    if any(s is not None and s.numel() != 1 for s in (a.k_scale, a.v_scale)):
-        return "k_scale and v_scale are those of heads, it takes one each"
-    return _refuses_scale(a.scale) or _strides(k_cache=a.k_cache)
-
-
-def refuses_latent(*args) -> str:
-    """The same of MLA."""
-    a = Latent(*args)
-    rank, rope = a.w_uk.shape[-1], a.q_pe.shape[-1]
-    if reason := _refuses(a.q_pe.device, q_pe=a.q_pe):
-        return reason
-    if (rank, rope) != (RANK, ROPE):
-        return f"latents have {rank} + {rope} columns, it takes {RANK} + {ROPE}"
-    if a.kv_cache.dtype != a.q_pe.dtype:
-        return f"kv_cache is {a.kv_cache.dtype}, it takes {a.q_pe.dtype}"
-    return _refuses_scale(a.scale) or _strides(kv_cache=a.kv_cache)
-
-
-def _refuses(device: torch.device, **queries: Tensor) -> str:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or later"
-    for name, q in queries.items():
-        if q.dtype not in HALVES:
-            return f"{name} is {q.dtype}, it takes bfloat16 and float16"
-    return _strides(**queries)
-
-
-def _refuses_scale(scale: float) -> str:
-    """It looks for the largest product and multiplies afterwards."""
-    return "" if scale > 0 else f"scale is {scale}, it takes a positive one"
-
-
-def _strides(**tensors: Tensor) -> str:
-    for name, t in tensors.items():
-        if any(stride * t.element_size() % ALIGNED for stride in t.stride()[:-1]):
-            return f"{name} has strides {t.stride()}, it takes multiples of {ALIGNED} bytes"
-        if max(t.stride()) >= 1 << 32:
-            return f"{name} has strides {t.stride()}, it takes less than 2**32"
-    return ""
-
-
-# --- a batch as it takes it ---
-
-
-class Batch(NamedTuple):
-    """The sequences that FlashInfer is asked for: those in range that have queries.
-
-    rows: of q, where they aren't simply the first; qo_indptr says which are whose.
-    kv_indptr, kv_indices, kv_lens: on the host, as are the others; a sequence's blocks, one after the other.
-    broken: rows of the sequences that are out of range.
-    """
-
-    rows: Tensor | None
-    qo_indptr: Tensor
-    kv_indptr: Tensor
-    kv_indices: Tensor
-    kv_lens: Tensor
-    broken: list[slice]
-
-    def last_page_len(self, size: int) -> Tensor:
-        return (self.kv_lens - 1) % size + 1
-
-    @property
-    def queries(self) -> int:
-        return int(self.qo_indptr[-1])
-
-
-def batch_of(tokens: int, cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor) -> Batch:
-    starts, lengths, tables = (t.cpu().long() for t in (query_start_loc, seq_lens, block_tables))
-    blocks, size = cache.shape[0], max(cache.shape[1], 1)
-    begin, end, most = starts[:-1], starts[1:], tables.shape[1] * cache.shape[1]
-    counts = (lengths + size - 1) // size
-    used = torch.arange(tables.shape[1]) < counts[:, None]
-    ahead = (begin == starts.cummax(0).values[:-1]) & (begin <= end)
-    inside = ahead & (begin >= 0) & (end <= tokens) & (end - begin <= lengths) & (lengths <= most)
-    inside &= ((tables >= 0) & (tables < blocks) | ~used).all(1)
-    asked = inside & (end > begin)
-    qo_indptr, kv_indptr = (_indptr(n[asked]) for n in (end - begin, counts))
-    rows = None
-    if not torch.equal(begin[asked], qo_indptr[:-1].long()):
-        each = [torch.arange(b, e) for b, e in zip(begin[asked].tolist(), end[asked].tolist(), strict=True)]
-        rows = torch.cat(each)
-    outside = zip(begin[~inside].tolist(), end[~inside].tolist(), strict=True)
-    broken = [slice(max(b, 0), max(e, 0)) for b, e in outside]
-    indices = tables[asked][used[asked]].int()
-    return Batch(rows, qo_indptr, kv_indptr, indices, lengths[asked].int(), broken)
-
-
-def _indptr(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
 # --- its wrappers ---
@@ -356,7 +210,7 @@ def _number(scale: Tensor | None) -> float | None:
 def write_paged(args: tuple, outs: dict[str, Tensor]) -> None:
     a = Paged(*args)
     read = {"k_cache": a.k_cache, "v_cache": a.v_cache}
-    _write("paged_attention", outs["y"], a, {"q": a.q}, read, plan_paged)
+    _write("paged_attention", outs["y"], a, {"q": a.q}, read, plan_paged, a.sliding_window)
 
 
 def write_latent(args: tuple, outs: dict[str, Tensor]) -> None:
@@ -365,7 +219,9 @@ def write_latent(args: tuple, outs: dict[str, Tensor]) -> None:
     _write("mla_attention", outs["y"], a, queries, {"q_pe": a.q_pe, "kv_cache": a.kv_cache}, plan_latent)
 
 
-def _write(op: str, y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], plan: Callable) -> None:
+def _write(
+    op: str, y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[str, Tensor], plan: Callable, window: int = 0
+) -> None:
     """Rows of sequences by FlashInfer, of those out of range NaN, of no sequence zeros.
 
     Sequences may overlap where query_start_loc goes back. A row of one in range has its result, whichever others claim
@@ -378,7 +234,7 @@ def _write(op: str, y: Tensor, a: Any, queries: dict[str, Tensor], read: dict[st
         raise RuntimeError(f"{op}: the flashinfer backend reads sequences on the host, a CUDA graph can't capture that")
     cache = list(read.values())[-1]
     with workspace(y.device) as lent:
-        batch = batch_of(y.shape[0], cache, a.block_tables, a.seq_lens, a.query_start_loc)
+        batch = batch_of(y.shape[0], cache, a.block_tables, a.seq_lens, a.query_start_loc, window)
         count = batch.queries
         rows = slice(count) if batch.rows is None else batch.rows.to(y.device)
         if batch.rows is None:

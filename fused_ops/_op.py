@@ -7,7 +7,7 @@ import re
 import string
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from torch.library import Library
 
 from quant import QuantKey
 
+from ._gradient import refuse_backward, refuse_backward_of
 from ._memory import check_inputs_survive, check_outputs, check_written
 
 OPS: dict[str, Op] = {}  # every declared operation; tests and benchmarks iterate it
@@ -231,27 +232,6 @@ def _invoke_out(op: Op, args: tuple, outs: tuple) -> Any:
         raise
     refuse_backward_of(op.name, args, outs)
     return outs[0] if op.returns == 1 else outs
-
-
-def refuse_backward(op_name: str, *outputs: Tensor) -> None:
-    """Make a backward pass that reaches these outputs raise by name: gradients are not defined here."""
-
-    def refuse(_):
-        raise RuntimeError(f"fused_ops.{op_name} is for inference only and has no gradient; use torch.no_grad()")
-
-    if not torch.compiler.is_compiling():
-        for output in outputs:
-            if output.requires_grad:
-                output.register_hook(refuse)
-
-
-def refuse_backward_of(op_name: str, args: tuple, outs: Iterable[Tensor | None]) -> None:
-    """The same for results that were written: by themselves they would seem to be constants."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return
-    if any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        floats = [o for o in outs if o is not None and o.dtype.is_floating_point and not o.requires_grad]
-        refuse_backward(op_name, *(o.requires_grad_() for o in floats))
 
 
 def refused(op: Op, args: tuple, error: Exception, outs: dict[str, Tensor | None] | None = None) -> None:

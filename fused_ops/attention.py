@@ -13,6 +13,9 @@ in `block_tables`. Prefill (n = L), its continuation in chunks, and decoding (n 
 A row depends on its own query and on the keys and values it sees, on nothing else: not on other sequences, on the
 number of queries that come with it, on blocks' places in memory, or on what later keys are.
 
+A table's entry is read if one of the sequence's queries in the call sees a key of its block. Others may be anything:
+those behind the sequence's last block, and those whose keys all lie before a sliding window, which a cache may free.
+
 A number that is out of range (a block outside the cache, more queries than tokens, more tokens than the table has
 blocks for, a `query_start_loc` that goes back or beyond q) is an error on the CPU; on a GPU the sequence's rows of y,
 or those that would see the block, become NaN. Rows of q that belong to no sequence (padding) give zeros.
@@ -74,7 +77,7 @@ def _paged_attention(
 ):
     tokens, heads, _ = q.shape
     y = q.new_zeros(tokens, heads, v_cache.shape[-1])
-    for rows, slots in sequences(tokens, k_cache, block_tables, seq_lens, query_start_loc):
+    for rows, slots in sequences(tokens, k_cache, block_tables, seq_lens, query_start_loc, sliding_window):
         if slots is None:
             y[rows] = float("nan")
             continue
@@ -91,16 +94,22 @@ def _paged_attention(
 
 
 def sequences(
-    tokens: int, cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start_loc: Tensor
+    tokens: int,
+    cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    sliding_window: int = 0,
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """(its rows, the slots of all its keys) of each sequence that has rows; None for slots out of range."""
+    """(its rows, the slots of the keys that they see) of each sequence that has rows; None for slots out of range."""
     size, limit = cache.shape[1], cache.shape[0]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for i, length in enumerate(lengths):
         start, end = starts[i : i + 2]
         rows = slice(max(start, 0), min(max(end, 0), tokens))
         inside = 0 <= start <= end <= tokens and end - start <= length <= min(block_tables.shape[1] * size, MOST_TOKENS)
-        blocks = block_tables[i, : -(-length // max(size, 1))].long() if inside else None
+        first = first_seen(length, end - start, sliding_window)
+        blocks = block_tables[i, used_blocks(first, length, size)].long() if inside else None
         if blocks is not None and bool(((blocks < 0) | (blocks >= limit)).any()):
             blocks = None
         if rows.start >= rows.stop:
@@ -108,8 +117,19 @@ def sequences(
         if blocks is None:
             yield rows, None
             continue
-        places = torch.arange(length, device=cache.device)
-        yield rows, blocks[places // size] * size + places % size
+        places = torch.arange(first, length, device=cache.device)
+        yield rows, blocks[places // size - first // size] * size + places % size
+
+
+def first_seen(length: int, queries: int, sliding_window: int) -> int:
+    """The first key that one of the last `queries` of so many tokens sees."""
+    return max(0, length - queries + 1 - sliding_window) if sliding_window else 0
+
+
+def used_blocks(first: int, length: int, size: int) -> slice:
+    """Of a row of `block_tables`, those that hold keys [first, length)."""
+    size = max(size, 1)
+    return slice(first // size, -(-length // size))
 
 
 def cached(cache: Tensor, slots: Tensor, scale: Tensor | None) -> Tensor:
@@ -157,7 +177,7 @@ def _(
     _check_options(name, scale, causal, sliding_window, soft_cap)
     for scale_name, cache_scale in ("k_scale", k_scale), ("v_scale", v_scale):
         check_cache_scale(name, q, scale_name, cache_scale, k_cache, kv_heads)
-    check_sequences(name, q, k_cache, block_tables, seq_lens, query_start_loc)
+    check_sequences(name, q, k_cache, block_tables, seq_lens, query_start_loc, sliding_window)
     if not sizes["D"] or not heads * cols:
         raise ValueError(f"{name}: heads are of {sizes['D']} and {cols} columns, expected at least one")
     return heads * cols
@@ -192,7 +212,9 @@ def check_cache_scale(op_name: str, q: Tensor, name: str, scale: Any, cache: Ten
         raise ValueError(f"{op_name}: {name} is {list(scale.shape)}, expected one, or one for each of {heads} heads")
 
 
-def check_sequences(op_name: str, q: Tensor, cache: Tensor, block_tables, seq_lens, query_start_loc) -> None:
+def check_sequences(
+    op_name: str, q: Tensor, cache: Tensor, block_tables, seq_lens, query_start_loc, sliding_window: int = 0
+) -> None:
     """Raise where tensors don't name sequences, or, on the CPU, where their numbers are out of range."""
     like = {"q": (q, "T H D", FLOATS)}
     tables = {"block_tables": (block_tables, "S M", INDICES), "seq_lens": (seq_lens, "S", INDICES)}
@@ -213,7 +235,7 @@ def check_sequences(op_name: str, q: Tensor, cache: Tensor, block_tables, seq_le
         most = min(sizes["M"] * size, MOST_TOKENS)
         if not end - start <= length <= most:
             raise ValueError(f"{op_name}: seq_lens has {length} at {i}, expected {end - start} to {most}")
-        used = table[: -(-length // size)] if size else table[:0]
+        used = table[used_blocks(first_seen(length, end - start, sliding_window), length, size)]
         if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < blocks:
             raise ValueError(f"{op_name}: block_tables has {used.tolist()} at {i}, expected 0 to {blocks - 1}")
 
@@ -250,7 +272,8 @@ def paged_attention(
         q: [T, heads, D] bfloat16, float16 or float32 (S), rotated; the queries of a sequence side by side.
         k_cache, v_cache: [blocks, block_size, kv_heads, D] and [.., Dv] in S, FP8 or int8, the queries' own keys and
             values included; in any memory order. kv_heads divides heads: head h reads h // (heads / kv_heads).
-        block_tables: int32 or int64 [sequences, most blocks]; entries behind a sequence's last block aren't read.
+        block_tables: int32 or int64 [sequences, most blocks]; entries behind a sequence's last block aren't read, nor
+            those whose keys lie before the sliding window of every query here: they may be anything, such as -1.
         seq_lens: int32 or int64 [sequences], tokens of each, its queries included.
         query_start_loc: int32 or int64 [sequences + 1], ascending from 0: where each one's rows of q begin.
         scale: of the logits, usually 1 / sqrt(D).

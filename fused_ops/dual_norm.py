@@ -16,7 +16,8 @@ from torch import Tensor
 from quant import QuantizedActivation, QuantKey
 
 from ._check import FLOATS, check, check_key, number
-from ._op import NO_KEY, OPS, op, refuse_backward, refuse_backward_of, refused
+from ._gradient import refuse_backward, refuse_backward_of
+from ._op import NO_KEY, OPS, op, refused
 from .norm import norm_flags
 from .quantize import (
     QuantOptions,

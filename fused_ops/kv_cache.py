@@ -22,8 +22,9 @@ from quant import QuantizedActivation, QuantKey, formats
 from quant.key import FP8, FP8_FNUZ
 
 from ._check import FLOATS, INDICES, boolean, check, check_key
+from ._gradient import refuse_backward_of
 from ._memory import overlap, rows_overlap
-from ._op import NO_KEY, Op, Written, invoke, op, refuse_backward_of, refused
+from ._op import NO_KEY, Op, Written, invoke, op, refused
 from .quantize import quantized
 from .rope import (
     NORM_FLAGS,

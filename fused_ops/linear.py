@@ -21,7 +21,8 @@ from quant import MXFP4, MXFP8, NVFP4, QuantizedActivation, QuantKey, ScaleDesc,
 from quant.key import FP4, FP8, FP8_FNUZ, PER_TENSOR, PER_TOKEN, GroupShape
 
 from ._check import FLOATS, check
-from ._op import op, refuse_backward, refuse_backward_of, refused
+from ._gradient import refuse_backward, refuse_backward_of
+from ._op import op, refused
 from .quantize import case_keys, key_inputs
 
 GROUPS = (32, 64, 128, 256, 512)  # columns that may share a float32 scale

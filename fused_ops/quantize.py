@@ -16,7 +16,8 @@ from quant import INT8_DYNAMIC_GROUP_128, NAMED_KEYS, QuantizedActivation, Quant
 from quant.key import FP8, FP8_FNUZ
 
 from ._check import FLOATS, boolean, check, check_key
-from ._op import Op, op, refuse_backward, refuse_backward_of, refused
+from ._gradient import refuse_backward, refuse_backward_of
+from ._op import Op, op, refused
 
 # Kernels take one tensor from outside, whichever the key asks for: `given` is the scale of a static key, scale2 of
 # NVFP4, and the upper bound of the amax (scale_ub) of a dynamic FP8 key.

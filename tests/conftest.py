@@ -10,6 +10,8 @@ import importlib.util
 import pairwise
 import pytest
 import torch
+from flashinfer_calls import flashinfer  # noqa: F401
+from linear_gpu_double import decoded, pretend  # noqa: F401
 
 
 def pytest_addoption(parser):

@@ -1,19 +1,22 @@
 """The FlashInfer backend without FlashInfer: what its wrappers are handed, on the CPU; test_gpu_attention.py has it."""
 
-import ast
-import importlib.util
-from collections import OrderedDict
-from pathlib import Path
-from types import SimpleNamespace
-
 import flashinfer_double as double
 import pytest
 import torch
 from compare import assert_attends, assert_close, assert_same
+from flashinfer_calls import (
+    MIXED,
+    MORE,
+    NAN,
+    both,
+    inputs,
+    latent,
+    terms,
+)
 
 import fused_ops
 from fused_ops import OPS, _flashinfer
-from fused_ops.attention_inputs import batch, blocks_of, filled
+from fused_ops.attention_inputs import batch
 from quant import (
     FP8_DYNAMIC_GROUP_128,
     FP8_STATIC_TENSOR,
@@ -22,60 +25,7 @@ from quant import (
     INT8_STATIC_TENSOR,
 )
 
-MIXED = [(5, 5), (1, 40), (0, 9), (3, 17), (1, 3)]
-MORE = {}, {"causal": False}, {"sliding_window": 1}, {"sliding_window": 7}, {"soft_cap": 3.0}
-NAN = float("nan")
-MISSING = _flashinfer.missing
-
-
-@pytest.fixture(autouse=True)
-def flashinfer(monkeypatch):
-    """The backend of CPU tensors, by the double."""
-    kept = {name: OPS[name].backends.get("flashinfer") for name in OPS}
-    monkeypatch.setattr(_flashinfer, "missing", lambda: None)
-    monkeypatch.setattr(_flashinfer, "library", lambda: double.LIBRARY)
-    monkeypatch.setattr(_flashinfer, "_kept", OrderedDict())
-    monkeypatch.setattr(_flashinfer, "WORKSPACE", 16)
-    _flashinfer.load(("CPU",))
-    double.PLANNED.clear()
-    yield
-    for name, backend in kept.items():
-        if backend is not None:
-            OPS[name].backends["flashinfer"] = backend
-
-
-def inputs(lengths=MIXED, dtype=torch.bfloat16, held=None, heads=(4, 2), size=64, block=16, outermost=False):
-    """(the tensors, the options) of `paged_attention`."""
-    shape = (blocks_of(lengths, block), block, heads[1], size)
-    (k, k_scale), (v, _) = (filled(shape, held or dtype, "cpu") for _ in range(2))
-    if outermost:
-        k, v = (c.transpose(1, 2).contiguous().transpose(1, 2) for c in (k, v))
-    q = torch.randn(sum(n for n, _ in lengths), heads[0] + 2, size).to(dtype)[:, : heads[0]]
-    options = {"scale": size**-0.5}
-    if k_scale is not None:  # FlashInfer multiplies a rounded result with v_scale: here that is exact
-        options |= {"k_scale": k_scale, "v_scale": torch.tensor([2.0**-5])}
-    return [q, k, v, *batch(lengths, block, "cpu")], options
-
-
-def latent(lengths=MIXED, dtype=torch.bfloat16, block=16):
-    q = torch.randn(sum(n for n, _ in lengths), 3, 192).to(dtype)
-    kv_b = (torch.randn(3, 256, 512) / 32).to(dtype)
-    cache, _ = filled((blocks_of(lengths, block), block, 576), dtype, "cpu")
-    return [q[..., :128], q[..., 128:], cache, kv_b[:, :128], kv_b[:, 128:], *batch(lengths, block, "cpu")]
-
-
-def both(function, *args, **options):
-    """(by FlashInfer, by the reference)"""
-    with fused_ops.use_backend("flashinfer"):
-        actual = function(*args, **options)
-    with fused_ops.use_backend("reference"):
-        return actual, function(*args, **options)
-
-
-def terms(args, **options):
-    """Of the sums that results are: weights times magnitudes."""
-    v = args[2].float().abs().to(args[2].dtype)
-    return fused_ops.paged_attention(*args[:2], v, *args[3:], **options)
+pytestmark = pytest.mark.usefixtures("flashinfer")
 
 
 # --- what is handed over ---
@@ -96,6 +46,19 @@ def test_attention_is_that_of_the_reference(lengths, dtype, held, outermost):
             results.append([fused_ops.paged_attention(*args, **options) for args, options in every])
     for actual, expected, (args, options) in zip(*results, every, strict=True):
         assert_close(actual, expected, str(options), terms=terms(args, **options))
+
+
+@pytest.mark.parametrize("lengths", [MIXED, [(1, 33), (1, 1), (1, 48)]], ids=["mixed", "decode"])
+def test_blocks_before_the_window_are_not_handed_over(lengths):
+    for window in 1, 7, 16, 17:
+        args, options = inputs(lengths)
+        options["sliding_window"] = window
+        expected, sums = fused_ops.paged_attention(*args, **options), terms(args, **options)
+        for table, (queries, length) in zip(args[3], lengths, strict=True):
+            table[: max(0, length - queries + 1 - window) // 16] = -1
+        assert (args[3][:, :2] == -1).any()
+        actual, _ = both(fused_ops.paged_attention, *args, **options)
+        assert_close(actual, expected, str(window), terms=sums)
 
 
 def test_single_queries_have_their_own_wrapper():
@@ -192,47 +155,6 @@ def test_rows_of_a_sequence_in_range_are_its_own():
     assert y[5:].isnan().all()
 
 
-# --- workspaces ---
-
-
-def test_the_workspaces_of_the_last_streams_are_kept(monkeypatch):
-    made, stream = [], []
-    monkeypatch.setattr(_flashinfer, "Workspace", lambda device: made.append(device) or object())
-    monkeypatch.setattr(_flashinfer, "_stream", lambda device: stream[-1])
-
-    def use(number, device=0):
-        stream.append(number)
-        with _flashinfer.workspace(torch.device("cpu", device)) as lent:
-            return lent
-
-    first = [use(0), use(1), use(0, device=1)]
-    assert [use(0), use(1), use(0, device=1)] == first
-    assert use(0) is first[0]
-    use(2)  # in place of 1, which was used before 0
-    assert use(0) is first[0]
-    assert use(1) is not first[1]
-    assert use(0, device=1) is first[2]
-    assert len(made) == 5
-    assert len(_flashinfer._kept) == _flashinfer.KEPT + 1
-
-
-def test_two_calls_at_one_time_have_a_workspace_each():
-    device = torch.device("cpu")
-    with _flashinfer.workspace(device) as kept:
-        pass
-    with _flashinfer.workspace(device) as first, _flashinfer.workspace(device) as second:
-        assert first is kept
-        assert first is not second
-    assert list(_flashinfer._kept.values()) == [first]
-
-
-def test_a_workspace_survives_what_fails():
-    with pytest.raises(ZeroDivisionError), _flashinfer.workspace(torch.device("cpu")) as first:
-        raise ZeroDivisionError
-    with _flashinfer.workspace(torch.device("cpu")) as again:
-        assert again is first
-
-
 # --- quantized results ---
 
 
@@ -277,152 +199,3 @@ def test_results_may_be_given():
     assert_same(memory[:, 8:264].contiguous(), expected)
     assert (memory[:, :8] == 7).all()
     assert (memory[:, 264:] == 7).all()
-
-
-# --- refusals ---
-
-
-def refused(message, function, *args, **options):
-    with fused_ops.use_backend("flashinfer"), pytest.raises(ValueError, match=message) as found:
-        function(*args, **options)
-    assert "the flashinfer backend does not serve" in str(found.value)
-    assert "use_backend('reference')" in str(found.value)
-
-
-def test_what_it_does_not_serve():
-    attend, (args, options) = fused_ops.paged_attention, inputs()
-    refused("q is torch.float32, it takes bfloat16 and float16", attend, *inputs(dtype=torch.float32)[0], scale=1.0)
-    for held in torch.int8, torch.float8_e4m3fnuz:
-        other, scales = inputs(held=held)
-        refused(f"k_cache is {held}, it takes torch.bfloat16 and ", attend, *other, **scales)
-    refused(r"heads are of 96 and 96 columns, it takes \(64, 128, 256\)", attend, *inputs(size=96)[0], scale=1.0)
-    refused("its wrappers ignore sinks", attend, *args, **options, sinks=torch.zeros(4))
-    refused("scale is -1.0, it takes a positive one", attend, *args, scale=-1.0)
-    other, scales = inputs(held=torch.float8_e4m3fn)
-    scales["k_scale"] = torch.rand(2)
-    refused("k_scale and v_scale are those of heads", attend, *other, **scales)
-    wide = torch.cat([args[1], args[1]], -1)
-    refused("k_cache has strides .* and v_cache", attend, args[0], wide[..., :64], *args[2:], **options)
-    refused("heads are of 64 and 128 columns", attend, *args[:2], wide, *args[3:], **options)
-    odd = torch.randn(10, 4, 68).bfloat16()[..., :64]
-    refused(r"q has strides \(272, 68, 1\), it takes multiples of 16 bytes", attend, odd, *args[1:], **options)
-
-
-def test_an_odd_address_is_refused():
-    args, options = inputs()
-    memory = torch.zeros(args[0].shape[0] * 256 + 1, dtype=torch.bfloat16)[1:]
-    with (
-        fused_ops.use_backend("flashinfer"),
-        pytest.raises(ValueError, match=r"paged_attention: q begins at 0x.*multiples of 16"),
-    ):
-        fused_ops.paged_attention(memory.view(-1, 4, 64), *args[1:], **options)
-
-
-def test_what_mla_does_not_serve():
-    args = latent(dtype=torch.float32)
-    refused("q_pe is torch.float32", fused_ops.mla_attention, *args, scale=1.0)
-    args = latent()
-    cache, scale = filled(args[2].shape, torch.float8_e4m3fn, "cpu")
-    eight = [*args[:2], cache, *args[3:]]
-    refused("kv_cache is torch.float8_e4m3fn", fused_ops.mla_attention, *eight, scale=1.0, kv_scale=scale)
-    small = [*args[:2], args[2][..., 64:], *(w[..., 64:] for w in args[3:5]), *args[5:]]
-    refused(r"latents have 448 \+ 64 columns, it takes 512 \+ 64", fused_ops.mla_attention, *small, scale=1.0)
-
-
-def test_a_key_that_quantize_does_not_serve_is_refused_beforehand():
-    if "cpu" not in OPS["quantize"].backends:
-        pytest.skip("no compiled kernels on this machine")
-    key = FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 48))
-    args, options = inputs(heads=(3, 1))
-    message = "its result is for `quantize` on the cpu backend: .*groups of 16"
-    refused(message, fused_ops.paged_attention, *args, **options, output_quant_key=key)
-    assert not double.PLANNED
-
-
-def test_it_is_never_the_default(monkeypatch):
-    args, options = inputs()
-    fused_ops.paged_attention(*args, **options)
-    assert not double.PLANNED
-    with fused_ops.use_backend("flashinfer"), pytest.raises(ValueError, match="there is no backend 'flashinfer'"):
-        fused_ops.relu2(torch.ones(2, 8))
-
-
-def test_what_must_be_installed(monkeypatch):
-    monkeypatch.setattr(_flashinfer, "missing", MISSING)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    _flashinfer.load()
-    with pytest.raises(ImportError, match=r"name is 'flashinfer': .* pip install 'flashinfer-python=="):
-        fused_ops.use_backend("flashinfer")
-
-
-def other_run(take):
-    """A library with other parameters of one method."""
-    kind = "BatchDecodeWithPagedKVCacheWrapper"
-    changed = type("Other", (), vars(double.LIBRARY)[kind].__dict__ | {"run": take})
-    return SimpleNamespace(**(vars(double.LIBRARY) | {kind: changed}))
-
-
-@pytest.mark.parametrize(
-    ("take", "what"),
-    [
-        (lambda self, q, cache, *, k_scale=None, v_scale=None: 0, "takes q, cache, expected q, paged_kv_cache"),
-        (lambda self, q, paged_kv_cache, *, k_scale=None: 0, "has no v_scale"),
-        (lambda self, q, paged_kv_cache, more, *, k_scale=None, v_scale=None: 0, "needs more, too"),
-        (None, "is missing"),
-    ],
-)
-def test_another_flashinfer_is_refused(take, what, monkeypatch):
-    monkeypatch.setattr(_flashinfer, "missing", MISSING)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    _flashinfer.load(("CPU",))
-    fused_ops.use_backend("flashinfer")
-    monkeypatch.setattr(_flashinfer, "library", lambda: other_run(take))
-    with pytest.raises(ImportError, match=rf"0\.6\.13; .* whose BatchDecodeWithPagedKVCacheWrapper.run {what}"):
-        fused_ops.use_backend("flashinfer")
-    monkeypatch.setattr(_flashinfer, "library", lambda: 1 / 0)
-    with pytest.raises(ImportError, match=r"FlashInfer can't be imported \(ZeroDivisionError"):
-        fused_ops.use_backend("flashinfer")
-
-
-def test_a_refusal_allocates_no_result(monkeypatch):
-    """Arguments are looked at before every call."""
-    args, options = inputs()
-    shapes, empty = [], OPS["paged_attention"].empty
-    monkeypatch.setattr(OPS["paged_attention"], "empty", lambda *a: shapes.append(empty(*a).shape) or empty(*a))
-    given = (*args, options["scale"], True, 0, 0.0, None, None, None, INT8_DYNAMIC_TOKEN.code, None)
-    assert OPS["paged_attention_quant"].backends["flashinfer"].supports(*given)
-    assert shapes == [(0, 256)]
-
-
-# --- the double ---
-
-SOURCES = {
-    "BatchPrefillWithPagedKVCacheWrapper": "prefill.py",
-    "BatchDecodeWithPagedKVCacheWrapper": "decode.py",
-    "BatchMLAPagedAttentionWrapper": "mla/_core.py",
-}
-
-
-def signatures(source: str, name: str) -> dict[str, list[tuple[str, str | None]]]:
-    """Of the methods of a class: every parameter with its default, as they are written."""
-    (found,) = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.name == name)
-    methods = {}
-    for each in found.body:
-        if isinstance(each, ast.FunctionDef) and each.name in ("__init__", "plan", "run"):
-            a = each.args
-            defaults = [None] * (len(a.args) - len(a.defaults)) + [ast.unparse(d) for d in a.defaults]
-            named = list(zip([x.arg for x in a.args], defaults, strict=True))
-            named += [("*", None)] if a.vararg else []
-            named += [(x.arg, d and ast.unparse(d)) for x, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
-            methods[each.name] = named  # the last of overloads
-    return methods
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_the_double_has_flashinfers_signatures(name):
-    spec = importlib.util.find_spec("flashinfer")
-    if spec is None:
-        pytest.skip(f"FlashInfer isn't installed; they are recorded from {double.VERSION}")
-    theirs = (Path(spec.submodule_search_locations[0]) / SOURCES[name]).read_text()
-    ours = Path(double.__file__).read_text()
-    assert signatures(ours, name) == signatures(theirs, name)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from compare import assert_same
-from test_linear_gpu import DTYPES, SERVED, check, check_close, exact, quantized, stock
+from linear_gpu_double import DTYPES, SERVED, check, check_close, exact, quantized, stock
 from torch import nn
 
 import fused_ops

@@ -3,19 +3,30 @@
 Layers are laid out on the CPU as for a GPU, and `scaled_linear` runs GPUs' products there, in the place of the kernels.
 """
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from compare import assert_close, assert_same
-from torch import Tensor, nn
-from torch.library import Library
-from torch.nn.functional import ScalingType, SwizzleType
+from linear_gpu_double import (
+    COLS,
+    DTYPES,
+    INT8,
+    ON,
+    OUTS,
+    ROWWISE,
+    SERVED,
+    Decoded,
+    check,
+    check_close,
+    each_scheme,
+    needs_products,
+    quantized,
+    stock,
+)
 
 import fused_ops
-from fused_ops import OPS, linear_gpu
-from fused_ops._op import kernels_of
+from fused_ops import linear_gpu
 from fused_ops.linear import exact_values, linear_inputs
 from quant import (
     FP8_DYNAMIC_GROUP_128,
@@ -23,150 +34,10 @@ from quant import (
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN_ASYM,
     MXFP8,
-    QuantizedActivation,
     ScaleLayout,
-    formats,
 )
-from quant.key import FP4, FP8
-from quant.methods import SCHEMES, QuantLinear, quantize_model
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-COLS, OUTS = 640, 256  # five groups of 128, which is no multiple of four
-INT8 = {"int8_token", "int8_static", "int8_static_asym"}
-ROWWISE = {"fp8_static", "fp8_token"}
-BLACKWELL = ROWWISE | {"mxfp8", "nvfp4"}
-SERVED = {
-    **dict.fromkeys(("sm_80", "sm_86", "sm_87"), INT8),
-    "sm_89": INT8 | ROWWISE,
-    "sm_90": INT8 | ROWWISE | {"fp8_block"},
-    **dict.fromkeys(("sm_100", "sm_120", "sm_121"), INT8 | BLACKWELL),
-    "sm_103": BLACKWELL,
-    "gfx942": set(),
-    "gfx950": ROWWISE,
-}
-ON = {scheme: next(a for a in ("sm_90", "sm_100") if scheme in SERVED[a]) for scheme in SERVED["sm_90"] | BLACKWELL}
-needs_products = pytest.mark.skipif(
-    not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"), reason="torch 2.11 has none here"
-)
-each_scheme = pytest.mark.parametrize("scheme", sorted(ON))
-
-
-class Decoded:
-    """`_scaled_mm_v2` by the meaning of what it is given, after torch's own check of shapes, strides and dtypes."""
-
-    def default(self, x, w, x_scales, x_recipe, x_swizzle, w_scales, w_recipe, w_swizzle, bias, dtype):
-        recipes = x_recipe, x_swizzle, w_recipe, w_swizzle
-        meta = [[as_meta(s) for s in scales] for scales in (x_scales, w_scales)]
-        sides = meta[0], *recipes[:2], meta[1], *recipes[2:]
-        linear_gpu_mm.default(as_meta(x), as_meta(w), *sides, bias, dtype)
-        assert set(x_swizzle + w_swizzle) <= {SWIZZLED, PLAIN}
-        left = operand(x, x_scales, x_recipe, x_swizzle)
-        right = operand(w.t(), [s.t() if s.ndim == 2 else s for s in w_scales], w_recipe, w_swizzle)
-        y = left @ right.t()
-        if bias is not None:
-            assert bias.dtype == dtype == torch.bfloat16
-            y = y + bias.double()
-        return y.to(dtype)
-
-    def out(self, *args, out):
-        assert out.is_contiguous()
-        return out.copy_(self.default(*args))
-
-
-linear_gpu_mm = linear_gpu.SCALED_MM
-SWIZZLED, PLAIN = SwizzleType.SWIZZLE_32_4_4.value, SwizzleType.NO_SWIZZLE.value
-GROUPS = {  # columns and rows of a scale
-    ScalingType.BlockWise1x16.value: (16, 1),
-    ScalingType.BlockWise1x32.value: (32, 1),
-    ScalingType.BlockWise1x128.value: (128, 1),
-    ScalingType.BlockWise128x128.value: (128, 128),
-}
-
-
-def as_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def operand(codes: Tensor, scales: list[Tensor], recipe: list[int], swizzle: list[int]) -> Tensor:
-    """float64 values of [rows, K] codes."""
-    values = formats.decode(codes.view(torch.uint8) if codes.dtype == FP4 else codes, codes.dtype).double()
-    rows, cols = values.shape
-    for scale, kind, order in zip(scales, recipe, swizzle, strict=True):
-        scale = blocks(scale, rows) if order == SWIZZLED else scale.float()
-        if kind in GROUPS:
-            wide, high = GROUPS[kind]
-            scale = scale.repeat_interleave(wide, 1)[:, :cols].repeat_interleave(high, 0)[:rows]
-        values = values * scale.double()
-    return values
-
-
-def blocks(scale: Tensor, rows: int) -> Tensor:
-    """Scales from cuBLAS's tiles: of 32 x 4 x 4 bytes, for rows 32 apart and four columns."""
-    high = -(-rows // 128)
-    tiles = scale.float().view(high, -1, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(high * 128, -1)[:rows]
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """Products by their meaning, with the rules that they have on a GPU."""
-
-    def int_mm(x: Tensor, w: Tensor) -> Tensor:
-        assert x.shape[0] > 16
-        assert not any(size % 8 for size in w.shape)
-        return real(x, w)
-
-    real = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", int_mm)
-    monkeypatch.setattr(linear_gpu, "SCALED_MM", Decoded())
-
-
-@pytest.fixture
-def pretend(monkeypatch):
-    """pretend("sm_90"): the CPU is such a GPU from now on."""
-    libraries = []
-
-    def be(arch: str, device: str = "cpu") -> None:
-        monkeypatch.setattr(linear_gpu, "architecture", lambda d: arch if d.type == device else None)
-        if device == "cpu" and not libraries:
-            libraries.append(Library("fused_ops", "IMPL"))
-            op = OPS["scaled_linear"]
-            for overload, kernel in kernels_of(op, linear_gpu.backend(("CPU",))):
-                libraries[0].impl(overload, kernel, "CPU")
-
-    yield be
-    for library in libraries:
-        library._destroy()
-
-
-def stock(dtype=torch.bfloat16, bias=True, cols=COLS, outs=OUTS) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(cols, outs, bias=bias)).to(dtype)
-
-
-def quantized(scheme: str, model: nn.Module, x: Tensor | None = None) -> nn.Sequential:
-    x = torch.randn(4, model[0].in_features) if x is None else x
-    model = copy.deepcopy(model)
-    return quantize_model(model, scheme, [x.to(model[0].weight.dtype)] if SCHEMES[scheme].calibrated else None)
-
-
-def exact(layer: QuantLinear, x: QuantizedActivation) -> tuple[Tensor, Tensor]:
-    """The layer's result in float64 and, for its rounding, the sum of its terms' magnitudes."""
-    state, key = layer.state_dict(), layer.method.scheme.weight_key
-    w = exact_values(state["weight"], state["weight_scale"], key, state.get("weight_scale2"))
-    x = exact_values(x.data, x.scale, x.quant_key, x.scale2, x.zero_point)
-    y, size = x @ w.t(), x.abs() @ w.abs().t()
-    return (y, size) if layer.bias is None else (y + layer.bias.double(), size + layer.bias.double().abs())
-
-
-def check(y: Tensor, layer: QuantLinear, x: QuantizedActivation, context: str, error: float = 2.0**-20) -> None:
-    """Of the float64 result, rounded, at most one step of a 16-bit dtype beside what the sum's own error makes."""
-    check_close(y, *exact(layer, x), context, error)
-
-
-def check_close(y: Tensor, expected: Tensor, size: Tensor, context: str, error: float = 2.0**-20) -> None:
-    step = torch.finfo(y.dtype).eps * expected.abs() if y.dtype != torch.float32 else 0
-    assert ((y.double() - expected).abs() <= step + error * size).all(), context
-
+from quant.key import FP8
+from quant.methods import SCHEMES
 
 # --- which ---
 
@@ -363,52 +234,3 @@ def test_zero_points_of_rows(pretend):
     y = fused_ops.scaled_linear(x, w, w_scale, out_dtype=torch.float32, weight_sums=w.sum(1, dtype=torch.int32))
     sums = (x.data.double() - x.zero_point) @ w.double().t()
     assert_close(y, (sums * (x.scale * w_scale.t())).float())
-
-
-# --- layers that move, are saved and loaded ---
-
-
-@each_scheme
-def test_a_layer_that_moves_is_laid_out_anew(scheme, pretend):
-    """To "meta", which stands for a GPU here."""
-    layer = quantized(scheme, stock())[0]
-    scale, key = layer.weight_scale, layer.input_quant_key
-    pretend(ON[scheme], "meta")
-    there = copy.deepcopy(layer).to("meta")
-    product = SCHEMES[scheme].product(ON[scheme])
-    assert there.input_quant_key == product.activation(key)
-    assert there.input_quant()["pad_rows"] == product.pad_rows
-    expected = linear_gpu.arrange(scale, SCHEMES[scheme].weight_key, product)
-    assert (there.weight_scale.shape, there.weight_scale.stride()) == (expected.shape, expected.stride())
-    assert there.state_dict()["weight_scale"].shape == scale.shape
-    assert (there._buffers["weight_sums"] is None) == (scheme != "int8_static_asym")
-    again = copy.deepcopy(there).to_empty(device="cpu")
-    assert (again.weight_scale.shape, again.input_quant_key) == (scale.shape, key)
-    assert again.input_quant()["pad_rows"] == 1
-
-
-def test_a_layer_that_can_not_move_stays(pretend):
-    layer = quantized("fp8_group64", stock())[0]
-    pretend("sm_90", "meta")
-    with pytest.raises(ValueError, match="sm_90 has no product of FP8_DYNAMIC_GROUP_64 with a weight of "):
-        layer.to("meta")
-    assert layer.weight.device.type == "cpu"
-    layer(torch.randn(3, COLS).bfloat16())
-
-
-@each_scheme
-def test_state_dicts_are_those_of_a_cpu(scheme, pretend, decoded):
-    x, model = torch.randn(40, COLS).bfloat16(), stock()
-    cpu = quantized(scheme, model, x)[0]
-    y = cpu(x)
-    pretend(ON[scheme])
-    layer, other = quantized(scheme, model, x)[0], quantized(scheme, stock(), x)[0]
-    assert layer.state_dict().keys() == cpu.state_dict().keys()
-    for name, tensor in cpu.state_dict().items():
-        assert_same(layer.state_dict()[name], tensor, name)
-    places = {name: (buffer.data_ptr(), buffer.stride()) for name, buffer in other.named_buffers()}
-    other.load_state_dict(cpu.state_dict())
-    assert {name: (buffer.data_ptr(), buffer.stride()) for name, buffer in other.named_buffers()} == places
-    assert_same(other(x), layer(x))
-    assert_same(copy.deepcopy(layer)(x), layer(x))
-    assert (layer(x).double() - y.double()).abs().max() <= 2.0**-7 * y.double().abs().max()

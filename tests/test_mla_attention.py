@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attention_calls import run_alone
 from compare import assert_attention, assert_same, raw
 from keys import EVERY_KEY_BY_ROW, given_tensors, layouts
 
@@ -64,7 +65,7 @@ def test_it_is_as_exact_as_torch(sizes, dtype, held):
     absorbed = [absorbs(queries, length, *(sizes[i] for i in (3, 1, 2, 4))) for queries, length in MIXED if queries]
     assert any(absorbed)
     assert not all(absorbed)
-    assert_attention(mla_attention(**call), by_torch(call, torch.float64), by_torch(call, dtype), str(sizes))
+    assert_attention(mla_attention(**call), by_torch(call, torch.float64), by_torch(call, torch.float32), str(sizes))
 
 
 @pytest.mark.parametrize("held", [None, FP8], ids=str)
@@ -109,6 +110,45 @@ def test_batches_blocks_and_threads_change_no_bit(sizes):
             assert_same(mla_attention(**call), expected, f"{threads} threads")
     finally:
         torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_slices_of_queries_change_no_bit():
+    """Queries of a sequence are worked on some at a time, where they are many: by themselves, too."""
+    lengths = ((2600, 2600),)
+    for sizes, absorbed in ((2, 20, 4, 512, 500), False), ((32, 500, 12, 32, 12), True):
+        _heads, nope, rope, rank, v = sizes
+        assert absorbs(*lengths[0], rank, nope, rope, v) == absorbed == absorbs(2500, 2600, rank, nope, rope, v)
+        before = torch.get_num_threads()
+        call = inputs(lengths, sizes)
+        try:
+            torch.set_num_threads(64)  # which have little memory each
+            y = mla_attention(**call)
+        finally:
+            torch.set_num_threads(before)
+        some = {name: call[name][-2500:] for name in ("q_nope", "q_pe")}
+        assert_same(mla_attention(**{**call, **some, "query_start_loc": torch.tensor([0, 2500])}), y[-2500:])
+
+
+@needs_kernels
+def test_a_long_sequence_takes_little_memory():
+    """Its queries in the latents' space would be 32 MiB."""
+    script = """
+import torch
+from test_mla_attention import inputs
+from fused_ops import mla_attention
+def peak():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) >> 10
+call = inputs(((512, 1024),), (32, 1000, 12, 500, 24))
+mla_attention(**{**call, "q_nope": call["q_nope"][-1:], "q_pe": call["q_pe"][-1:],
+                 "query_start_loc": torch.tensor([0, 1])})
+held = torch.ones(peak() << 18)  # what was freed is in use again
+before = peak()
+mla_attention(**call)
+assert peak() < before + 26, (before, peak())
+"""
+    run_alone(script)
 
 
 @pytest.mark.parametrize("held", [None, FP8], ids=str)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from fused_ops._flashinfer import Latent, Paged
+from fused_ops._flashinfer_inputs import Latent, Paged
 
 
 class Group(NamedTuple):

@@ -14,8 +14,13 @@ namespace fused_ops {
 
 namespace {
 
-constexpr int64_t kPartFloats = 1 << 24;    // the most for blocks that are spread over threads
-constexpr int64_t kLatentFloats = 1 << 24;  // for queries that are projected at once
+// What a call holds at most of each, besides its results; docs/attention.md says so.
+constexpr int64_t kPartFloats = 1 << 24;    // parts of blocks that are spread over threads
+constexpr int64_t kLatentFloats = 1 << 22;  // queries that are projected at once, or one token's
+constexpr int64_t kStateFloats = 1 << 24;   // states of queries for which keys and values are projected once,
+constexpr int64_t kLeastExpanded = 1024;    // or of so many queries a thread: for fewer, projecting takes most
+
+constexpr double kMultiplied = 16;  // so many products are the unit of kSerial
 
 struct alignas(64) Line {
   float v[16];
@@ -24,13 +29,15 @@ struct alignas(64) Line {
 std::unique_ptr<Line[]> floats(int64_t count) { return std::unique_ptr<Line[]>(new Line[count / 16 + 1]); }
 
 // fn(i, memory) for each i of `count` pieces of work, the next one for whoever is free; a thread has `size` floats.
+// work: of all, in the unit of kSerial.
 template <class Fn>
-void for_each(int64_t count, int64_t size, const Fn& fn) {
+void for_each(int64_t count, int64_t size, double work, const Fn& fn) {
+  if (!count) return;
   std::atomic<int64_t> next{0};
   std::exception_ptr error;  // torch's threads would lose what it says
   std::atomic_flag failed = ATOMIC_FLAG_INIT;
-  constexpr int64_t kWorthAThread = 1 << 20;
-  parallel_rows(std::min<int64_t>(count, torch::stable::get_num_threads()), kWorthAThread, [&](int64_t, int64_t) {
+  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+  parallel_rows(workers, static_cast<int64_t>(std::min<double>(work, 1 << 30)) / workers, [&](int64_t, int64_t) {
     try {
       const auto memory = floats(size);
       for (int64_t i; (i = next++) < count;) fn(i, memory[0].v);
@@ -65,19 +72,28 @@ struct Piece {
   int64_t first, count;
 };
 
+// Of a tile, in the unit of kSerial.
+double work_of(const Attention& p, const Tile& tile) {
+  const Sequence& s = *tile.sequence;
+  const int64_t keys = p.seen(s, tile.token + tile.tokens - 1).second - p.seen(s, tile.token).first;
+  return static_cast<double>(keys) * static_cast<double>(tile.rows() * (p.k.cols + p.v.cols)) / kMultiplied;
+}
+
 // Where there are fewer tiles than threads, these share the blocks of a tile, and merge their parts afterwards.
 void run_tiles(const Attention& p) {
   std::vector<Tile> tiles = tiles_of(p);
   const int64_t stride = round_up(p.v.cols, 8), count = static_cast<int64_t>(tiles.size());
   int64_t rows = 1, blocks = 0, part = 0;
+  double work = 0;
   for (const Tile& tile : tiles) {
+    work += work_of(p, tile);
     rows = std::max<int64_t>(rows, tile.rows());
     blocks += tile.blocks;
     part += tile.blocks * part_floats(tile, stride);
   }
 
   const int64_t threads = torch::stable::get_num_threads();
-  const bool spread = count < threads && blocks > count && part <= kPartFloats;
+  const bool spread = count < threads && blocks > count && part <= kPartFloats && work >= kSerial;
   const auto parts = floats(spread ? part : 0);
   std::vector<Piece> pieces;
   float* next = parts[0].v;
@@ -94,18 +110,31 @@ void run_tiles(const Attention& p) {
 
   const auto desk = [&](float* memory) { return Desk(memory, rows, p.k.cols, kKeys, p.v.cols); };
   const int64_t size = Desk::floats(rows, p.k.cols, kKeys, p.v.cols);
-  for_each(static_cast<int64_t>(pieces.size()), size, [&](int64_t i, float* memory) {
+  for_each(static_cast<int64_t>(pieces.size()), size, work, [&](int64_t i, float* memory) {
     PICK_ISA(attend)(p, *pieces[i].tile, pieces[i].first, pieces[i].count, desk(memory));
   });
   if (!spread) return;
-  for_each(count, size, [&](int64_t i, float* memory) { PICK_ISA(merge_parts)(p, tiles[i], desk(memory)); });
+  for_each(count, size, static_cast<double>(part), [&](int64_t i, float* memory) {
+    PICK_ISA(merge_parts)(p, tiles[i], desk(memory));
+  });
 }
 
 void put_unused(const Attention& p) {
-  const int64_t cols = p.out.cols / p.heads;
-  for_each(p.out.rows - p.used, Desk::floats(1, cols, cols, cols), [&](int64_t i, float* memory) {
+  const int64_t cols = p.out.cols / p.heads, rows = p.out.rows - p.used;
+  const double work = static_cast<double>(rows) * static_cast<double>(p.out.cols);
+  for_each(rows, Desk::floats(1, cols, cols, cols), work, [&](int64_t i, float* memory) {
     PICK_ISA(put_zeros)(p, p.used + i, p.used + i + 1, Desk(memory, 1, cols, cols, cols));
   });
+}
+
+// fn(slice) for at most so many of a sequence's queries at a time, the last ones first. A slice is a sequence that ends
+// with its last query, which sees nothing behind.
+template <class Fn>
+void for_slices(const Sequence& s, int64_t most, const Fn& fn) {
+  for (int64_t first = (s.queries - 1) / most * most; first >= 0; first -= most) {
+    const int64_t count = std::min(most, s.queries - first);
+    fn(Sequence{s.index, s.row + first, count, s.length - s.queries + first + count});
+  }
 }
 
 // Sequences whose queries are projected to the latents' space, attend to latents there, and are projected back.
@@ -126,7 +155,8 @@ void run_absorbed(const Mla& p, std::vector<Sequence> sequences) {
   const int64_t tiles = (count + kStaged - 1) / kStaged;
   const int64_t x_cols = std::max(p.rank, p.w_uk.rows), vectors = std::max({p.w_uk.rows, p.w_uv.rows, p.rope});
   const auto for_projections = [&](const auto& project, const Place& place) {
-    for_each(tiles * a.heads, Desk::floats(kStaged, x_cols, vectors, p.rank), [&](int64_t i, float* buffer) {
+    const double work = static_cast<double>(count * a.heads * p.rank) * vectors / kMultiplied;
+    for_each(tiles * a.heads, Desk::floats(kStaged, x_cols, vectors, p.rank), work, [&](int64_t i, float* buffer) {
       const int64_t first = i % tiles * kStaged;
       const int at_once = static_cast<int>(std::min<int64_t>(kStaged, count - first));
       project(p, rows.data() + first, first, at_once, i / tiles, place, Desk(buffer, kStaged, x_cols, vectors, p.rank));
@@ -142,7 +172,11 @@ void run_expanded(const Mla& p, const std::vector<Sequence>& sequences) {
   const int64_t k_cols = p.w_uk.rows + p.rope, v_cols = p.w_uv.rows, heads = p.attention.heads;
   const int64_t vectors = std::max<int64_t>({p.w_uk.rows, v_cols, p.rope, kStaged});
   int64_t most = 0;
-  for (const Sequence& s : sequences) most = std::max(most, round_up(s.queries, kTileRows));
+  double work = 0;
+  for (const Sequence& s : sequences) {
+    most = std::max(most, round_up(s.queries, kTileRows));
+    work += static_cast<double>(s.length) * static_cast<double>(heads * (k_cols + v_cols) * p.rank) / kMultiplied;
+  }
 
   const auto lay_out = [&](float* memory, int64_t& used) {
     const auto matrix = [&](int64_t rows, int64_t cols) {
@@ -164,7 +198,7 @@ void run_expanded(const Mla& p, const std::vector<Sequence>& sequences) {
   };
   int64_t size = 0;
   lay_out(nullptr, size);
-  for_each(static_cast<int64_t>(sequences.size()) * heads, size, [&](int64_t i, float* memory) {
+  for_each(static_cast<int64_t>(sequences.size()) * heads, size, work, [&](int64_t i, float* memory) {
     int64_t used = 0;
     PICK_ISA(attend_expanded)(p, sequences[i / heads], i % heads, lay_out(memory, used));
   });
@@ -184,18 +218,21 @@ void run_on_cpu(Mla& p) {
   std::vector<Sequence> absorbed, expanded;
   int64_t queries = 0;
   const int64_t at_once = std::max<int64_t>(1, kLatentFloats / (a.heads * a.k.cols));
+  const int64_t states = kStateFloats / (torch::stable::get_num_threads() * p.w_uv.rows);
   for (const Sequence& s : a.sequences) {
     if (!p.absorbs(s)) {
-      expanded.push_back(s);
+      for_slices(s, std::max(kLeastExpanded, states), [&](const Sequence& slice) { expanded.push_back(slice); });
       continue;
     }
-    if (queries && queries + s.queries > at_once) {
-      run_absorbed(p, std::move(absorbed));
-      absorbed.clear();
-      queries = 0;
-    }
-    absorbed.push_back(s);
-    queries += s.queries;
+    for_slices(s, at_once, [&](const Sequence& slice) {
+      if (queries + slice.queries > at_once) {
+        run_absorbed(p, std::move(absorbed));
+        absorbed.clear();
+        queries = 0;
+      }
+      absorbed.push_back(slice);
+      queries += slice.queries;
+    });
   }
   if (!absorbed.empty()) run_absorbed(p, std::move(absorbed));
   if (!expanded.empty()) run_expanded(p, expanded);

@@ -11,8 +11,6 @@ constexpr int kStaged = 32;     // rows that are widened at once
 constexpr int kTileRows = 64;   // of a tile, at most
 constexpr int kDotsAtOnce = 8;  // so many results are written, and vectors pointed to, at once: seven may be surplus
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // Query rows that share keys: `tokens` of a sequence, each with `heads` heads of those that read kv_head.
 struct Tile {
   const Sequence* sequence;
@@ -31,7 +29,7 @@ struct Matrix {
   float* operator[](int64_t row) const { return data + row * stride; }
 };
 
-// Of a block's part of a tile: the rows' weighted values, their largest logits and their sums.
+// Of a block's part of a tile: the rows' mean values, their largest logits and their sums.
 inline int64_t part_floats(const Tile& tile, int64_t y_stride) {
   return round_up(tile.rows(), 4) * y_stride + kLanes + round_up(2 * tile.rows(), 16);
 }

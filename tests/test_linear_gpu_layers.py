@@ -1,0 +1,63 @@
+"""Layers laid out for GPUs that move, are saved and loaded."""
+
+import copy
+
+import pytest
+import torch
+from compare import assert_same
+from linear_gpu_double import (
+    COLS,
+    ON,
+    each_scheme,
+    quantized,
+    stock,
+)
+
+from fused_ops import linear_gpu
+from quant.methods import SCHEMES
+
+
+@each_scheme
+def test_a_layer_that_moves_is_laid_out_anew(scheme, pretend):
+    """To "meta", which stands for a GPU here."""
+    layer = quantized(scheme, stock())[0]
+    scale, key = layer.weight_scale, layer.input_quant_key
+    pretend(ON[scheme], "meta")
+    there = copy.deepcopy(layer).to("meta")
+    product = SCHEMES[scheme].product(ON[scheme])
+    assert there.input_quant_key == product.activation(key)
+    assert there.input_quant()["pad_rows"] == product.pad_rows
+    expected = linear_gpu.arrange(scale, SCHEMES[scheme].weight_key, product)
+    assert (there.weight_scale.shape, there.weight_scale.stride()) == (expected.shape, expected.stride())
+    assert there.state_dict()["weight_scale"].shape == scale.shape
+    assert (there._buffers["weight_sums"] is None) == (scheme != "int8_static_asym")
+    again = copy.deepcopy(there).to_empty(device="cpu")
+    assert (again.weight_scale.shape, again.input_quant_key) == (scale.shape, key)
+    assert again.input_quant()["pad_rows"] == 1
+
+
+def test_a_layer_that_can_not_move_stays(pretend):
+    layer = quantized("fp8_group64", stock())[0]
+    pretend("sm_90", "meta")
+    with pytest.raises(ValueError, match="sm_90 has no product of FP8_DYNAMIC_GROUP_64 with a weight of "):
+        layer.to("meta")
+    assert layer.weight.device.type == "cpu"
+    layer(torch.randn(3, COLS).bfloat16())
+
+
+@each_scheme
+def test_state_dicts_are_those_of_a_cpu(scheme, pretend, decoded):
+    x, model = torch.randn(40, COLS).bfloat16(), stock()
+    cpu = quantized(scheme, model, x)[0]
+    y = cpu(x)
+    pretend(ON[scheme])
+    layer, other = quantized(scheme, model, x)[0], quantized(scheme, stock(), x)[0]
+    assert layer.state_dict().keys() == cpu.state_dict().keys()
+    for name, tensor in cpu.state_dict().items():
+        assert_same(layer.state_dict()[name], tensor, name)
+    places = {name: (buffer.data_ptr(), buffer.stride()) for name, buffer in other.named_buffers()}
+    other.load_state_dict(cpu.state_dict())
+    assert {name: (buffer.data_ptr(), buffer.stride()) for name, buffer in other.named_buffers()} == places
+    assert_same(other(x), layer(x))
+    assert_same(copy.deepcopy(layer)(x), layer(x))
+    assert (layer(x).double() - y.double()).abs().max() <= 2.0**-7 * y.double().abs().max()
