@@ -101,9 +101,6 @@ void launch_kernel(void* kernel, int device, int64_t blocks, int threads, void**
   if (error) throw std::runtime_error(std::string("fused_ops: a kernel could not be launched: ") + error);
 }
 
-namespace {
-
-// s is all zeros, padding too, since its bytes are a key.
 void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
   check_served(p.cols, p.dtype);
   s.dtype = dtype_of_stage(p.dtype);
@@ -137,7 +134,6 @@ void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
               vector(p.post.weight, p.post.weight_dtype);
 }
 
-// The stages as NVRTC reads them.
 std::string text_of(const cuda::Stages& s) {
   char text[512];
   std::snprintf(
@@ -148,6 +144,8 @@ std::string text_of(const cuda::Stages& s) {
       s.y_cols, s.key, s.collect_amax, s.by_tensor_amax);
   return text;
 }
+
+namespace {
 
 struct Choice {
   cuda::Stages a, b;

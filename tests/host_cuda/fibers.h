@@ -85,3 +85,8 @@ inline unsigned atomicInc(unsigned* at, unsigned last) {
   *at = old >= last ? 0 : old + 1;
   return old;
 }
+inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) {
+  const unsigned old = *at;
+  if (old == expected) *at = value;
+  return old;
+}
