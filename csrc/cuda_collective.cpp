@@ -70,6 +70,13 @@ cuda::Call call_of(const Pipeline& p, const Collective& c) {
            bits_of(p.x_multiplier), 0}};
 }
 
+// Stands for a call in flags.
+unsigned hash(const cuda::Call& call) {
+  uint64_t h = 0;
+  for (const int64_t word : call.words) h = (h ^ static_cast<uint64_t>(word)) * 0x9e3779b97f4a7c15 ^ h >> 29;
+  return static_cast<unsigned>(h >> 32);
+}
+
 }  // namespace
 
 void run_on_cuda(Pipeline& p, const Collective& c) {
@@ -104,6 +111,7 @@ void run_on_cuda(Pipeline& p, const Collective& c) {
     stages.two_shot = !c.scattered && memory.ranks > 1 && now * row_bytes > memory.two_shot_above;
     ranks.blocks = static_cast<int>(std::clamp<int64_t>(blocks, 1, cuda::kMaxBlocks));
     ranks.call.words[7] = ranks.begin << 1 | stages.two_shot;
+    ranks.called = hash(ranks.call);
     void* const kernel = kernels.get(choice, [&] { return compiled(text_of(stages), nullptr, choice.device); });
     launch_kernel(kernel, choice.device, ranks.blocks, stages.row.block, arguments);
     ranks.begin = ranks.end;

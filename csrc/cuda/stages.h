@@ -159,6 +159,7 @@ struct Ranks {
   unsigned long long limit;  // nanoseconds
   Failure* failure;
   Call call;
+  unsigned called;  // stands for it in flags
 };
 
 struct RankStages {
