@@ -64,8 +64,10 @@ int64_t bits_of(float value) {
 // As fused_ops/_symmetric.py reads it.
 cuda::Call call_of(const Pipeline& p, const Collective& c) {
   const Norm& norm = p.norm;
-  const int64_t options = norm.kind | norm.round_before_weight << 2 | norm.weight_plus_one << 3 |
-                          (norm.weight != nullptr) << 4 | (p.load == Pipeline::kAdd) << 5 | c.scattered << 6;
+  const bool weighted = norm.weight;
+  const int64_t options = static_cast<bool>(norm) | (weighted && norm.round_before_weight) << 1 |
+                          (weighted && norm.weight_plus_one) << 2 | weighted << 3 |
+                          (p.load == Pipeline::kAdd) << 4 | c.scattered << 5;
   return {{options, c.rows, p.cols, dtype_of_stage(p.dtype), p.data || p.scale ? p.key.code : -1, bits_of(norm.eps),
            bits_of(p.x_multiplier), 0}};
 }

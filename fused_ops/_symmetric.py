@@ -16,8 +16,6 @@ from torch.distributed import ProcessGroup
 
 from quant import QuantKey
 
-from ._check import FLOATS
-
 MOST_RANKS = 16
 MAILBOX = 128 + 2 * 64 + 2 * 2 * 64 * MOST_RANKS * 8  # bytes of csrc/cuda/stages.h's
 # Bytes of a rank's rows above which a sum takes two steps, by compute capability and ranks. These are the sizes up to
@@ -44,24 +42,29 @@ class Call(ctypes.Structure):
 
     def __str__(self) -> str:
         options, rows, cols, dtype, code, eps, multiplier, part = self.words
-        if options & NO_ROWS:
-            return f"all_gather of {rows} rows of {cols} bytes"
+        by = "triton" if options & TRITON else "cuda"
+        if options & GATHERS:
+            return f"all_gather of {rows} rows of {cols} bytes by {by}"
         name = "reduce_scatter" if options & SCATTERED else "all_reduce"
-        name += "_fused_add" * bool(options & ADDS) + "_rms_norm" * bool(options & NORMS)
-        name += "_quant" * (code >= 0)
-        said = [f"{rows} rows of {cols} {FLOATS_BY_NUMBER[dtype]}"]
+        name = "qk_all_reduce" if options & SQUARES else name
+        name += "_fused_add" * bool(options & ADDS) + "_rms_norm" * bool(options & NORMS) + "_quant" * (code >= 0)
+        dtypes = {number: str(dtype).removeprefix("torch.") for dtype, number in NUMBER_OF.items()}
+        said = [f"{rows} rows of {cols} {dtypes.get(dtype, dtype)}"]
         if options & NORMS:
-            said.append(f"eps {_float(eps):g}")
-            said.append("with a weight" if options & WEIGHT else "without a weight")
+            said += [f"eps {_float(eps):g}", "a weight" if options & WEIGHT else "no weight"]
             said += ["round_before_weight"] * bool(options & ROUND_BEFORE) + ["weight_bias 1"] * bool(options & PLUS_ONE)
-        said += [f"x_multiplier {_float(multiplier):g}"] if _float(multiplier) != 1.0 else []
-        said += [str(QuantKey.from_code(code))] if code >= 0 else []
-        said += ["two-shot" if part & 1 else "one-shot"]
-        return f"{name} of {', '.join(said)}"
+        said += [f"x_multiplier {_float(multiplier):g}"] * (_float(multiplier) != 1.0)
+        said += [str(QuantKey.from_code(code))] * (code >= 0)
+        return f"{name} of {', '.join(said)}, {('one', 'two')[part & 1]}-shot, by {by}"
 
 
-NORMS, ROUND_BEFORE, PLUS_ONE, WEIGHT, ADDS, SCATTERED, NO_ROWS = 1, 4, 8, 16, 32, 64, 128
-FLOATS_BY_NUMBER = {1: "bfloat16", 2: "float16", 3: "float32"}
+# Bits of a call's first word.
+NORMS, ROUND_BEFORE, PLUS_ONE, WEIGHT, ADDS, SCATTERED, GATHERS, SQUARES, TRITON = (1 << i for i in range(9))
+NUMBER_OF = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+
+
+def bits_of(value: float | None) -> int:
+    return ctypes.c_uint32.from_buffer(ctypes.c_float(value or 0.0)).value
 
 
 def _float(bits: int) -> float:
