@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import traceback
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ def together(ranks: list[list[RankCall]]) -> None:
                     for call in calls:
                         call.run()
                 code = 0
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         processes.append(pid)

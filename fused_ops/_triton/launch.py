@@ -169,7 +169,7 @@ def bytes_of(tensor: Tensor | None) -> Tensor | None:
 
 def rows_of(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Rows | None]]:
     """The leading sizes that the tensors share, merged where all their strides allow, and each as `Rows`."""
-    shape = tensors[0].shape  # type: ignore[union-attr]
+    shape = next(t.shape for t in tensors if t is not None)
     strides = [t.stride() for t in tensors if t is not None]
     dims: list[int] = []  # the last dimension of each merged run
     sizes: list[int] = []
