@@ -136,9 +136,7 @@ void check_served(const Pipeline& p) {
 
 }  // namespace
 
-bool collective_now(Pipeline& p);
 void run(Pipeline& p) {
-  if (collective_now(p)) return;
   check_served(p);
   on_cuda(p.x.device) ? run_on_cuda(p) : run_on_cpu(p);
 }

@@ -10,7 +10,6 @@ void implement_rows(const char* dispatch_key) {
   implement_activations(*m);
   implement_quantize(*m);
   implement_rope(*m);
-  implement_collectives(*m);
 }
 
 namespace {

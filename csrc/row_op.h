@@ -128,7 +128,6 @@ void implement_dual_norm(Library& m);
 void implement_activations(Library& m);
 void implement_quantize(Library& m);
 void implement_rope(Library& m);
-void implement_collectives(Library& m);
 
 // All of them, for a dispatch key: CPU when the library is loaded, CUDA where it is asked for.
 void implement_rows(const char* dispatch_key);

@@ -216,4 +216,59 @@ DEVICE void run(const Row& p, const Ranks& ranks, Shared<C.row>& shared) {
   });
 }
 
+// --- rows whose columns the ranks share: only sums of squares cross, those of q and k next to each other ---
+
+template <int RANKS>
+struct Squares {
+  const Ranks& ranks;
+  long long slot;
+
+  DEVICE float* of(int rank, long long r) const {
+    return (float*)(ranks.memory[rank] + slot) + 2 * (r - ranks.begin);
+  }
+
+  template <Stages K>
+  DEVICE void publish(const Row& p, int which, Scratch& scratch) const {
+    each_row<K>(ranks, ranks.end, [&](long long r) {
+      Held<K> held = {};
+      held.thread = threadIdx.x % K.threads;
+      if (r < ranks.end) load_rows(p.x, r, held);
+      const float sum = sum_of<K, kNormSum>(held, scratch, [](float x, int, int) { return x * x; });
+      if (r < ranks.end && held.thread == 0) of(ranks.rank, r)[which] = sum;
+      __syncthreads();
+    });
+  }
+
+  template <Stages K>
+  DEVICE void finish(const Row& p, int which, bool came) const {
+    each_row<K>(ranks, ranks.end, [&](long long r) {
+      if (r >= ranks.end) return;
+      Held<K> held = {};
+      held.thread = threadIdx.x % K.threads;
+      load_rows(p.x, r, held);
+      const Columns<K, K.norm.weight> w(held, p.weight);
+      float sum = of(0, r)[which];
+#pragma unroll
+      for (int rank = 1; rank < RANKS; ++rank) sum += of(rank, r)[which];
+      if (!came) sum = bits<float>(kMagnitudeBits);
+      scale_by<K, K.norm>(held, 1.0f / sqrtf(sum / ((float)K.cols * RANKS) + p.eps), w);
+      if constexpr (K.y) store_rows(p.y, r, held, K.y_cols);
+    });
+  }
+};
+
+template <PairStages C>
+DEVICE void run(const Row& q, const Row& k, const Ranks& ranks, Scratch& scratch) {
+  unsigned number;
+  bool came = begin_call<C.ranks>(ranks, number);
+  const Squares<C.ranks> squares{ranks, (long long)sizeof(Mailbox) + number % 2 * ranks.slot_bytes};
+  if (came) {
+    squares.template publish<C.q>(q, 0, scratch);
+    squares.template publish<C.k>(k, 1, scratch);
+    came = exchange<C.ranks>(ranks, number, 0);
+  }
+  squares.template finish<C.q>(q, 0, came);
+  squares.template finish<C.k>(k, 1, came);
+}
+
 }  // namespace fused_ops

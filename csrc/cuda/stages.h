@@ -162,6 +162,27 @@ struct Ranks {
   unsigned called;  // stands for it in flags
 };
 
+// q and k, of one block's size.
+struct PairStages {
+  Stages q, k;
+  int ranks;
+};
+
+// Rows of bytes that are gathered, and up to two sets of scales, or zero points, that go with them.
+struct Gather {
+  Strided x, y;
+  ScalePlace scale[2], result[2];
+};
+
+struct GatherStages {
+  int block, ranks;
+  bool aligned;  // rows are, for whole packs of 16 bytes
+  long long row_bytes;
+  int sets, groups;            // of scales; of a row
+  int scale_bytes, slots;      // of a scale; of a row of results, those behind the groups zero
+  bool swizzled, zero_points;  // the result's rows are completed to 128; the second set has scales of four bytes
+};
+
 struct RankStages {
   Stages row;
   int ranks;
