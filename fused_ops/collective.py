@@ -33,9 +33,14 @@ from .quantize import QuantOptions, plain_out, quantizing, run_quant
 from .workspace import AllReduceWorkspace, raise_if_broken, ranks_of
 
 
+def world_of(group: str) -> int:
+    """How many ranks the group of this name has."""
+    return _resolve_process_group(group).size()  # type: ignore[arg-type]
+
+
 def gathered(x: Tensor, group: str) -> list[Tensor]:
     """x of every rank of the group, by the group's own all-gather."""
-    world = _resolve_process_group(group).size()
+    world = world_of(group)
     ops = torch.ops._c10d_functional
     stacked = ops.wait_tensor(ops.all_gather_into_tensor(x.reshape(-1), world, group))
     return list(stacked.view(world, *x.shape))
@@ -108,7 +113,7 @@ def check_workspace(name: str, workspace, rank, group) -> None:
     check(name, workspace=(workspace, "B", torch.uint8))
     if not isinstance(group, str):
         raise TypeError(f"{name}: group is {type(group).__name__}, expected its name")
-    size = _resolve_process_group(group).size()
+    size = world_of(group)
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{name}: rank is {type(rank).__name__}, expected an int")
     if not 0 <= rank < size:

@@ -37,8 +37,8 @@ def group_of(store: Store, rank: int, world: int, name: str, seconds: float = 60
     group._set_default_backend(gloo)
     backend = ProcessGroupGloo(store, rank, world, timedelta(seconds=seconds))
     group._register_backend(torch.device("cpu"), gloo, backend)
-    group._set_group_name(name)
-    torch._C._distributed_c10d._register_process_group(name, group)
+    group._set_group_name(name)  # type: ignore[arg-type]
+    torch._C._distributed_c10d._register_process_group(name, group)  # type: ignore[arg-type]
     return group
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.nn.functional import linear, pad
 from typing_extensions import Unpack
 
@@ -25,7 +24,7 @@ from quant.key import FP8, PER_TOKEN
 from . import norm
 from ._check import FLOATS, check
 from ._op import Shared, invoke, op, refuse_backward, refused
-from .collective import apart, by_group, check_workspace, gathered, one_row_key, summed
+from .collective import apart, by_group, check_workspace, gathered, one_row_key, summed, world_of
 from .linear import scaled_linear
 from .norm import _fused_add_rms_norm, _rms_norm, both, fused_add_rms_norm_quant, norm_flags, rms_norm_quant
 from .quantize import QuantOptions, plain_out, quantizing, run_quant
@@ -34,7 +33,7 @@ from .workspace import AllReduceWorkspace, ranks_of, share_of
 
 def own(tokens: Any, rank: int, group: str) -> slice:
     """The rows of `tokens` that are this rank's."""
-    return share_of(tokens, _resolve_process_group(group).size(), rank)
+    return share_of(tokens, world_of(group), rank)
 
 
 @op("y")
@@ -67,8 +66,8 @@ def _reduce_scatter_fused_add_rms_norm(
 
 @op("y")
 def _all_gather(x: Tensor, rows: torch.SymInt, workspace: Shared, rank: int, group: str):
-    share = -(-rows // _resolve_process_group(group).size())
-    data = x.reshape(-1).view(torch.uint8).view(x.shape[0], x.shape[1] * x.element_size())
+    share = -(-rows // world_of(group))
+    data = x.new_empty(x.shape).copy_(x).view(-1).view(torch.uint8).view(x.shape[0], x.shape[1] * x.element_size())
     parts = gathered(pad(data, (0, 0, 0, share - x.shape[0])), group)
     return torch.cat(parts)[:rows].reshape(-1).view(x.dtype).view(rows, x.shape[1])
 
