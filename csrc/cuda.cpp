@@ -23,8 +23,6 @@ cuda::Dtype dtype_of_stage(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? cuda::kBf16 : dtype == ScalarType::Half ? cuda::kFp16 : cuda::kFp32;
 }
 
-namespace {
-
 cuda::Strided strided(const Rows& rows) {
   cuda::Strided out = {};
   out.data = rows.data;
@@ -37,8 +35,6 @@ cuda::Strided strided(const Rows& rows) {
 }
 
 cuda::ScalePlace place(const ScaleOut& out) { return {out.data, out.row_bytes, out.four, out.one}; }
-
-}  // namespace
 
 cuda::Row arguments_of(const Pipeline& p) {
   cuda::Row row = {};

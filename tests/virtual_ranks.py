@@ -10,15 +10,16 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from compare import assert_same
+from compare import assert_close, assert_same
 from test_ops import fresh, outputs_for
 from torch import Tensor
 from torch.distributed import HashStore, ProcessGroup
 
 from fused_ops import OPS, _symmetric
-from fused_ops._op import Op, describe
+from fused_ops._op import Op, describe, refused
 from fused_ops.collective import summed
 from fused_ops.workspace import share_of
+from quant import QuantKey, formats
 
 SUMS = ("all_reduce", "reduce_scatter")
 
@@ -67,7 +68,7 @@ class RankCall:
         self.outs = fresh(op, self.args)
         for out in self.outs.values():
             if out is not None:
-                out.untyped_storage().share_memory_() if hasattr(out.untyped_storage(), "share_memory_") else None
+                out.share_memory_()  # another process may write it
 
     def run(self) -> None:
         self.op.out(*self.args, **self.outs)
@@ -109,3 +110,60 @@ def is_unfused(by: Callable, together: Callable, op: Op, args: tuple, world: int
             expected = {"y": total[rows[rank]]} if plain is None else by(plain, (total[rows[rank]], *own))
             for name, value in call.results.items():
                 assert_same(value, expected[name], f"rank {rank}: {name} of {context}")
+
+
+def squares_are_summed(by: Callable, together: Callable, op: Op, args: tuple, world: int) -> None:
+    """Ranks that have equal columns, a power of two of them: the mean square is each one's own, in any order."""
+    q, k, q_weight, k_weight, eps, flags = args[:6]
+    with workspaces(world, 4, 64, torch.float32) as memories:
+        calls = [RankCall(op, args, memory) for memory in memories]
+        together([[call] for call in calls])
+        for memory, call in zip(memories, calls, strict=True):
+            memory.check()
+            for name, x, weight in ("q", q, q_weight), ("k", k, k_weight):
+                expected = by(OPS["rms_norm"], (x, weight, eps, flags))["y"]
+                context = f"{name} of {world} {describe(args[:2])}"
+                if world & (world - 1) == 0:
+                    assert_same(call.results[name], expected, context)
+                assert_same(call.results[name], calls[0].results[name], context)
+                assert_close(call.results[name], expected, context, roundings=2)
+
+
+def gathered_is_one_after_another(together: Callable, op: Op, args: tuple, world: int, rows: int) -> None:
+    """Every rank's rows, scales in the layout that the key has for all of them."""
+    shares = [share_of(rows, world, rank) for rank in range(world)]
+    context = f"{op.name} of {world} {describe(args[:1])}"
+    if op.name == "all_gather":
+        whole = torch.randint(-100, 100, (rows, args[0].shape[1])).to(args[0].dtype)
+        inputs = [(whole[own], rows) for own in shares]
+        expected = {"y": whole}
+    else:
+        key = QuantKey.from_code(args[2])
+        x = torch.randn(rows, args[0].shape[1] * key.packing)
+        options = {} if key.scale2 is None else {"scale2": torch.ones(1)}
+        inputs = []
+        for own in shares:
+            data, scale, zero_point = formats.quantize(x[own], key, **options)
+            inputs.append((data, scale, args[2], rows, zero_point))
+        expected = dict(zip(("data", "scale", "zero_point"), formats.quantize(x, key, **options), strict=True))
+    with workspaces(world, 3, 2048, torch.float32) as memories:
+        at = op.argument("workspace")
+        calls = []
+        for own, memory in zip(inputs, memories, strict=True):
+            full = (*own[:at], None, 0, "", *own[at:])
+            calls.append(RankCall(op, full, memory))
+        together([[call] for call in calls])
+        for memory, call in zip(memories, calls, strict=True):
+            memory.check()
+            for name, value in call.results.items():
+                assert_same(value, expected[name], f"{name} of {context}")
+            assert call.results.keys() == {name for name, value in expected.items() if value is not None}
+
+
+def public(call: RankCall) -> None:
+    """Raises what the public function would."""
+    try:
+        call.run()
+    except Exception as error:
+        refused(call.op, call.args, error, call.outs)
+        raise

@@ -178,10 +178,15 @@ struct GatherStages {
   int block, ranks;
   bool aligned;  // rows are, for whole packs of 16 bytes
   long long row_bytes;
-  int sets, groups;            // of scales; of a row
-  int scale_bytes, slots;      // of a scale; of a row of results, those behind the groups zero
-  bool swizzled, zero_points;  // the result's rows are completed to 128; the second set has scales of four bytes
+  int sets, groups, scale_bytes;  // of scales; of a row; of a scale
+  bool padded, swizzled;          // results to whole fours of groups, and 128 rows, with zeros
 };
+
+// Of a row in a slot: its bytes, then each set of scales.
+constexpr long long whole_packs(long long bytes) { return (bytes + 15) / 16 * 16; }
+constexpr long long gathered_bytes(const GatherStages& s) {
+  return whole_packs(s.row_bytes) + s.sets * whole_packs(s.groups * s.scale_bytes);
+}
 
 struct RankStages {
   Stages row;
