@@ -9,8 +9,9 @@
 namespace fused_ops {
 Collective collective_of(const char* name, const Tensor& workspace, int64_t rank, int device) {
   const Rows rows = rows_of(workspace, "workspace");
-  STD_TORCH_CHECK(rows.device == kCpu && device == kCpu, "workspace: expected one on the CPU, as the rows");
+  STD_TORCH_CHECK(rows.device == device, "workspace: expected one on the device of the rows");
   STD_TORCH_CHECK(workspace.dim() == 1 && dtype_of(workspace) == ScalarType::Byte, "workspace: expected uint8 [B]");
+  if (on_cuda(device)) return collective_on_cuda(name, workspace, rank);
   const Header header = header_of(rows.data, rows.cols);
   STD_TORCH_CHECK(rank >= 0 && rank < header.ranks, "rank: expected 0 to ", header.ranks - 1);
   Collective of;
@@ -20,6 +21,12 @@ Collective collective_of(const char* name, const Tensor& workspace, int64_t rank
   of.rank = rank;
   of.ranks = header.ranks;
   return of;
+}
+
+void run_collective(Pipeline& p) { on_cuda(p.x.device) ? run_collective_on_cuda(p) : run_collective_on_cpu(p); }
+void run_pair(Pipeline& q, Pipeline& k) { on_cuda(q.x.device) ? run_pair_on_cuda(q, k) : run_pair_on_cpu(q, k); }
+void run_gather(const Collective& of, const Call& call, const Gather& g) {
+  on_cuda(g.x.device) ? run_gather_on_cuda(of, call, g) : run_gather_on_cpu(of, call, g);
 }
 
 Call call_of(const Pipeline& p) {
@@ -132,7 +139,7 @@ std::tuple<Tensor, Tensor> qk_all_reduce_rms_norm(T q, T k, OptionalT q_weight, 
   Tensor q_out = empty_rows(q, p.q.cols, p.q.dtype, p.q.y), k_out = empty_rows(k, p.k.cols, p.k.dtype, p.k.y);
   check_memory(p.q);
   check_memory(p.k);
-  run_pair_on_cpu(p.q, p.k);
+  run_pair(p.q, p.k);
   return {std::move(q_out), std::move(k_out)};
 }
 
@@ -149,7 +156,7 @@ void qk_all_reduce_rms_norm_out(T q, T k, OptionalT q_weight, OptionalT k_weight
   };
   check_apart(without_workspace(p.q), without_workspace(p.k));
   check_apart(without_workspace(p.k), without_workspace(p.q));
-  run_pair_on_cpu(p.q, p.k);
+  run_pair(p.q, p.k);
 }
 
 }  // namespace

@@ -42,4 +42,16 @@ void run_collective_on_cpu(Pipeline& p);
 void run_pair_on_cpu(Pipeline& q, Pipeline& k);
 void run_gather_on_cpu(const Collective& of, const Call& call, const Gather& gather);
 
+// On a CUDA device (cuda_collective.cpp): a call that differs between ranks, or for which one doesn't come, is found
+// there, and told of by the next one's collective_of.
+Collective collective_on_cuda(const char* name, const Tensor& workspace, int64_t rank);
+void run_collective_on_cuda(Pipeline& p);
+void run_pair_on_cuda(Pipeline& q, Pipeline& k);
+void run_gather_on_cuda(const Collective& of, const Call& call, const Gather& gather);
+
+// Where the workspace is.
+void run_collective(Pipeline& p);
+void run_pair(Pipeline& q, Pipeline& k);
+void run_gather(const Collective& of, const Call& call, const Gather& gather);
+
 }  // namespace fused_ops

@@ -27,8 +27,10 @@ int32_t code_of(T tensor) {
 Tensor empty_like_rows(T x, int64_t rows) {
   const int64_t size[2] = {rows, x.size(1)}, stride[2] = {std::max<int64_t>(x.size(1), 1), 1};
   AtenTensorHandle handle;
+  const int device = device_of(x, "x");
+  const int32_t type = device == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, size, stride, code_of(x), aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(2, size, stride, code_of(x), type, std::max(device, 0), &handle));
   return Tensor(handle);
 }
 
@@ -85,10 +87,10 @@ void gather_into(T x, int64_t rows, T workspace, int64_t rank, T y) {
   const Collective of = collective_of("all_gather", workspace, rank, g.x.device);
   check_share(of, x.size(0), rows, "x");
   g.y = bytes_of(y, "y_out");
-  STD_TORCH_CHECK(y.size(0) == rows && y.size(1) == x.size(1) && code_of(y) == code_of(x) && g.y.device == kCpu,
+  STD_TORCH_CHECK(y.size(0) == rows && y.size(1) == x.size(1) && code_of(y) == code_of(x) && g.y.device == g.x.device,
                   "y_out: unexpected shape, dtype or device");
   check_memory(of, g);
-  run_gather_on_cpu(of, gather_call(of, g, rows, code_of(x), -1), g);
+  run_gather(of, gather_call(of, g, rows, code_of(x), -1), g);
 }
 
 void check_rows_fit(T x, int64_t rows, T workspace, int64_t rank, const char* name) {
@@ -128,7 +130,7 @@ Quantized gather_quantized(T data, T scale, int64_t code, int64_t rows, T worksp
   check_columns(key, cols);
   g.groups = (cols + key.group(cols) - 1) / key.group(cols);
   g.padded = key.layout() == Key::kPackedUe8m0 || key.layout() == Key::kSwizzled128x4;
-  g.scale[0] = scales_of(scale, key, have, cols, false, "scale");
+  g.scale[0] = scales_of(scale, key, have, cols, false, "scale", g.x.device);
   Quantized made;
   made.data = data_out ? *data_out : empty_like_rows(data, rows);
   g.y = bytes_of(made.data, "data_out");
@@ -136,22 +138,22 @@ Quantized gather_quantized(T data, T scale, int64_t code, int64_t rows, T worksp
                   "data_out: unexpected shape or dtype");
   if (scale_out) {
     made.scale = *scale_out;
-    g.result[0] = scales_of(*scale_out, key, rows, cols, false, "scale_out");
+    g.result[0] = scales_of(*scale_out, key, rows, cols, false, "scale_out", g.x.device);
   } else {
-    made.scale = new_scales(key, rows, cols, kCpu, false, g.result[0]);
+    made.scale = new_scales(key, rows, cols, g.x.device, false, g.result[0]);
   }
   if (zero) {
-    g.scale[1] = scales_of(*zero, key, have, cols, true, "zero_point");
+    g.scale[1] = scales_of(*zero, key, have, cols, true, "zero_point", g.x.device);
     if (zero_out) {
       made.zero_point = *zero_out;
-      g.result[1] = scales_of(*zero_out, key, rows, cols, true, "zero_point_out");
+      g.result[1] = scales_of(*zero_out, key, rows, cols, true, "zero_point_out", g.x.device);
     } else {
-      made.zero_point = new_scales(key, rows, cols, kCpu, true, g.result[1]);
+      made.zero_point = new_scales(key, rows, cols, g.x.device, true, g.result[1]);
     }
   }
   STD_TORCH_CHECK(zero || !zero_out, "zero_point_out: this key has none");
   check_memory(of, g);
-  run_gather_on_cpu(of, gather_call(of, g, rows, static_cast<int64_t>(dtype_of(data)), code), g);
+  run_gather(of, gather_call(of, g, rows, static_cast<int64_t>(dtype_of(data)), code), g);
   return made;
 }
 

@@ -150,7 +150,7 @@ void run(Pipeline& p) {
   check_served(p);
   if (p.collective) {
     check_memory(p);  // of the workspace too, which every call writes
-    return run_collective_on_cpu(p);
+    return run_collective(p);
   }
   on_cuda(p.x.device) ? run_on_cuda(p) : run_on_cpu(p);
 }

@@ -118,7 +118,8 @@ ScalarType storage_of(const Key& key);
 void set_key(Pipeline& p, int64_t key, const OptionalTensor& given, const OptionalTensor& zero_point);
 
 // The scales, or zero points, that an earlier quantization of `rows` x `cols` elements made.
-ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t cols, bool zero_point, const char* name);
+ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t cols, bool zero_point, const char* name,
+                   int device = kCpu);
 
 // Fresh ones, or fresh zero points.
 Tensor new_scales(const Key& key, int64_t rows, int64_t cols, int device, bool zero_point, ScaleOut& out);

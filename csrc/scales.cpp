@@ -95,11 +95,11 @@ void check_given(const ScaleShape& shape, const Tensor& tensor, ScalarType dtype
 
 }  // namespace
 
-ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t cols, bool zero_point,
-                   const char* name) {
+ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t cols, bool zero_point, const char* name,
+                   int device) {
   const ScaleShape shape = scale_shape(key, rows, cols);
   const ScalarType dtype = zero_point ? ScalarType::Int : scale_dtype(key);
-  check_given(shape, tensor, dtype, kCpu, name);
+  check_given(shape, tensor, dtype, device, name);
   return scale_out(key, rows, shape, tensor, dtype);
 }
 

@@ -107,18 +107,19 @@ class Memory:
         _open[buffer.data_ptr()] = self
         _tell_cuda(self)
 
-    def check(self) -> None:
-        """Raise what a call of this rank that has run since met: TimeoutError or ValueError."""
+    def check(self, name: str = "AllReduceWorkspace") -> None:
+        """Raise what a call of this rank met on the device: TimeoutError or ValueError."""
         reason = self._record.reason
         if not reason:
             return
         rank, call = self._record.rank, self._record.call
-        broken = "the workspace is of no use any more; results since are NaN"
+        broken = "the workspace is broken, results since are NaN: make a new one"
         if reason == TIMED_OUT:
-            raise TimeoutError(f"rank {rank} did not come within {self.timeout:g} s to {call}: {broken}")
+            raise TimeoutError(f"{name}: rank {rank} did not come within {self.timeout:g} s to {call}: {broken}")
         if reason == OTHER_CALL:
-            raise ValueError(f"this rank called {call}, rank {rank} called {self._record.theirs}: {broken}")
-        raise TimeoutError(f"rank {rank} gave up, and its error says why; this rank called {call}: {broken}")
+            theirs = self._record.theirs
+            raise ValueError(f"{name}: this rank called {call}, but rank {rank} called {theirs}: {broken}")
+        raise TimeoutError(f"{name}: rank {rank} gave up, and says why; this rank called {call}: {broken}")
 
     def close(self) -> None:
         """Forget it; the memory goes with the tensor, and stays where another rank still has it open."""
@@ -131,6 +132,12 @@ class Memory:
 
 TIMED_OUT, OTHER_CALL = 1, 2
 _open: dict[int, Memory] = {}  # by address: operations take a tensor, and refuse one that isn't here
+
+
+def raise_if_failed(name: str, buffer: Tensor) -> None:
+    """What `Memory.check` raises, where the buffer is of one."""
+    if type(buffer) is Tensor and (found := _open.get(buffer.data_ptr())) is not None:
+        found.check(name)
 
 
 def memory_of(workspace: Tensor, rank: int) -> Memory:
@@ -171,19 +178,18 @@ def bytes_for(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
 
 
 def allocate(group: ProcessGroup, size: int, timeout: float, above: int | None, device: torch.device) -> Memory:
-    """A rank's memory of `size` bytes on its GPU, which every rank of the group calls for.
+    """A rank's memory of `size` bytes on its GPU, zeroed; every rank of the group calls this, and then meets the others.
 
-    Torch's symmetric memory gives it, and maps that of the others; what torch signals by isn't used, since its signals
-    are set and taken back, and a call that gave up would leave one. Flags here count calls.
+    Torch's symmetric memory gives it, and maps that of the others. What torch signals by isn't used: its signals are
+    set and taken back, so that a call that gave up would leave one; flags here count calls.
 
-    Raises what torch does where the group's GPUs don't reach each other.
+    Raises RuntimeError where the group's GPUs don't reach each other's memory.
     """
     import torch.distributed._symmetric_memory as symmetric
 
     buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
     handle = symmetric.rendezvous(buffer, group)
     buffer.zero_()
-    handle.barrier()
     torch.cuda.synchronize(device)
     if above is None:
         above = two_shot_above(torch.cuda.get_device_capability(device), group.size())

@@ -11,6 +11,7 @@ import os
 import secrets
 import stat
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from . import _symmetric
 from ._check import FLOATS
 
 MOST_RANKS = 16
@@ -42,7 +44,8 @@ class AllReduceWorkspace:
     each other: any number, of any groups, may be in use side by side.
 
     A rank that waits longer than `timeout` raises TimeoutError, and the workspace is broken: every later call with it
-    does the same, on every rank. Calls that differ between ranks raise ValueError on all of them and break nothing.
+    does the same, on every rank. Calls that differ between ranks raise ValueError on all of them and break nothing. On
+    a GPU both are found while the kernel runs: its results are NaN, a later call raises, and the workspace is broken.
     A call belongs to the process that made the workspace, one thread at a time: a child that was forked is no rank.
 
     Args:
@@ -100,7 +103,15 @@ class AllReduceWorkspace:
         # A call that scatters rows exchanges at least one for each rank.
         slot = -(-max(max_tokens, self.world_size) * hidden_size * dtype.itemsize // 64) * 64
         header = [self.world_size, slot, round(timeout * 1e9), above]
-        self.buffer = _shared_memory(group, self.device, header)
+        self._memory: _symmetric.Memory | None = None
+        if on_cpu:
+            self.buffer = _shared_memory(group, header)
+        else:
+            size = _symmetric.bytes_for(max(max_tokens, self.world_size), hidden_size, dtype)
+            with suppress(RuntimeError):
+                self._memory = _symmetric.allocate(group, size, timeout, two_shot_above, self.device)
+            if all(have for (have,) in _from_all(group, [self._memory is not None])):
+                self.buffer = self._memory.buffer
         self.shared = self.buffer is not None
 
     def rows(self, tokens: int) -> slice:
@@ -112,7 +123,9 @@ class AllReduceWorkspace:
 
         So does the end of a `with` block, and so does garbage collection. Other ranks keep theirs.
         """
-        self.buffer = None
+        if self._memory is not None:
+            self._memory.close()
+        self._memory = self.buffer = None
 
     def __enter__(self) -> AllReduceWorkspace:
         return self
@@ -143,7 +156,8 @@ def share_of(tokens: Any, world: int, rank: int) -> slice:
 
 
 def raise_if_broken(name: str, buffer: Tensor) -> None:
-    """TimeoutError if a rank has given up waiting in this workspace."""
+    """TimeoutError if a rank has given up waiting in this workspace; on a GPU also what else went wrong there."""
+    _symmetric.raise_if_failed(name, buffer)
     if type(buffer) is not Tensor or buffer.device.type != "cpu" or buffer.numel() < _RANKS_AT or buffer.ndim != 1:
         return
     header = bytes(buffer[:_RANKS_AT].tolist())
@@ -221,10 +235,8 @@ def _from_all(group: ProcessGroup, values: list[int]) -> list[list[int]]:
     return every.view(group.size(), -1).tolist()
 
 
-def _shared_memory(group: ProcessGroup, device: torch.device, header: list[int]) -> Tensor | None:
+def _shared_memory(group: ProcessGroup, header: list[int]) -> Tensor | None:
     """Memory that all ranks map, with the header in it; None where a rank can't map it."""
-    if device.type != "cpu":
-        raise ValueError(f"AllReduceWorkspace: device is {device}, and there is no memory that its kind shares")
     world, slot, *_ = header
     size = -(-(_RANKS_AT + world * _RANK_BYTES) // 4096) * 4096 + world * 2 * slot
     nonce, fd = secrets.randbits(62), -1

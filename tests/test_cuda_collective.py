@@ -135,7 +135,7 @@ def test_calls_that_differ(other):
     made, errors = run_out_of_step([[mine], [mine], [other]], 3)
     assert all(type(error) is ValueError for error in errors)
     for rank, error in enumerate(errors):
-        said = re.search(r"this rank called (.*), rank (\d) called (.*):", str(error))
+        said = re.search(r"this rank called (.*), but rank (\d) called (.*):", str(error))
         assert (rank == 2) != (said[2] == "2"), error
         assert said[1] != said[3]
     for own in made:

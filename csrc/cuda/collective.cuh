@@ -11,7 +11,7 @@
 
 namespace fused_ops {
 
-constexpr long long row_bytes(const Stages& k) { return (k.cols * (k.dtype == kFp32 ? 4ll : 2ll) + 15) / 16 * 16; }
+HOST_DEVICE constexpr long long row_bytes(const Stages& k) { return (k.cols * (k.dtype == kFp32 ? 4ll : 2ll) + 15) / 16 * 16; }
 
 template <RankStages C>
 struct Exchanged {

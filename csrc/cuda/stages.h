@@ -1,6 +1,8 @@
 // What host and device agree on: the arguments of a kernel, of rows or of heads, and what it is compiled for.
 #pragma once
 
+#include "../quantize.h"
+
 namespace fused_ops {
 namespace cuda {
 
@@ -183,8 +185,8 @@ struct GatherStages {
 };
 
 // Of a row in a slot: its bytes, then each set of scales.
-constexpr long long whole_packs(long long bytes) { return (bytes + 15) / 16 * 16; }
-constexpr long long gathered_bytes(const GatherStages& s) {
+HOST_DEVICE constexpr long long whole_packs(long long bytes) { return (bytes + 15) / 16 * 16; }
+HOST_DEVICE constexpr long long gathered_bytes(const GatherStages& s) {
   return whole_packs(s.row_bytes) + s.sets * whole_packs(s.groups * s.scale_bytes);
 }
 

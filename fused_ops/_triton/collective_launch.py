@@ -40,6 +40,7 @@ def operation(name: str, arguments: list[str], required: int) -> Callable[[tuple
 
     def run(args: tuple, outs: dict[str, Any]) -> None:
         memory = memory_of(args[at], args[at + 1])
+        memory.check(name)
         if name.endswith("_quant"):
             code, given, *rest = args[required:]
             p = make(*args[:at], *rest[1:])
