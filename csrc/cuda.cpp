@@ -23,8 +23,6 @@ cuda::Dtype dtype_of_stage(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? cuda::kBf16 : dtype == ScalarType::Half ? cuda::kFp16 : cuda::kFp32;
 }
 
-namespace {
-
 cuda::Strided strided(const Rows& rows) {
   cuda::Strided out = {};
   out.data = rows.data;
@@ -37,8 +35,6 @@ cuda::Strided strided(const Rows& rows) {
 }
 
 cuda::ScalePlace place(const ScaleOut& out) { return {out.data, out.row_bytes, out.four, out.one}; }
-
-}  // namespace
 
 cuda::Row arguments_of(const Pipeline& p) {
   cuda::Row row = {};
@@ -101,9 +97,6 @@ void launch_kernel(void* kernel, int device, int64_t blocks, int threads, void**
   if (error) throw std::runtime_error(std::string("fused_ops: a kernel could not be launched: ") + error);
 }
 
-namespace {
-
-// s is all zeros, padding too, since its bytes are a key.
 void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
   check_served(p.cols, p.dtype);
   s.dtype = dtype_of_stage(p.dtype);
@@ -137,7 +130,6 @@ void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax) {
               vector(p.post.weight, p.post.weight_dtype);
 }
 
-// The stages as NVRTC reads them.
 std::string text_of(const cuda::Stages& s) {
   char text[512];
   std::snprintf(
@@ -148,6 +140,8 @@ std::string text_of(const cuda::Stages& s) {
       s.y_cols, s.key, s.collect_amax, s.by_tensor_amax);
   return text;
 }
+
+namespace {
 
 struct Choice {
   cuda::Stages a, b;

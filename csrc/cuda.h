@@ -26,7 +26,13 @@ void check_served(int64_t cols, ScalarType dtype);
 cuda::Dtype dtype_of_stage(ScalarType dtype);
 void set_stage(cuda::NormStage& stage, const Norm& norm);
 std::string norm_text(const cuda::NormStage& stage);
+cuda::Strided strided(const Rows& rows);
+cuda::ScalePlace place(const ScaleOut& out);
 cuda::Row arguments_of(const Pipeline& p);
+// s is all zeros, padding too, since its bytes are a key.
+void set_stages(cuda::Stages& s, const Pipeline& p, bool by_tensor_amax = false);
+// As NVRTC reads them.
+std::string text_of(const cuda::Stages& s);
 
 // Whether packs of a row of `dtype` have their like in a vector of another one.
 bool aligned_like(const void* vector, ScalarType vector_dtype, ScalarType dtype);

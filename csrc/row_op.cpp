@@ -10,6 +10,8 @@ void implement_rows(const char* dispatch_key) {
   implement_activations(*m);
   implement_quantize(*m);
   implement_rope(*m);
+  implement_collectives(*m);
+  implement_gathers(*m);
 }
 
 namespace {

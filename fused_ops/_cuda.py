@@ -204,11 +204,50 @@ extern "C" __global__ void __launch_bounds__(A.block) kernel(const __grid_consta
 """
 
 
+_KERNEL_OF_RANKS = """\
+#include "collective.cuh"
+using namespace fused_ops;
+constexpr RankStages A = %s;
+extern "C" __global__ void __launch_bounds__(A.row.block)
+    kernel(const __grid_constant__ Row a, const __grid_constant__ Ranks ranks) {
+  SHARED(Shared<A.row>, shared);
+  run<A>(a, ranks, shared);
+}
+"""
+
+_KERNEL_OF_PAIRS = """\
+#include "collective.cuh"
+using namespace fused_ops;
+constexpr PairStages A = %s;
+extern "C" __global__ void __launch_bounds__(A.q.block)
+    kernel(const __grid_constant__ Row q, const __grid_constant__ Row k, const __grid_constant__ Ranks ranks) {
+  SHARED(Scratch, scratch);
+  run<A>(q, k, ranks, scratch);
+}
+"""
+_KERNEL_OF_GATHER = """\
+#include "gather.cuh"
+using namespace fused_ops;
+constexpr GatherStages A = %s;
+extern "C" __global__ void __launch_bounds__(A.block)
+    kernel(const __grid_constant__ Gather a, const __grid_constant__ Ranks ranks) {
+  run<A>(a, ranks);
+}
+"""
+_OTHERS = {
+    "TokenStages": _KERNEL_OF_HEADS,
+    "RankStages": _KERNEL_OF_RANKS,
+    "PairStages": _KERNEL_OF_PAIRS,
+    "GatherStages": _KERNEL_OF_GATHER,
+}
+
+
 def source(stages: bytes, stages_of_b: bytes | None = None) -> str:
-    """A kernel for one choice of stages, of rows or heads, or for two, of which the first has so many of the blocks."""
+    """A kernel for one choice of stages, of rows, heads or ranks, or for two, of which the first has so many of the blocks."""
     if stages_of_b is not None:
         return _KERNEL_OF_TWO % (stages.decode(), stages_of_b.decode())
-    return (_KERNEL_OF_HEADS if stages.startswith(b"TokenStages") else _KERNEL) % stages.decode()
+    text = stages.decode()
+    return _OTHERS.get(text.partition("{")[0], _KERNEL) % text
 
 
 def architecture(major: int, minor: int) -> str:

@@ -44,22 +44,27 @@ struct Shared {
   int amax[kGroups ? kRows * kParts * Codes<K>::kGroups : 1];
 };
 
+// The row that the stages begin with.
 template <Stages K>
-DEVICE void run(const Row& p, long long block, Shared<K>& shared) {
+DEVICE void load(const Row& p, long long r, Held<K>& held) {
+  if constexpr (K.load == kCopy || K.load == kAdd) load_rows(p.x, r, held);
+  if constexpr (K.load == kSilu) load_gated<K, Activation::kSilu>(p, r, held);
+  if constexpr (K.load == kGeluTanh) load_gated<K, Activation::kGeluTanh>(p, r, held);
+  if constexpr (K.load == kSwigluOai) load_gated<K, Activation::kSwigluOai>(p, r, held);
+  if constexpr (K.load == kRelu2) load_relu2(p, r, held);
+}
+
+// Row r by the threads that own it, from what `load_held` gives them. Threads without a row, which aren't active, go
+// along, since barriers count them.
+template <Stages K, class Load>
+DEVICE void work(const Row& p, long long r, bool active, const Load& load_held, Shared<K>& shared) {
   const int place = threadIdx.x / K.threads;
-  const long long r = block * Shared<K>::kRows + place;
-  // Threads without a row go along, since barriers count them.
-  const bool active = r < p.rows && !skips<K>(p, r);
   Held<K> held = {}, residual = {};
   held.thread = residual.thread = threadIdx.x % K.threads;
   constexpr bool kAddsFirst = K.load == kAdd, kAddsLater = K.post.kind != kNoNorm;
   if (active) {
-    if constexpr (K.load == kCopy || K.load == kAdd) load_rows(p.x, r, held);
     if constexpr (kAddsFirst || kAddsLater) load_rows(p.other, r, residual);
-    if constexpr (K.load == kSilu) load_gated<K, Activation::kSilu>(p, r, held);
-    if constexpr (K.load == kGeluTanh) load_gated<K, Activation::kGeluTanh>(p, r, held);
-    if constexpr (K.load == kSwigluOai) load_gated<K, Activation::kSwigluOai>(p, r, held);
-    if constexpr (K.load == kRelu2) load_relu2(p, r, held);
+    load_held(held);
   }
   if constexpr (kAddsFirst) add<K, K.multiplied>(p, r, residual, held, active);
   if constexpr (kAddsLater) {
@@ -81,6 +86,13 @@ DEVICE void run(const Row& p, long long block, Shared<K>& shared) {
     if constexpr (Codes<K>::kSwizzled)
       if (r >= p.rows && r < (p.rows + 127) / 128 * 128) zero_padding<K>(p, r, held.thread);
   }
+}
+
+template <Stages K>
+DEVICE void run(const Row& p, long long block, Shared<K>& shared) {
+  const long long r = block * Shared<K>::kRows + threadIdx.x / K.threads;
+  const bool active = r < p.rows && !skips<K>(p, r);
+  work(p, r, active, [&](Held<K>& held) { load(p, r, held); }, shared);
 }
 
 }  // namespace fused_ops

@@ -177,4 +177,35 @@ DEVICE int lanes_max(int x, int lanes) {
   return x;
 }
 
+// --- between devices, which see each other's memory ---
+
+// All that this thread wrote or saw written before is seen by who finds the flag raised.
+DEVICE void raise_flag(unsigned long long* flag, unsigned long long value) {
+#if PTX(700)
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+#else
+  *(volatile unsigned long long*)flag = value;
+#endif
+}
+
+DEVICE unsigned long long look_at(const unsigned long long* flag) {
+#if PTX(700)
+  unsigned long long value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
+  return value;
+#else
+  return *(const volatile unsigned long long*)flag;
+#endif
+}
+
+DEVICE unsigned long long nanoseconds() {
+#if PTX(700)
+  unsigned long long now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+#else
+  return clock64();
+#endif
+}
+
 }  // namespace fused_ops

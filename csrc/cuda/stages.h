@@ -1,6 +1,8 @@
 // What host and device agree on: the arguments of a kernel, of rows or of heads, and what it is compiled for.
 #pragma once
 
+#include "../quantize.h"
+
 namespace fused_ops {
 namespace cuda {
 
@@ -119,6 +121,80 @@ struct TokenStages {
   bool slots;      // there is a cache
   bool neox, round_products, aligned_table;
   HeadStages q, k, v, gate;
+};
+
+// --- ranks (collective.cuh) ---
+
+constexpr int kMaxRanks = 16;
+constexpr int kMaxBlocks = 64;  // of a launch: all of them must be on the device at once, since blocks wait for blocks
+
+// What a rank calls, for the others to compare with and for people to read: fused_ops/_symmetric.py knows the words.
+struct Call {
+  long long words[8];
+};
+
+// How an exchange failed, in memory of the host that the device writes.
+struct Failure {
+  unsigned long long reason, rank;
+  Call call, theirs;
+};
+enum Reason : int { kNoFailure, kTimedOut, kOtherCall, kGivenUp };
+
+// The head of a rank's workspace; two slots of rows follow it.
+struct Mailbox {
+  unsigned calls;    // of this rank so far
+  unsigned arrived;  // its blocks that know their number
+  unsigned failed;   // the host has been told why
+  unsigned broken;   // 1 + the rank that gave up; any rank writes it
+  unsigned reserved[28];
+  Call call[2];  // what it calls, by parity
+  // By parity of the call, exchange of it, block, and the rank that writes it: the call's number and what is called.
+  unsigned long long flags[2][2][kMaxBlocks][kMaxRanks];
+};
+
+struct Ranks {
+  char* memory[kMaxRanks];  // every rank's workspace, its own as well, where this device sees it
+  int rank, blocks;
+  long long slot_bytes;
+  long long begin, end;  // rows that this launch is for: all of them, or, scattered, of each rank's
+  long long share, all;  // scattered: rows of a rank, and of all
+  unsigned long long limit;  // nanoseconds
+  Failure* failure;
+  Call call;
+  unsigned called;  // stands for it in flags
+};
+
+// q and k, of one block's size.
+struct PairStages {
+  Stages q, k;
+  int ranks;
+};
+
+// Rows of bytes that are gathered, and up to two sets of scales, or zero points, that go with them.
+struct Gather {
+  Strided x, y;
+  ScalePlace scale[2], result[2];
+};
+
+struct GatherStages {
+  int block, ranks;
+  bool aligned;  // rows are, for whole packs of 16 bytes
+  long long row_bytes;
+  int sets, groups, scale_bytes;  // of scales; of a row; of a scale
+  bool padded, swizzled;          // results to whole fours of groups, and 128 rows, with zeros
+};
+
+// Of a row in a slot: its bytes, then each set of scales.
+HOST_DEVICE constexpr long long whole_packs(long long bytes) { return (bytes + 15) / 16 * 16; }
+HOST_DEVICE constexpr long long gathered_bytes(const GatherStages& s) {
+  return whole_packs(s.row_bytes) + s.sets * whole_packs(s.groups * s.scale_bytes);
+}
+
+struct RankStages {
+  Stages row;
+  int ranks;
+  bool two_shot;   // each rank sums some of the columns for all
+  bool scattered;  // a rank works on its own rows alone
 };
 
 }  // namespace cuda

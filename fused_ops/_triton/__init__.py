@@ -63,12 +63,14 @@ def missing() -> str | None:
 def _runs(op: Op) -> Callable:
     @cache
     def implementation() -> Callable:
-        from . import attention_launch, heads, operations
+        from . import attention_launch, collective_launch, heads, operations
 
         if _of_heads(op):
             return heads.operation(op.arguments)
         if _of_attention(op):
             return attention_launch.operation(op.name, op.argument("key") or op.required)
+        if _of_ranks(op):
+            return collective_launch.operation(op.name, op.arguments, op.argument("key") or op.required)
         if op.name == "dual_rms_norm":
             return operations.dual_rms_norm
         return operations.row_operation(op.name, op.argument("key") or op.required)
@@ -109,6 +111,10 @@ def _supports_heads(op: Op) -> Callable[..., bool]:
 
 def _of_attention(op: Op) -> bool:
     return "block_tables" in op.arguments
+
+
+def _of_ranks(op: Op) -> bool:
+    return "workspace" in op.arguments
 
 
 def _supports_attention(op: Op) -> Callable[..., bool]:

@@ -92,48 +92,60 @@ def run(p: Pipeline) -> None:
 
 
 def launch(p: Pipeline) -> None:
-    x = p.x
-    rows = x.shape[:-1].numel()
-    y_cols = p.cols if p.y is None else p.y.shape[-1]
-    flags = 0 if p.weight is p.post_weight is None else p.flags
-    kernel, warps = stages(
-        p.cols, y_cols, x.element_size(), p.load, p.round_activation, p.post_eps is not None, p.norm, flags, p.key
-    )
-    codes = kernel.codes
-    blocks = -(-rows // kernel.rows)
-    if codes is not None and codes.layout == "swizzled":
-        blocks = -(-round_up(rows, 128) // kernel.rows)
-    elif codes is not None and codes.per_tensor and p.scale is not None:
-        blocks = max(blocks, 1)  # which writes the scale
+    kernel, warps = kernel_of(p)
+    rows = p.x.shape[:-1].numel()
+    blocks = -(-rows_with_padding(kernel.codes, rows, p.scale) // kernel.rows)
     if not blocks:
         return
-    sizes, (x_rows, other, residual, y, data) = rows_of(x, p.other, p.residual, p.y, bytes_of(p.data))
+    sizes, (x, other, residual, y, data) = rows_of(p.x, p.other, p.residual, p.y, bytes_of(p.data))
     arguments = {
         "rows": rows,
         "sizes": sizes,
-        "x": x_rows,
+        "x": x,
         "other": other,
-        "x_multiplier": None if p.x_multiplier == 1.0 else float32(p.x_multiplier),
         "alpha": float32(p.alpha),
         "limit": float32(p.limit),
         "tokens_per_expert": p.tokens_per_expert,
-        "rows_per_expert": 0 if p.tokens_per_expert is None else x.shape[1],
+        "rows_per_expert": 0 if p.tokens_per_expert is None else p.x.shape[1],
         "post_weight": p.post_weight,
         "post_eps": float32(p.post_eps),
-        "weight": p.weight,
         "bias": p.bias,
-        "eps": float32(p.eps),
         "residual": residual,
         "y": y,
         "data": data,
-        "given": p.given,
-        "given_zero": p.given_zero,
-        "scale": places(p.scale, codes),
-        "zero_point": places(p.zero_point, codes),
         "tensor_amax": p.tensor_amax,
         "K": kernel,
+        **arguments_of(p, kernel),
     }
-    on_device(x.device, lambda: row_kernel[(blocks,)](**arguments, num_warps=warps, **OPTIONS))
+    on_device(p.x.device, lambda: row_kernel[(blocks,)](**arguments, num_warps=warps, **OPTIONS))
+
+
+def kernel_of(p: Pipeline) -> tuple[Stages, int]:
+    y_cols = p.cols if p.y is None else p.y.shape[-1]
+    flags = 0 if p.weight is p.post_weight is None else p.flags
+    return stages(
+        p.cols, y_cols, p.x.element_size(), p.load, p.round_activation, p.post_eps is not None, p.norm, flags, p.key
+    )
+
+
+def rows_with_padding(codes: Codes | None, rows: int, scale: Tensor | None) -> int:
+    """As many as a kernel goes over: those that complete a layout too, and one where it writes a tensor's scale."""
+    if codes is not None and codes.layout == "swizzled":
+        return round_up(rows, 128)
+    return max(rows, 1) if codes is not None and codes.per_tensor and scale is not None else rows
+
+
+def arguments_of(p: Pipeline, kernel: Stages) -> dict[str, Any]:
+    """What kernels of rows take that isn't rows."""
+    return {
+        "x_multiplier": None if p.x_multiplier == 1.0 else float32(p.x_multiplier),
+        "weight": p.weight,
+        "eps": float32(p.eps),
+        "given": p.given,
+        "given_zero": p.given_zero,
+        "scale": places(p.scale, kernel.codes),
+        "zero_point": places(p.zero_point, kernel.codes),
+    }
 
 
 def on_device(device: torch.device, start: Any) -> None:
@@ -157,7 +169,7 @@ def bytes_of(tensor: Tensor | None) -> Tensor | None:
 
 def rows_of(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Rows | None]]:
     """The leading sizes that the tensors share, merged where all their strides allow, and each as `Rows`."""
-    shape = tensors[0].shape  # type: ignore[union-attr]
+    shape = next(t.shape for t in tensors if t is not None)
     strides = [t.stride() for t in tensors if t is not None]
     dims: list[int] = []  # the last dimension of each merged run
     sizes: list[int] = []

@@ -63,6 +63,58 @@ def store_padded(y, sizes, row, active, column, valid, held, K: tl.constexpr):
         tl.store(at(y, sizes, row)[:, None] + padding, 0.0, mask=active[:, None] & (padding < K.y_cols))
 
 
+@triton.jit
+def work(
+    held,
+    rows,
+    sizes,
+    row,
+    active,
+    column,
+    within,
+    other,
+    x_multiplier,
+    post_weight,
+    post_eps,
+    weight,
+    bias,
+    eps,
+    residual,
+    y,
+    data,
+    given,
+    given_zero,
+    scale,
+    zero_point,
+    tensor_amax,
+    S: tl.constexpr,
+    K: tl.constexpr,
+):
+    """All stages after the load."""
+    valid = active[:, None] & within
+    if x_multiplier is not None:
+        held = round_to(held * x_multiplier, S)
+    if K.post:
+        held = rms_norm(held, post_weight, post_eps, column, within, valid, S, K)
+    if K.post or K.load == "add":
+        held = round_to(held + load_rows(other, sizes, row, column, valid), S)
+        if residual is not None:
+            store_rows(residual, sizes, row, column, valid, held)
+    if K.norm == "rms":
+        held = rms_norm(held, weight, eps, column, within, valid, S, K)
+    elif K.norm == "layer":
+        held = layer_norm(held, weight, bias, eps, column, within, valid, S, K)
+    if y is not None:
+        store_padded(y, sizes, row, active, column, valid, held, K)
+    if K.codes is not None:
+        if data is not None:
+            data = at(data, sizes, row)
+        quantize(held, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K)
+    elif tensor_amax is not None:
+        magnitudes = tl.max(bits(held) & MAGNITUDE, axis=1)
+        tl.atomic_max(tensor_amax, tl.max(magnitudes, axis=0))
+
+
 @triton.jit(do_not_specialize=["rows", "sizes", "rows_per_expert", "scale", "zero_point"])
 def row_kernel(
     rows,
@@ -97,26 +149,30 @@ def row_kernel(
         active = active & (row % rows_per_expert < tokens)
     column, within = columns(K, 1)
     valid = active[:, None] & within
-
     held = load(x, other, sizes, row, active, column, valid, alpha, limit, S, K)
-    if x_multiplier is not None:
-        held = round_to(held * x_multiplier, S)
-    if K.post:
-        held = rms_norm(held, post_weight, post_eps, column, within, valid, S, K)
-    if K.post or K.load == "add":
-        held = round_to(held + load_rows(other, sizes, row, column, valid), S)
-        if residual is not None:
-            store_rows(residual, sizes, row, column, valid, held)
-    if K.norm == "rms":
-        held = rms_norm(held, weight, eps, column, within, valid, S, K)
-    elif K.norm == "layer":
-        held = layer_norm(held, weight, bias, eps, column, within, valid, S, K)
-    if y is not None:
-        store_padded(y, sizes, row, active, column, valid, held, K)
-    if K.codes is not None:
-        if data is not None:
-            data = at(data, sizes, row)
-        quantize(held, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K)
-    elif tensor_amax is not None:
-        magnitudes = tl.max(bits(held) & MAGNITUDE, axis=1)
-        tl.atomic_max(tensor_amax, tl.max(magnitudes, axis=0))
+    work(
+        held,
+        rows,
+        sizes,
+        row,
+        active,
+        column,
+        within,
+        other,
+        x_multiplier,
+        post_weight,
+        post_eps,
+        weight,
+        bias,
+        eps,
+        residual,
+        y,
+        data,
+        given,
+        given_zero,
+        scale,
+        zero_point,
+        tensor_amax,
+        S,
+        K,
+    )

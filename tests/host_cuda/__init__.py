@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 FOLDER = Path(tempfile.gettempdir()) / f"fused_ops_host_cuda_{os.getuid()}"
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-march=x86-64-v3", "-w"]
 FOOTER = """
-extern "C" void entry(void** arguments) { fibers::call(kernel, arguments); }
+extern "C" fibers::Kernel* entry(void** arguments) { return fibers::bound(kernel, arguments); }
 """
 
 
@@ -59,3 +59,19 @@ def on_host():
         yield
     finally:
         _cuda.set_driver(_cuda.Driver())
+
+
+
+@contextmanager
+def queued(device: int):
+    """Launches wait for `run_queues`, as those of this device, in this block."""
+    _fibers().set_queue(device)
+    try:
+        yield
+    finally:
+        _fibers().set_queue(-1)
+
+
+def run_queues(seed: int = 0) -> None:
+    """Run what is queued: each device's launches in order, those of different devices interleaved as `seed` draws it."""
+    _fibers().run_queues(seed)

@@ -23,24 +23,49 @@ namespace fibers {
 
 constexpr size_t kSharedBytes = 48 << 10;  // what every device has
 void* shared();                            // the block's
+unsigned threads();
 void wait_for_block();  // until every thread is here
 void wait_for_warp();
+void pause(unsigned nanoseconds);  // lets other blocks run; the clock of all devices goes on by so much
+unsigned long long now();
 unsigned& word(unsigned thread);  // that a thread shows to others
-void launch(void (*kernel)(void**), void** arguments, unsigned blocks, unsigned threads);
+
+// A kernel with its arguments, which are copied as a launch does.
+struct Kernel {
+  virtual void operator()() const = 0;
+  virtual ~Kernel() = default;
+};
+template <class F>
+struct Bound : Kernel {
+  F f;
+  explicit Bound(F f) : f(f) {}
+  void operator()() const override { f(); }
+};
 
 template <class... P, size_t... I>
-void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
-  kernel(*(P*)arguments[I]...);
+Kernel* bound(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
+  return new Bound([kernel, ... a = *(P*)arguments[I]] { kernel(a...); });
 }
 template <class... P>
-void call(void (*kernel)(P...), void** arguments) {
-  call(kernel, arguments, std::index_sequence_for<P...>());
+Kernel* bound(void (*kernel)(P...), void** arguments) {
+  return bound(kernel, arguments, std::index_sequence_for<P...>());
 }
 
 }  // namespace fibers
 
 inline void __syncthreads() { fibers::wait_for_block(); }
 inline void __syncwarp() { fibers::wait_for_warp(); }
+inline void __nanosleep(unsigned nanoseconds) { fibers::pause(nanoseconds); }
+inline long long clock64() { return fibers::now(); }
+
+inline int __syncthreads_and(int value) {
+  fibers::word(threadIdx.x) = value;
+  fibers::wait_for_block();
+  bool all = true;
+  for (unsigned t = 0; t < fibers::threads(); ++t) all = all && fibers::word(t);
+  fibers::wait_for_block();  // before a word is written again
+  return all;
+}
 
 template <class V>
 V __shfl_xor_sync(unsigned, V value, int mask) {
@@ -54,3 +79,14 @@ V __shfl_xor_sync(unsigned, V value, int mask) {
 }
 
 inline void atomicMax(int* to, int value) { *to = *to > value ? *to : value; }
+
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+  const unsigned old = *at;
+  *at = old >= last ? 0 : old + 1;
+  return old;
+}
+inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) {
+  const unsigned old = *at;
+  if (old == expected) *at = value;
+  return old;
+}

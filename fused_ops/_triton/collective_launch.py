@@ -1,0 +1,144 @@
+"""Rows that are summed over ranks: which kernel, with which arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _symmetric
+from .._symmetric import Memory, memory_of
+from .collective import MAX_BLOCKS, MAX_RANKS, Ranks, RankStages, rank_kernel
+from .launch import (
+    OPTIONS,
+    Pipeline,
+    arguments_of,
+    bytes_of,
+    kernel_of,
+    launch,
+    next_power_of_two,
+    on_device,
+    rows_of,
+    rows_with_padding,
+    spread,
+)
+from .operations import ROW_OPERATIONS, set_key, set_outputs
+from .quantize import codes_of
+from .row import Rows
+
+SUMS = {"all_reduce": False, "reduce_scatter": True}  # and whether rows are scattered
+
+
+def operation(name: str, arguments: list[str], required: int) -> Callable[[tuple, dict[str, Any]], None]:
+    """What runs `all_reduce`, `reduce_scatter`, or one of them and a row operation."""
+    first = next(word for word in SUMS if name.startswith(word))
+    make = ROW_OPERATIONS.get(name.removesuffix("_quant").removeprefix(first).removeprefix("_"), Pipeline)
+    at = arguments.index("workspace")
+
+    def run(args: tuple, outs: dict[str, Any]) -> None:
+        memory = memory_of(args[at], args[at + 1])
+        memory.check(name)
+        if name.endswith("_quant"):
+            code, given, *rest = args[required:]
+            p = make(*args[:at], *rest[1:])
+            set_key(p, code, given, *rest[:1])
+        else:
+            p = make(*args[:at], *args[at + 3 :])
+        set_outputs(p, outs)
+        run_ranks(p, memory, SUMS[first])
+
+    return run
+
+
+def run_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
+    if p.data is None and p.scale is None:
+        p.key = None
+    if p.key is None or not (spread(codes_of(p.key, p.cols)) and p.norm):
+        return launch_ranks(p, memory, scattered)
+    # As launch.run does, so that sums are the same.
+    if p.y is None:
+        shape = p.x.shape if p.data is None else (*p.data.shape[:-1], p.cols)
+        p.y = p.x.new_empty(shape)
+    launch_ranks(replace(p, key=None, data=None, scale=None, zero_point=None), memory, scattered)
+    codes = {name: getattr(p, name) for name in ("key", "given", "given_zero", "data", "scale", "zero_point")}
+    launch(Pipeline(p.y, **codes))
+
+
+def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
+    kernel, warps = kernel_of(p)
+    world, every, size = len(memory.addresses), p.x.shape[:-1].numel(), p.x.element_size()
+    outputs = p.other, p.residual, p.y, bytes_of(p.data)
+    if scattered:
+        share = -(-every // world)
+        total, rows = share, max(0, min(share, every - memory.rank * share))
+        x_sizes, x = (every,), Rows(p.x, p.x.stride()[:1])
+        sizes, (other, residual, y, data) = rows_of(*outputs)
+    else:
+        share, total, rows = 0, every, every
+        sizes, (x, other, residual, y, data) = rows_of(p.x, *outputs)
+        x_sizes = sizes
+    row_bytes = -(-p.cols * size // 16) * 16
+    slot_bytes = (memory.buffer.numel() - _symmetric.MAILBOX) // 32 * 16
+    most = slot_bytes // row_bytes // (world if scattered else 1)
+    if not most:
+        raise ValueError(f"workspace has no room for a row of {p.cols} columns of every rank")
+    for begin in range(0, max(total, 1), most):
+        end = min(total, begin + most)
+        two_shot = not scattered and world > 1 and (end - begin) * row_bytes > memory.above
+        words = _call(p, scattered, every, begin << 1 | two_shot)
+        exchange = RankStages(
+            kernel,
+            world,
+            next_power_of_two(world),
+            two_shot,
+            scattered,
+            row_bytes,
+            -(-row_bytes // 16 // world) * 16 // size,
+            torch.version.hip is not None,
+        )
+        ranks = Ranks(
+            tuple(memory.addresses),
+            memory.addresses[memory.rank],
+            memory.rank,
+            min(max(1, -(-(end - begin) // kernel.rows)), MAX_BLOCKS.value),
+            slot_bytes,
+            begin,
+            end,
+            share,
+            every,
+            round(memory.timeout * 1e9),
+            memory.failure.data_ptr(),
+            tuple(words),
+            hash(tuple(words)) & 0x7FFFFFFF,
+        )
+        last = max(end, begin + 1) if end < rows else max(begin + 1, rows_with_padding(kernel.codes, rows, p.scale))
+        arguments = {
+            "rows": rows,
+            "sizes": sizes,
+            "x": x,
+            "x_sizes": x_sizes,
+            "other": other,
+            "residual": residual,
+            "y": y,
+            "data": data,
+            "ranks": ranks,
+            "last": last,
+            "K": kernel,
+            "E": exchange,
+            **arguments_of(p, kernel),
+        }
+        start = lambda: rank_kernel[(ranks.blocks,)](**arguments, num_warps=warps, **OPTIONS)  # noqa: B023, E731
+        on_device(p.x.device, start)
+
+
+def _call(p: Pipeline, scattered: bool, rows: int, part: int) -> list[int]:
+    s = _symmetric
+    flags = {1: s.ROUND_BEFORE, 2: s.PLUS_ONE}
+    options = sum(bit for flag, bit in flags.items() if p.flags & flag and p.weight is not None)
+    options |= s.NORMS * bool(p.norm) | s.WEIGHT * (p.weight is not None) | s.ADDS * (p.load == "add")
+    options |= s.SCATTERED * scattered | s.TRITON
+    key = -1 if p.key is None else p.key
+    return [options, rows, p.cols, s.NUMBER_OF[p.x.dtype], key, s.bits_of(p.eps), s.bits_of(p.x_multiplier), part]

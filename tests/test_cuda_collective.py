@@ -1,0 +1,158 @@
+"""Collectives of the CUDA backend: its kernels on the host, a device for each rank of this process."""
+
+import re
+
+import host_cuda
+import pytest
+import torch
+import virtual_ranks
+from compare import assert_same
+from test_ops import ALL, cases, results
+from virtual_ranks import RankCall, parts_of, workspaces
+
+from fused_ops import OPS, _symmetric
+from fused_ops.collective import summed
+
+SUMS = [p for p in ALL if p.id.startswith(virtual_ranks.SUMS)]
+ONE_SHOT, TWO_SHOT = _symmetric.NEVER, 0
+BOTH = pytest.mark.parametrize("above", [ONE_SHOT, TWO_SHOT], ids=["one-shot", "two-shot"])
+WORLDS = (2, 3, 4, 8)
+PER_OP = 4  # kernels to compile take half a second each
+
+
+def together(ranks: list[list[RankCall]], seed: int = 0) -> None:
+    """Every rank's calls in order, those of different ranks in any."""
+    with host_cuda.on_host():
+        for rank, calls in enumerate(ranks):
+            with host_cuda.queued(rank):
+                for call in calls:
+                    call.run()
+        host_cuda.run_queues(seed)
+
+
+def by_one(op, args):
+    with host_cuda.on_host():
+        return results(op, args)
+
+
+@pytest.mark.parametrize("op", SUMS)
+def test_fused_is_unfused(op):
+    every = cases(op)
+    for i, args in enumerate(every[:: max(1, len(every) // PER_OP)]):
+        above = ONE_SHOT if i % 3 else TWO_SHOT
+        virtual_ranks.is_unfused(by_one, together, op, args, WORLDS[(i + len(op.name)) % 4], above=above)
+
+
+def test_squares_are_summed():
+    op = OPS["qk_all_reduce_rms_norm"]
+    for i, args in enumerate(cases(op)[::9]):
+        virtual_ranks.squares_are_summed(by_one, together, op, args, WORLDS[i % 4])
+
+
+@pytest.mark.parametrize("name", ["all_gather", "all_gather_quantized"])
+def test_gathered_is_one_after_another(name):
+    for i, args in enumerate(cases(OPS[name])[::2]):
+        virtual_ranks.gathered_is_one_after_another(together, OPS[name], args, WORLDS[i % 4], rows=(1, 5, 130)[i % 3])
+
+
+@BOTH
+def test_a_call_larger_than_the_workspace_goes_in_parts(above):
+    """And a row depends on nothing but itself."""
+    for name, max_tokens in ("all_reduce_fused_add_rms_norm", 3), ("reduce_scatter_fused_add_rms_norm", 4):
+        args = (torch.randn(10, 64), torch.randn(10, 64), torch.randn(64), 1e-6, 0, None, 0, "")
+        virtual_ranks.is_unfused(by_one, together, OPS[name], args, 2, max_tokens=max_tokens, above=above)
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(8))
+def test_calls_in_any_order_of_ranks(above, seed):
+    """Ranks run ahead of each other: slots and flags of two calls are enough. Sizes change, and with them the blocks."""
+    op, world = OPS["all_reduce"], 3
+    xs = [parts_of(torch.randn(rows, 64), world) for rows in (9, 1, 2, 16, 0, 7, 1, 1, 12)]
+    with workspaces(world, 8, 64, torch.float32, above=above) as memories:
+        calls = [[RankCall(op, (x[rank], None, 0, ""), memories[rank]) for x in xs] for rank in range(world)]
+        together(calls, seed)
+        for memory in memories:
+            memory.check()
+        for own in calls:
+            for call, x in zip(own, xs, strict=True):
+                assert_same(call.results["y"], summed(x))
+
+
+def test_several_workspaces_side_by_side():
+    op, world = OPS["all_reduce"], 2
+    xs = parts_of(torch.randn(4, 64), world)
+    with workspaces(world, 4, 64, torch.float32) as a, workspaces(world, 4, 64, torch.float32) as b:
+        calls = [[RankCall(op, (xs[r], None, 0, ""), memory[r]) for memory in (a, b, b, a, b)] for r in range(world)]
+        together(calls)
+        for call in sum(calls, []):
+            assert_same(call.results["y"], summed(xs))
+
+
+def run_out_of_step(calls: list[list[tuple]], world: int) -> tuple[list, list]:
+    """Each rank's calls (name, first arguments), of which not all match: the calls, and what each rank raises then."""
+    with workspaces(world, 4, 64, torch.float32, timeout=1e-3) as memories:
+        made = [
+            [RankCall(OPS[name], (*args, None, 0, ""), memories[rank]) for name, args in own]
+            for rank, own in enumerate(calls)
+        ]
+        together(made)
+        errors = []
+        for rank, memory in enumerate(memories):
+            call = RankCall(OPS["all_reduce"], (torch.ones(1, 64), None, 0, ""), memory)
+            with host_cuda.on_host(), host_cuda.queued(rank), pytest.raises((TimeoutError, ValueError)) as error:
+                virtual_ranks.public(call)
+            errors.append(error.value)
+            assert call.results["y"].isnan().all()  # poisoned, and never written
+        return made, errors
+
+
+def test_a_rank_that_does_not_come():
+    x = torch.randn(3, 64)
+    once = [("all_reduce", (x,))]
+    made, errors = run_out_of_step([once * 2, once * 2, once], 3)
+    for own, error in zip(made[:2], errors, strict=False):
+        assert_same(own[0].results["y"], summed([x] * 3))
+        assert own[1].results["y"].isnan().all()
+        assert type(error) is TimeoutError
+        assert re.search("rank 2 did not come within|rank [01] gave up", str(error))
+    assert any("rank 2 did not come within 0.001 s to all_reduce of 3 rows of 64 float32" in str(e) for e in errors)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("all_reduce", (torch.ones(2, 64),)),
+        ("all_reduce", (torch.ones(3, 32),)),
+        ("all_reduce", (torch.ones(3, 64).half(),)),
+        ("all_reduce_rms_norm", (torch.ones(3, 64), None, 1e-6, 0)),
+        ("reduce_scatter", (torch.ones(3, 64),)),
+    ],
+    ids=["rows", "columns", "dtype", "operation", "scattered"],
+)
+def test_calls_that_differ(other):
+    mine = ("all_reduce", (torch.ones(3, 64),))
+    made, errors = run_out_of_step([[mine], [mine], [other]], 3)
+    assert all(type(error) is ValueError for error in errors)
+    for rank, error in enumerate(errors):
+        said = re.search(r"this rank called (.*), but rank (\d) called (.*):", str(error))
+        assert (rank == 2) != (said[2] == "2"), error
+        assert said[1] != said[3]
+    for own in made:
+        assert own[0].results["y"].isnan().all()
+
+
+def test_what_is_no_workspace_is_refused():
+    x = torch.randn(3, 64)
+    with workspaces(2, 4, 64, torch.float32) as memories, host_cuda.on_host():
+        whole = memories[0].buffer
+        group = virtual_ranks.group_of(2)
+        for buffer in whole.clone(), whole[:-16], whole[16:], torch.zeros(64, dtype=torch.uint8):
+            with pytest.raises(RuntimeError, match="workspace: expected"):
+                OPS["all_reduce"].default(x, buffer, 0, group)
+        with pytest.raises(RuntimeError, match="rank: expected 0"):
+            OPS["all_reduce"].default(x, whole, 1, group)
+        with pytest.raises(RuntimeError, match="doesn't fit"):
+            OPS["all_reduce"].default(torch.randn(1, 1000), whole, 0, group)
+    with host_cuda.on_host(), pytest.raises(RuntimeError, match="workspace: expected"):
+        OPS["all_reduce"].default(x, whole, 0, group)
