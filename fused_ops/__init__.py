@@ -3,6 +3,7 @@
 import os as _os
 
 from . import attention_inputs as _attention_inputs  # noqa: F401  declares them
+from . import collective_inputs as _collective_inputs  # noqa: F401
 from . import heads_inputs as _heads_inputs  # noqa: F401
 from ._cpu import load as _load_cpu
 from ._cuda import load as _load_cuda
@@ -21,6 +22,12 @@ from .activation import (
     swiglu_oai_mul_quant,
 )
 from .attention import OutputOptions, paged_attention
+from .collective import (
+    all_reduce,
+    all_reduce_fused_add_rms_norm_quant,
+    all_reduce_rms_norm_quant,
+    qk_all_reduce_rms_norm,
+)
 from .dual_norm import dual_rms_norm
 from .kv_cache import qk_norm_rope_kv_cache_write, rope_kv_cache_write
 from .linear import scaled_linear
@@ -38,6 +45,16 @@ from .norm import (
 from .post_norm import rms_norm_add, rms_norm_add_rms_norm_quant
 from .quantize import QuantOptions, quantize
 from .rope import RotaryOptions, qk_norm_rope, rope
+from .sequence_parallel import (
+    all_gather,
+    all_gather_matmul,
+    all_gather_quantized,
+    matmul_reduce_scatter,
+    reduce_scatter,
+    reduce_scatter_fused_add_rms_norm_quant,
+    reduce_scatter_rms_norm_quant,
+)
+from .workspace import AllReduceWorkspace
 
 _load_cpu()
 _load_cuda()
@@ -49,9 +66,16 @@ if _name := _os.environ.get("FUSED_OPS_BACKEND"):
 
 __all__ = [
     "OPS",
+    "AllReduceWorkspace",
     "OutputOptions",
     "QuantOptions",
     "RotaryOptions",
+    "all_gather",
+    "all_gather_matmul",
+    "all_gather_quantized",
+    "all_reduce",
+    "all_reduce_fused_add_rms_norm_quant",
+    "all_reduce_rms_norm_quant",
     "dual_rms_norm",
     "fused_add_rms_norm",
     "fused_add_rms_norm_pad",
@@ -60,12 +84,17 @@ __all__ = [
     "gelu_tanh_mul_quant",
     "layer_norm",
     "layer_norm_quant",
+    "matmul_reduce_scatter",
     "mla_attention",
     "mla_rope_kv_cache_concat",
     "paged_attention",
+    "qk_all_reduce_rms_norm",
     "qk_norm_rope",
     "qk_norm_rope_kv_cache_write",
     "quantize",
+    "reduce_scatter",
+    "reduce_scatter_fused_add_rms_norm_quant",
+    "reduce_scatter_rms_norm_quant",
     "relu2",
     "relu2_quant",
     "rms_norm",

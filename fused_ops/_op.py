@@ -26,14 +26,17 @@ DEVICES = ("CPU", "CUDA")  # dispatch keys that a forced backend overrides
 NO_KEY = -1  # in the place of a key's code: the result isn't quantized
 
 Written = Annotated[Tensor, "written"]  # an input that the operation writes into, such as a cache
+Shared = Annotated[Tensor, "shared"]  # memory that ranks exchange through: written, but no result
 
 _library = Library("fused_ops", "DEF")
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     Written: "Tensor(%s!)",
+    Shared: "Tensor(%s!)",
     float: "float",
     int: "int",
+    torch.SymInt: "SymInt",
     bool: "bool",
     list[int] | None: "int[]?",
     torch.dtype: "ScalarType",

@@ -6,21 +6,20 @@
 A fused operation returns the same bits as `all_reduce` and the unfused ones, one after another. All ranks of a group
 call the same operations in the same order, with the same shapes, dtypes and options, or all of them raise.
 
-The reference backend gathers every rank's x through the group. Where ranks are on several hosts the sum is the group's
-own, in its own order (see `AllReduceWorkspace`).
+`qk_all_reduce_rms_norm` is a norm of rows whose columns the ranks share: only sums of squares cross.
+
+The reference backend gathers every rank's x through the group, and finds no call that differs between ranks. Where
+ranks are on several hosts the sum is the group's own, in its own order (see `AllReduceWorkspace`).
 
 Source: Shoeybi et al., "Megatron-LM", 2019.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import timedelta
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import HashStore, ProcessGroup, ProcessGroupGloo
 from torch.distributed.distributed_c10d import _resolve_process_group
 from typing_extensions import Unpack
 
@@ -28,15 +27,20 @@ from quant import QuantizedActivation, QuantKey
 
 from . import norm
 from ._check import FLOATS, check
-from ._op import Written, invoke, op
-from .norm import _fused_add_rms_norm, _rms_norm, both, norm_flags
+from ._op import Shared, invoke, op
+from .norm import _fused_add_rms_norm, _rms_norm, both, fused_add_rms_norm_quant, norm_flags, normed, rms_norm_quant
 from .quantize import QuantOptions, plain_out, quantizing, run_quant
-from .workspace import AllReduceWorkspace
+from .workspace import AllReduceWorkspace, raise_if_broken, ranks_of
+
+
+def world_of(group: str) -> int:
+    """How many ranks the group of this name has."""
+    return _resolve_process_group(group).size()  # type: ignore[arg-type]
 
 
 def gathered(x: Tensor, group: str) -> list[Tensor]:
     """x of every rank of the group, by the group's own all-gather."""
-    world = _resolve_process_group(group).size()
+    world = world_of(group)
     ops = torch.ops._c10d_functional
     stacked = ops.wait_tensor(ops.all_gather_into_tensor(x.reshape(-1), world, group))
     return list(stacked.view(world, *x.shape))
@@ -51,13 +55,13 @@ def summed(parts: list[Tensor]) -> Tensor:
 
 
 @op("y")
-def _all_reduce(x: Tensor, workspace: Written, rank: int, group: str):
+def _all_reduce(x: Tensor, workspace: Shared, rank: int, group: str):
     return summed(gathered(x, group))
 
 
 @op("y")
 def _all_reduce_rms_norm(
-    x: Tensor, weight: Tensor | None, eps: float, flags: int, workspace: Written, rank: int, group: str
+    x: Tensor, weight: Tensor | None, eps: float, flags: int, workspace: Shared, rank: int, group: str
 ):
     return _rms_norm.reference(summed(gathered(x, group)), weight, eps, flags)
 
@@ -69,7 +73,7 @@ def _all_reduce_fused_add_rms_norm(
     weight: Tensor | None,
     eps: float,
     flags: int,
-    workspace: Written,
+    workspace: Shared,
     rank: int,
     group: str,
     x_multiplier: float = 1.0,
@@ -78,16 +82,43 @@ def _all_reduce_fused_add_rms_norm(
     return _fused_add_rms_norm.reference(x, residual, weight, eps, flags, x_multiplier)
 
 
+@op("q k")
+def _qk_all_reduce_rms_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    flags: int,
+    workspace: Shared,
+    rank: int,
+    group: str,
+):
+    parts = gathered(sums_of_squares(q, k), group)
+    return _normed_both(q, k, q_weight, k_weight, eps, flags, summed(parts), len(parts))
+
+
+def sums_of_squares(q: Tensor, k: Tensor) -> Tensor:
+    """float32 [..., 2], what crosses of q [..., N] and k [..., K]."""
+    return torch.stack([q.float().square().sum(-1), k.float().square().sum(-1)], dim=-1)
+
+
+def _normed_both(q, k, q_weight, k_weight, eps: float, flags: int, squares: Tensor, world: int) -> tuple:
+    means = [squares[..., i, None] / (world * t.shape[-1]) for i, t in enumerate((q, k))]
+    return normed(q, means[0], q_weight, eps, flags), normed(k, means[1], k_weight, eps, flags)
+
+
 def check_workspace(name: str, workspace, rank, group) -> None:
-    """Raise unless the last arguments are those of a workspace."""
+    """Raise unless the last arguments are those of a workspace in which nobody has given up waiting."""
     check(name, workspace=(workspace, "B", torch.uint8))
     if not isinstance(group, str):
         raise TypeError(f"{name}: group is {type(group).__name__}, expected its name")
-    size = _resolve_process_group(group).size()
+    size = world_of(group)
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{name}: rank is {type(rank).__name__}, expected an int")
     if not 0 <= rank < size:
         raise ValueError(f"{name}: rank is {rank}, expected 0 to {size - 1}")
+    raise_if_broken(name, workspace)
 
 
 @_all_reduce.declares("check")
@@ -108,6 +139,16 @@ def _(x, residual, weight, eps, flags, workspace, rank, group, x_multiplier=1.0,
     return norm.check_add(x, residual, weight, eps, flags, x_multiplier, name=name)
 
 
+@_qk_all_reduce_rms_norm.declares("check")
+def _(q, k, q_weight, k_weight, eps, flags, workspace, rank, group, *, name) -> int:
+    check_workspace(name, workspace, rank, group)
+    both_of_k = {"k": (k, "... K", "q"), "k_weight": (k_weight, "K ?", FLOATS)}
+    sizes = check(name, q=(q, "... N", FLOATS), **both_of_k, q_weight=(q_weight, "N ?", FLOATS))
+    if sizes["K"] == 0:
+        raise ValueError(f"{name}: k is {list(k.shape)}, expected at least one column")
+    return norm._check(q, q_weight, eps, flags, name=name)
+
+
 @_all_reduce.declares("empty")
 @_all_reduce_rms_norm.declares("empty")
 def _(x, *_):
@@ -119,54 +160,32 @@ def _(x, *_):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@cache
-def alone() -> AllReduceWorkspace:
-    """The workspace of a group of one rank, for tests and benchmarks of one process."""
-    store, name = HashStore(), "fused_ops alone"
-    group = ProcessGroup(store, 0, 1)
-    group._set_default_backend(ProcessGroup.BackendType.GLOO)
-    group._register_backend(
-        torch.device("cpu"), ProcessGroup.BackendType.GLOO, ProcessGroupGloo(store, 0, 1, timedelta(seconds=60))
-    )
-    group._set_group_name(name)
-    torch._C._distributed_c10d._register_process_group(name, group)
-    return AllReduceWorkspace(group, 16, 4096, torch.float32)
-
-
-def ranks_of(workspace: AllReduceWorkspace) -> tuple[Tensor, int, str]:
-    """A workspace as operations take it."""
-    if not isinstance(workspace, AllReduceWorkspace):
-        raise TypeError(f"workspace is {type(workspace).__name__}, expected an AllReduceWorkspace")
-    return workspace.buffer, workspace.rank, workspace.group_name
-
-
-@_all_reduce.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for x, *_ in norm.cases(device):
-        yield x, *ranks_of(alone())
-
-
-@_all_reduce_rms_norm.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for args in norm.cases(device):
-        yield *args, *ranks_of(alone())
-
-
-@_all_reduce_fused_add_rms_norm.declares("cases")
-def _(device: str) -> Iterator[tuple]:
-    for args in norm.cases_add(device):
-        yield *args[:5], *ranks_of(alone()), *args[5:]
+@_qk_all_reduce_rms_norm.declares("empty")
+def _(q, k, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 _all_reduce_rms_norm_quant = quantizing(_all_reduce_rms_norm, one_scale=False)
 _all_reduce_fused_add_rms_norm_quant = quantizing(_all_reduce_fused_add_rms_norm, one_scale=False)
 
 
+def by_group(x: Tensor, workspace: AllReduceWorkspace) -> Tensor:
+    """The group's own sum of every rank's x, where they share no memory."""
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", workspace.group_name))
+
+
+def apart(workspace: Any) -> bool:
+    """Whether this is a workspace whose ranks share no memory."""
+    return isinstance(workspace, AllReduceWorkspace) and not workspace.shared
+
+
 def all_reduce(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | None = None) -> Tensor:
     """The sum of every rank's x, in float32 in the order of ranks, rounded once to S.
 
     Args:
-        x: [..., N] bfloat16, float16 or float32 (S), the workspace's; rows may be strided.
+        x: [..., N] bfloat16, float16 or float32 (S), the same shape and dtype on every rank; rows may be strided, and
+            N may be as many columns as fit into the bytes of a row of the workspace.
         workspace: of the group.
         out: [..., N] in S, written instead of a fresh tensor; may be x.
 
@@ -174,9 +193,14 @@ def all_reduce(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | None =
         [..., N] in S, the same bits on every rank.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or differs between ranks; nothing is written.
-        TimeoutError: another rank did not come within the workspace's limit.
+        TypeError, ValueError: an argument is not as above, or, where ranks share memory, another rank makes another
+            call; nothing is written.
+        TimeoutError: another rank did not come within the workspace's limit, now or in an earlier call.
     """
+    if apart(workspace):
+        check("all_reduce", x=(x, "... N", FLOATS))
+        total = by_group(x, workspace)
+        return total if out is None else out.copy_(total)
     return invoke(_all_reduce, (x, *ranks_of(workspace)), None if out is None else (out,))
 
 
@@ -191,11 +215,26 @@ def all_reduce_rms_norm_quant(
     round_before_weight: bool = False,
     **quant: Unpack[QuantOptions],
 ) -> Tensor | QuantizedActivation:
-    """`all_reduce`, then `rms_norm_quant` of the sum."""
-    flags = norm_flags("all_reduce_rms_norm_quant", weight_bias, round_before_weight)
-    args = (x, weight, eps, flags, *ranks_of(workspace))
+    """`all_reduce`, then `rms_norm_quant` of the sum, in one pass; bit for bit what the two return.
+
+    Args:
+        x, workspace: as in `all_reduce`.
+        weight, eps, weight_bias, round_before_weight: as in `rms_norm`, the same on every rank.
+        quant_key, **quant: as in `quantize`, but no key with one dynamic scale for the tensor. None: the normed rows.
+
+    Returns:
+        `QuantizedActivation` of logical shape [..., N], or a Tensor, the same bits on every rank.
+
+    Raises:
+        TypeError, ValueError, TimeoutError: as in `all_reduce`.
+    """
+    name = "all_reduce_rms_norm_quant"
+    if apart(workspace):
+        options: Any = {"weight_bias": weight_bias, "round_before_weight": round_before_weight, **quant}
+        return rms_norm_quant(by_group(x, workspace), weight, eps, one_row_key(name, quant_key), **options)
+    args = (x, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
     if quant_key is None:
-        out = plain_out("all_reduce_rms_norm_quant", quant)
+        out = plain_out(name, quant)
         return invoke(_all_reduce_rms_norm, args, None if out is None else (out,))
     return run_quant(_all_reduce_rms_norm_quant, args, quant_key, quant)
 
@@ -214,11 +253,79 @@ def all_reduce_fused_add_rms_norm_quant(
     residual_out: Tensor | None = None,
     **quant: Unpack[QuantOptions],
 ) -> tuple[Tensor | QuantizedActivation, Tensor]:
-    """`all_reduce`, then `fused_add_rms_norm_quant` of the sum and the residual, which every rank has whole."""
+    """`all_reduce`, then `fused_add_rms_norm_quant` of the sum and the residual; bit for bit what the two return.
+
+    Args:
+        x, workspace: as in `all_reduce`.
+        residual: [..., N] in S, which every rank has whole.
+        weight, eps, x_multiplier, weight_bias, round_before_weight, residual_out: as in `fused_add_rms_norm`.
+        quant_key, **quant: as in `all_reduce_rms_norm_quant`.
+
+    Returns:
+        (`QuantizedActivation` or Tensor of the normed rows, new residual [..., N] in S), the same bits on every rank.
+
+    Raises:
+        TypeError, ValueError, TimeoutError: as in `all_reduce`.
+    """
     name = "all_reduce_fused_add_rms_norm_quant"
+    if apart(workspace):
+        options: Any = {"x_multiplier": x_multiplier, "weight_bias": weight_bias, "residual_out": residual_out, **quant}
+        options["round_before_weight"] = round_before_weight
+        key = one_row_key(name, quant_key)
+        return fused_add_rms_norm_quant(by_group(x, workspace), residual, weight, eps, key, **options)
     args = (x, residual, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
     optional = () if x_multiplier == 1.0 else (x_multiplier,)
     if quant_key is None:
         return invoke(_all_reduce_fused_add_rms_norm, args, both(plain_out(name, quant), residual_out), optional)
     outs = None if residual_out is None else {"residual": residual_out}
     return run_quant(_all_reduce_fused_add_rms_norm_quant, args, quant_key, quant, outs, optional)
+
+
+def one_row_key(name: str, quant_key: QuantKey | None) -> QuantKey | None:
+    """The key, unless it has one dynamic scale for the tensor."""
+    if isinstance(quant_key, QuantKey) and quant_key.per_tensor and not quant_key.scale.static:
+        raise ValueError(f"{name}: quant_key is {quant_key}, expected static scales, or one a row or group")
+    return quant_key
+
+
+def qk_all_reduce_rms_norm(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    workspace: AllReduceWorkspace,
+    *,
+    weight_bias: float = 0.0,
+    round_before_weight: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of q and of k, over all ranks' columns: only their sums of squares cross, float32 [..., 2].
+
+        mean(q^2) = (s_0 + s_1 + ...) / (world_size * N),  s_i the sum of squares of rank i's columns
+
+    Args:
+        q: [..., N] bfloat16, float16 or float32 (S), a rank's columns; as many on every rank.
+        k: [..., K] in S, likewise.
+        q_weight, k_weight: [N] and [K] in any of these dtypes, a rank's columns; or None.
+        eps, weight_bias, round_before_weight: as in `rms_norm`, the same on every rank.
+        workspace: of the group.
+        out: (q, k), written instead of fresh tensors; may be the arguments.
+
+    Returns:
+        (q, k), normed.
+
+    Raises:
+        TypeError, ValueError, TimeoutError: as in `all_reduce`.
+
+    Source: MiniMax-M2's attention, whose q and k are normed before they are heads.
+    """
+    name = "qk_all_reduce_rms_norm"
+    flags = norm_flags(name, weight_bias, round_before_weight)
+    if apart(workspace):
+        squares = by_group(sums_of_squares(q, k), workspace)
+        made = _normed_both(q, k, q_weight, k_weight, eps, flags, squares, workspace.world_size)
+        return made if out is None else (out[0].copy_(made[0]), out[1].copy_(made[1]))
+    if out is not None and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"{name}: out is {type(out).__name__}, expected a tuple of two tensors")
+    return invoke(_qk_all_reduce_rms_norm, (q, k, q_weight, k_weight, eps, flags, *ranks_of(workspace)), out)

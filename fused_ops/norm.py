@@ -36,8 +36,12 @@ _FLAGS = {  # (weight_bias, round_before_weight) as kernels take them: one int c
 
 @op("y")
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, flags: int):
-    r = x.float()
-    y = r * _rstd(r.square().mean(-1, keepdim=True), eps)
+    return normed(x, x.float().square().mean(-1, keepdim=True), weight, eps, flags)
+
+
+def normed(x: Tensor, mean_square: Tensor, weight: Tensor | None, eps: float, flags: int) -> Tensor:
+    """x [..., N] over the root of its mean square [..., 1], times the weight."""
+    y = x.float() * _rstd(mean_square, eps)
     if weight is None:
         return y.to(x.dtype)
     if flags & ROUND_BEFORE_WEIGHT:

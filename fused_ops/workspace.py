@@ -1,8 +1,18 @@
-"""Memory that the ranks of a process group share, for collectives fused with what follows them."""
+"""Memory that the ranks of a process group share, for collectives fused with what follows them.
+
+On the CPU it is one anonymous mapping of all ranks' processes, which has no name and so is gone with the last of them,
+however they end. csrc/collective.h says what lies in it.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import secrets
+import stat
+import struct
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,26 +22,41 @@ from ._check import FLOATS
 
 MOST_RANKS = 16
 DEFAULT_TIMEOUT = 60.0  # seconds
+# Bytes of a rank's rows from which on each rank sums its share of them and all read the sums, rather than everyone
+# summing all: below, the second wait costs more than is saved.
+TWO_SHOT_ABOVE = 1 << 20
+
+# As in csrc/collective.h.
+_MAGIC = 0x31736F7073667573
+_HEADER = struct.Struct("=7q")  # magic, bytes, ranks, bytes of a slot, timeout in ns, two_shot_above, nonce
+_BROKEN = struct.Struct("=q")  # ranks that were waited for | rank that gave up << 32 | 1 << 62
+_RANK = struct.Struct("=q56xqqq")  # turns; in a call; process; its address of the memory
+_BROKEN_AT, _RANKS_AT, _RANK_BYTES = 64, 128, 384
 
 
 class AllReduceWorkspace:
     """Memory shared by the ranks of `group`, of which every collective operation takes one.
 
-    Constructing, closing and every call are collective: all ranks make them, in the same order. A workspace holds
-    `max_tokens` rows a rank; a larger call goes through it in chunks of rows, and gives the same bits. Workspaces know
-    nothing of each other: any number, of any groups, may be in use side by side.
+    Constructing and every call are collective: all ranks make them, in the same order. A workspace holds `max_tokens`
+    rows a rank; a larger call goes through it in chunks of rows, and gives the same bits. Workspaces know nothing of
+    each other: any number, of any groups, may be in use side by side.
+
+    A rank that waits longer than `timeout` raises TimeoutError, and the workspace is broken: every later call with it
+    does the same, on every rank. Calls that differ between ranks raise ValueError on all of them and break nothing.
+    A call belongs to the process that made the workspace, one thread at a time: a child that was forked is no rank.
 
     Args:
         group: the ranks, 1 to 16 of them; `torch.distributed.group.WORLD` for all.
         max_tokens: rows of `hidden_size` that one exchange takes.
         hidden_size: columns of the widest row.
-        dtype: S, of the rows: bfloat16, float16 or float32.
+        dtype: of the widest row: bfloat16, float16 or float32. Calls may be of another; what counts is a row's bytes.
         timeout: seconds after which a rank that waits for another raises TimeoutError; the same on all ranks.
         device: "cpu" or a CUDA device; by default the current CUDA device where the group serves one, else "cpu".
+        two_shot_above: bytes of a rank's rows above which ranks share the summing; None: what was measured.
 
     Attributes:
         rank, world_size, group_name: of the group.
-        buffer: uint8, what operations take for it.
+        buffer: uint8, what operations take for it; None when closed.
         shared: whether the ranks share memory; if not, because they are on several hosts, operations run the group's
             own collective, then the fused norm: same formula, but the sum's order is the group's.
 
@@ -48,34 +73,46 @@ class AllReduceWorkspace:
         *,
         timeout: float = DEFAULT_TIMEOUT,
         device: torch.device | str | None = None,
+        two_shot_above: int | None = None,
     ):
         if not isinstance(group, ProcessGroup):
             raise TypeError(f"AllReduceWorkspace: group is {type(group).__name__}, expected a ProcessGroup")
         if group.size() > MOST_RANKS:
             raise ValueError(f"AllReduceWorkspace: group has {group.size()} ranks, expected at most {MOST_RANKS}")
-        for name, value in ("max_tokens", max_tokens), ("hidden_size", hidden_size):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"AllReduceWorkspace: {name} is {type(value).__name__}, expected an int")
-            if value < 1:
-                raise ValueError(f"AllReduceWorkspace: {name} is {value}, expected at least 1")
-        if dtype not in FLOATS:
-            raise TypeError(f"AllReduceWorkspace: dtype is {dtype}, expected one of {FLOATS}")
-        if not (isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0):
-            raise ValueError(f"AllReduceWorkspace: timeout is {timeout!r}, expected seconds")
         self.group, self.group_name = group, group.group_name
         self.rank, self.world_size = group.rank(), group.size()
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
-        self.device = torch.device("cpu" if device is None else device)
-        self.shared = True
-        self.buffer: Tensor = torch.empty(64, dtype=torch.uint8, device=self.device)
+        self.buffer: Tensor | None = None
+        above = TWO_SHOT_ABOVE if two_shot_above is None else two_shot_above
+        refusal: Exception | None = None
+        settings = [0] * 6
+        try:
+            _check_arguments(max_tokens, hidden_size, dtype, timeout, above)
+            self.device = _device(group, device)
+            on_cpu = self.device.type == "cpu"
+            settings = [max_tokens, hidden_size, FLOATS.index(dtype), round(timeout * 1e9), above, on_cpu]
+        except (TypeError, ValueError) as error:  # raised when the other ranks know, since they would wait
+            refusal = error
+        every = _from_all(group, [refusal is None, *settings])
+        if refusal is not None:
+            raise refusal
+        _check_alike(every)
+        # A call that scatters rows exchanges at least one for each rank.
+        slot = -(-max(max_tokens, self.world_size) * hidden_size * dtype.itemsize // 64) * 64
+        header = [self.world_size, slot, round(timeout * 1e9), above]
+        self.buffer = _shared_memory(group, self.device, header)
+        self.shared = self.buffer is not None
 
     def rows(self, tokens: int) -> slice:
         """The rows of `tokens` that are this rank's where a result is scattered: ceil(tokens / world_size) a rank."""
-        share = -(-tokens // self.world_size)
-        return slice(min(self.rank * share, tokens), min((self.rank + 1) * share, tokens))
+        return share_of(tokens, self.world_size, self.rank)
 
     def close(self) -> None:
-        """Free the memory; later calls with this workspace raise ValueError."""
+        """Drop the memory, which is freed with the last tensor on it; later calls with this workspace raise ValueError.
+
+        So does the end of a `with` block, and so does garbage collection. Other ranks keep theirs.
+        """
+        self.buffer = None
 
     def __enter__(self) -> AllReduceWorkspace:
         return self
@@ -88,3 +125,146 @@ class AllReduceWorkspace:
             f"AllReduceWorkspace(rank {self.rank} of {self.world_size}, {self.max_tokens} rows of {self.hidden_size} "
             f"{self.dtype}, {self.device})"
         )
+
+
+def ranks_of(workspace: AllReduceWorkspace) -> tuple[Tensor, int, str]:
+    """A workspace as operations take it."""
+    if not isinstance(workspace, AllReduceWorkspace):
+        raise TypeError(f"workspace is {type(workspace).__name__}, expected an AllReduceWorkspace")
+    if workspace.buffer is None:
+        raise ValueError("workspace is closed" if workspace.shared else "workspace is not shared by its ranks")
+    return workspace.buffer, workspace.rank, workspace.group_name
+
+
+def share_of(tokens: Any, world: int, rank: int) -> slice:
+    """The rows of `tokens` that are a rank's: ceil(tokens / world) each, the last ones fewer or none."""
+    share = -(-tokens // world)
+    return slice(torch.sym_min(rank * share, tokens), torch.sym_min((rank + 1) * share, tokens))
+
+
+def raise_if_broken(name: str, buffer: Tensor) -> None:
+    """TimeoutError if a rank has given up waiting in this workspace."""
+    if type(buffer) is not Tensor or buffer.device.type != "cpu" or buffer.numel() < _RANKS_AT or buffer.ndim != 1:
+        return
+    header = bytes(buffer[:_RANKS_AT].tolist())
+    magic, size, world, _, timeout, *_ = _HEADER.unpack_from(header)
+    (broken,) = _BROKEN.unpack_from(header, _BROKEN_AT)
+    if magic != _MAGIC or size != buffer.numel() or not broken:
+        return
+    waited = [rank for rank in range(world) if broken >> rank & 1]
+    absent = ", ".join(f"rank {rank} ({_process(buffer, rank)})" for rank in waited)
+    raise TimeoutError(
+        f"{name}: rank {broken >> 32 & 15} waited {timeout / 1e9:g} s for {absent}; the workspace is broken on all "
+        "ranks: make a new one"
+    )
+
+
+def _process(buffer: Tensor, rank: int) -> str:
+    """A rank's process, and whether it lives, as far as this one can see."""
+    at = _RANKS_AT + rank * _RANK_BYTES
+    pid = _RANK.unpack(bytes(buffer[at : at + _RANK.size].tolist()))[2]
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        state = "X"
+    return f"process {pid}, which {'has ended' if state in 'ZX' else 'is alive'}"
+
+
+def _check_arguments(max_tokens: Any, hidden_size: Any, dtype: Any, timeout: Any, above: Any) -> None:
+    least = {"max_tokens": (max_tokens, 1), "hidden_size": (hidden_size, 1), "two_shot_above": (above, 0)}
+    for name, (value, low) in least.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"AllReduceWorkspace: {name} is {type(value).__name__}, expected an int")
+        if not low <= value < 1 << 40:
+            raise ValueError(f"AllReduceWorkspace: {name} is {value}, expected {low} to 2^40")
+    if dtype not in FLOATS:
+        raise TypeError(f"AllReduceWorkspace: dtype is {dtype}, expected one of {FLOATS}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"AllReduceWorkspace: timeout is {type(timeout).__name__}, expected seconds")
+    if not (math.isfinite(timeout) and 0 < timeout <= 1e9):
+        raise ValueError(f"AllReduceWorkspace: timeout is {timeout!r}, expected more than 0 seconds, up to 10^9")
+
+
+def _device(group: ProcessGroup, device: Any) -> torch.device:
+    if device is None:
+        on_cuda = torch.cuda.is_available() and any(served.type == "cuda" for served in group._device_types)
+        device = "cuda" if on_cuda else "cpu"
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"AllReduceWorkspace: device is {device}, expected the CPU or a CUDA device")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _check_alike(every: list[list[int]]) -> None:
+    """Raise, on all ranks alike, unless all of them make the same workspace."""
+
+    def words(known: int, tokens: int, cols: int, dtype: int, timeout: int, above: int, on_cpu: int) -> str:
+        if not known:
+            return "refuses its arguments"
+        what = f"max_tokens {tokens}, hidden_size {cols}, {FLOATS[dtype]}, timeout {timeout / 1e9:g}"
+        return f"has {what}, two_shot_above {above}, on {'the CPU' if on_cpu else 'CUDA'}"
+
+    other = next((rank for rank, settings in enumerate(every) if settings != every[0]), None)
+    if other is not None:
+        raise ValueError(f"AllReduceWorkspace: rank 0 {words(*every[0])}, but rank {other} {words(*every[other])}")
+
+
+def _from_all(group: ProcessGroup, values: list[int]) -> list[list[int]]:
+    """The ints of every rank, by the group's own all-gather."""
+    devices = group._device_types
+    device = torch.device("cpu") if torch.device("cpu") in devices or not devices else devices[0]
+    ops = torch.ops._c10d_functional
+    mine = torch.tensor(list(map(int, values)), dtype=torch.int64, device=device)
+    every = ops.wait_tensor(ops.all_gather_into_tensor(mine, group.size(), group.group_name))
+    return every.view(group.size(), -1).tolist()
+
+
+def _shared_memory(group: ProcessGroup, device: torch.device, header: list[int]) -> Tensor | None:
+    """Memory that all ranks map, with the header in it; None where a rank can't map it."""
+    if device.type != "cpu":
+        raise ValueError(f"AllReduceWorkspace: device is {device}, and there is no memory that its kind shares")
+    world, slot, *_ = header
+    size = -(-(_RANKS_AT + world * _RANK_BYTES) // 4096) * 4096 + world * 2 * slot
+    nonce, fd = secrets.randbits(62), -1
+    try:
+        buffer = None
+        if group.rank() == 0 and hasattr(os, "memfd_create"):
+            try:
+                fd = os.memfd_create("fused_ops")
+                os.ftruncate(fd, size)
+                buffer = _mapped(os.getpid(), fd, size)
+            except OSError:
+                buffer = None
+            if buffer is not None:
+                _put(buffer, 0, _HEADER.pack(_MAGIC, size, *header, nonce))
+        pid, theirs, nonce = _from_all(group, [os.getpid(), fd, nonce])[0]
+        if group.rank() != 0:
+            buffer = _mapped(pid, theirs, size)
+        if buffer is not None and _HEADER.unpack(bytes(buffer[: _HEADER.size].tolist()))[-1] != nonce:
+            buffer = None  # of another host's process that has the same number
+        if buffer is not None:
+            at = _RANKS_AT + group.rank() * _RANK_BYTES
+            _put(buffer, at, _RANK.pack(0, 0, os.getpid(), buffer.data_ptr()))
+        all_have = all(have for (have,) in _from_all(group, [buffer is not None]))
+    finally:
+        if fd >= 0:
+            os.close(fd)  # the mapping stays
+    return buffer if all_have else None
+
+
+def _mapped(pid: int, fd: int, size: int) -> Tensor | None:
+    """The memory behind another process's file descriptor; None where there is no such memory of that size."""
+    path = f"/proc/{pid}/fd/{fd}"
+    try:
+        status = os.stat(path)
+        if fd < 0 or not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            return None
+        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    except (OSError, RuntimeError):
+        return None
+
+
+def _put(buffer: Tensor, at: int, data: bytes) -> None:
+    buffer[at : at + len(data)] = torch.tensor(list(data), dtype=torch.uint8)
