@@ -70,5 +70,4 @@ def qk_normed(
     """This rank's columns [..., columns] of all queries and keys of a token, which are normed as one row each."""
     options = norm.of(k_norm)
     weights = q_norm.weight, options.pop("weight"), options.pop("eps")
-    rows = qk_all_reduce_rms_norm(q.flatten(0, -2), k.flatten(0, -2), *weights, workspace, **options)
-    return rows[0].view(q.shape), rows[1].view(k.shape)
+    return qk_all_reduce_rms_norm(q, k, *weights, workspace, **options)

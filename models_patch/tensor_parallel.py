@@ -93,10 +93,12 @@ class _Plan:
         self.uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
 
     def add(self, prefix: str, base: Any, family: Family) -> None:
-        columns = base.norm.weight.numel()
-        if columns > self.workspace.hidden_size:
-            have = self.workspace.hidden_size
-            raise ValueError(f"shard: workspace has rows of {have} columns, expected the model's {columns}")
+        have, row = self.workspace.hidden_size * self.workspace.dtype.itemsize, base.norm.weight
+        if row.nbytes > have:
+            raise ValueError(
+                f"shard: workspace has rows of {have} bytes, expected at least the {row.nbytes} of this model's "
+                f"{row.numel()} columns of {row.dtype}"
+            )
         for index, (layer, (role, note)) in enumerate(zip(base.layers, attentions_of(base), strict=True)):
             path, attention, mlp = f"{prefix}layers.{index}", family.attention.module, family.mlp.module
             self.cut(f"{path}.{attention}", layer, getattr(layer, attention), partial(self.heads, role, note))
@@ -167,8 +169,6 @@ class _Plan:
                 problem = f"is quantized: {SHARD_FIRST}"
             elif problem is None and any(self.uses[id(parameter)] > 1 for parameter in linear.parameters()):
                 problem = "shares its weight with another module"
-            elif problem is None and linear.weight.dtype != self.workspace.dtype:
-                problem = f"is {linear.weight.dtype}, the workspace {self.workspace.dtype}"
             elif problem is None and linear.weight.device != self.workspace.device:
                 problem = f"is on {linear.weight.device}, the workspace on {self.workspace.device}"
             if problem is not None:
