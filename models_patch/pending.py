@@ -54,9 +54,7 @@ class Pending:
             return rms_norm_add_rms_norm_quant(self._whole_delta(), self.residual, **post, **norm, **quant)
         options = {"x_multiplier": self.multiplier, **norm, **quant}
         if self.workspace is not None:
-            return all_reduce_fused_add_rms_norm_quant(
-                self.delta, self.residual, workspace=self.workspace, **options
-            )
+            return all_reduce_fused_add_rms_norm_quant(self.delta, self.residual, workspace=self.workspace, **options)
         return fused_add_rms_norm_quant(self.delta, self.residual, **options)
 
     def _whole_delta(self) -> Tensor:

@@ -10,6 +10,8 @@ NEIGHBOURS = 1 / 5000
 FLOAT32_ULP = 6
 # Logits of whole models: a share of the largest in float32, and by how much a token must lead in bfloat16.
 LOGITS, MARGIN = 1e-5, 0.5
+# Two quantizations of a model by the same scheme, whose scales are over other columns, differ in their errors.
+QUANTIZED_ALIKE = 1.5
 
 
 # Attention on GPUs rounds its weights to S, and those of others or of MLA more on the way; its sums are float32, whose
@@ -118,3 +120,9 @@ def assert_attention_close(actual: Tensor, expected: Tensor, context: str = "") 
     largest = e.abs().max() if e.numel() else 0.0
     allowed = e.abs() * torch.finfo(actual.dtype).eps + ATTENTION_ERROR * largest
     assert ((a - e).abs() <= allowed).all(), f"{context}: {(a - e).abs().max()} apart, the largest is {largest}"
+
+
+def assert_as_near(actual: Tensor, exact: Tensor, theirs: Tensor) -> None:
+    """Logits of a quantized model, beside another quantization of it: about as far from those that aren't quantized."""
+    mine, other = ((logits.double() - exact).square().mean().sqrt() for logits in (actual, theirs))
+    assert mine <= QUANTIZED_ALIKE * other, f"{mine:.4g} from the exact logits, the other {other:.4g}"
