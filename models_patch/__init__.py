@@ -1,4 +1,4 @@
-"""Fused operations in models as they are: `patch(model)`, `unpatch(model)`; on several ranks `shard(model, workspace)`."""
+"""Fused operations in models as they are: `patch(model)`, `unpatch(model)`, and before, on ranks, `shard(model, ..)`."""
 
 from .patch import patch, unpatch
 from .report import Entry, Report

@@ -107,8 +107,9 @@ def _heads(module: Any, x: Tensor | QuantizedActivation, role: Attention) -> tup
     else:
         parts = module.q_proj(x), module.k_proj(x), module.v_proj(x)
     if role.norm_over_ranks is not None:
-        norms = module.q_norm, module.k_norm, role.norm_over_ranks, workspace_of(module)
-        parts = *qk_normed(*parts[:2], *norms), parts[2]
+        q, k, v = parts
+        q, k = qk_normed(q, k, module.q_norm, module.k_norm, role.norm_over_ranks, workspace_of(module))
+        parts = q, k, v
     return tuple(part.flatten(0, 1).unflatten(-1, (-1, module.head_dim)) for part in parts)
 
 

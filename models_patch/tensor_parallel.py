@@ -123,7 +123,8 @@ class _Plan:
         own, group = heads // self.world, heads // kv_heads
         q = range(self.rank * own, (self.rank + 1) * own)
         kv = range(q.start // group, (q.stop - 1) // group + 1)
-        steps = [partial(_keep_rows, getattr(module, name), rows) for name, rows in _rows(module, role, q, kv).items()]
+        steps: list[Callable] = []
+        steps += [partial(_keep_rows, getattr(module, name), rows) for name, rows in _rows(module, role, q, kv).items()]
         kept = f"{own} of {heads} heads"
         if isinstance(role, LatentAttention):
             return [*steps, self.keep_columns(module.o_proj, _spread(q, module.v_head_dim))], kept
@@ -197,9 +198,8 @@ def _counts(module: Any, role: Attention | LatentAttention) -> tuple[int, int]:
 def _rows(module: Any, role: Attention | LatentAttention, q: range, kv: range) -> dict[str, Tensor]:
     """The rows of each projection's weight that make these heads."""
     if isinstance(role, LatentAttention):
-        queries = "q_b_proj" if role.low_rank else "q_proj"
         return {
-            queries: _spread(q, module.qk_head_dim),
+            "q_b_proj" if role.low_rank else "q_proj": _spread(q, module.qk_head_dim),
             "kv_b_proj": _spread(q, module.qk_nope_head_dim + module.v_head_dim),
         }
     queries, keys = _spread(q, module.head_dim), _spread(kv, module.head_dim)
@@ -234,7 +234,7 @@ def _keep_columns(linear: nn.Linear, columns: Tensor, bias: bool) -> None:
     _keep(linear, "weight", columns, dim=1)
     linear.in_features = len(columns)
     if not bias:
-        linear.bias = None
+        linear.register_parameter("bias", None)
 
 
 def _set_heads(module: Any, heads: int, kv_heads: int) -> None:
