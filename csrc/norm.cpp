@@ -22,15 +22,10 @@ struct LayerNorm {
   }
 };
 
-void set_residual(Pipeline& p, T residual, T x) { p.other = rows_like(residual, "residual", x, p.cols, p.dtype); }
-
 struct FusedAddRmsNorm {
   static Pipeline make(T x, T residual, OptionalT weight, double eps, int64_t flags, double x_multiplier = 1.0) {
     Pipeline p = RmsNorm::make(x, weight, eps, flags);
-    p.load = Pipeline::kAdd;
-    set_residual(p, residual, x);
-    STD_TORCH_CHECK(is_finite(x_multiplier), "x_multiplier: expected a finite float32");
-    p.x_multiplier = static_cast<float>(x_multiplier);
+    set_add(p, residual, x, x_multiplier);
     return p;
   }
 };
@@ -48,7 +43,7 @@ struct RmsNormAdd {
   static Pipeline make(T x, T residual, OptionalT weight, double eps, int64_t flags) {
     Pipeline p = pipeline_of(x);
     p.post = norm_of(p, Norm::kRms, weight, {}, eps, flags);
-    set_residual(p, residual, x);
+    p.other = rows_like(residual, "residual", x, p.cols, p.dtype);
     return p;
   }
 };

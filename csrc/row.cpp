@@ -2,6 +2,8 @@
 
 #include <array>
 
+#include "collective.h"
+
 namespace fused_ops {
 
 Pipeline pipeline_of(const Tensor& x) {
@@ -41,6 +43,13 @@ Norm norm_of(const Pipeline& p, Norm::Kind kind, const OptionalTensor& weight, c
   return norm;
 }
 
+void set_add(Pipeline& p, const Tensor& residual, const Tensor& like, double x_multiplier) {
+  p.load = Pipeline::kAdd;
+  p.other = rows_like(residual, "residual", like, p.cols, p.dtype);
+  STD_TORCH_CHECK(is_finite(x_multiplier), "x_multiplier: expected a finite float32");
+  p.x_multiplier = static_cast<float>(x_multiplier);
+}
+
 void set_experts(Pipeline& p, const Tensor& x, const OptionalTensor& tokens_per_expert) {
   if (!tokens_per_expert) return;
   const Tensor& tokens = *tokens_per_expert;
@@ -74,10 +83,11 @@ Named memory(const void* data, int64_t count, int64_t bytes, const char* name) {
 
 Named memory(const ScaleOut& out, const char* name) { return memory(out.data, out.extent, 1, name); }
 
-std::array<Named, 5> outputs(const Pipeline& p) {
+std::array<Named, 6> outputs(const Pipeline& p) {
   const int64_t bytes = byte_size(p.dtype);
-  return {Named{p.sum, bytes, "residual_out"}, Named{p.y, bytes, "output"}, Named{p.data, 1, "data_out"},
-          memory(p.scale, "scale_out"), memory(p.zero_point, "zero_point_out")};
+  return {Named{p.sum, bytes, "residual_out"},    Named{p.y, bytes, "output"},
+          Named{p.data, 1, "data_out"},           memory(p.scale, "scale_out"),
+          memory(p.zero_point, "zero_point_out"), memory(p.collective.memory, p.collective.bytes, 1, "workspace")};
 }
 
 std::array<Named, 6> read_by_every_row(const Pipeline& p) {
@@ -138,6 +148,10 @@ void check_served(const Pipeline& p) {
 
 void run(Pipeline& p) {
   check_served(p);
+  if (p.collective) {
+    check_memory(p);  // of the workspace too, which every call writes
+    return run_collective_on_cpu(p);
+  }
   on_cuda(p.x.device) ? run_on_cuda(p) : run_on_cpu(p);
 }
 

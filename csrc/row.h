@@ -16,6 +16,7 @@ struct Norm {
   ScalarType weight_dtype = ScalarType::Float, bias_dtype = ScalarType::Float;
   float eps = 0;
   bool round_before_weight = false, weight_plus_one = false;
+  const float* mean_square = nullptr;  // of row r at 2 * r, where it isn't the row's own
 
   explicit operator bool() const { return kind != kNone; }
 };
@@ -37,12 +38,34 @@ struct ScaleOut {
   }
 };
 
+// What the ranks of a workspace do together: x is the sum of every rank's, of which each makes all rows or its own.
+struct Collective {
+  const char* name = nullptr;  // of the operation
+  char* memory = nullptr;      // the workspace's
+  int64_t bytes = 0, rank = 0, ranks = 0;
+  bool scattered = false;
+
+  explicit operator bool() const { return name != nullptr; }
+};
+
+// What a load sums, in this order: row r of the first lies `(r - begin) * row_bytes` behind data, that of the next
+// rank_bytes on.
+struct Summands {
+  const char* data = nullptr;
+  int64_t count = 0, rank_bytes = 0, row_bytes = 0, begin = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
 struct Pipeline {
   int64_t rows = 0, cols = 0;            // of the result
+  int64_t begin = 0;                     // the first of the rows that are worked on
   ScalarType dtype = ScalarType::Float;  // S, of the rows that are read and of unquantized results
 
   enum Load { kCopy, kAdd, kSilu, kGeluTanh, kSwigluOai, kRelu2 } load = kCopy;
   Rows x;
+  Collective collective;          // may be absent
+  Summands summands;              // instead of x, may be absent
   Rows other;                     // the residual, of kAdd or after the first norm; up, of gated loads
   Rows sum;                       // the new residual, may be absent
   float x_multiplier = 1.0f;      // kAdd
@@ -84,13 +107,21 @@ struct Pipeline {
 Pipeline pipeline_of(const Tensor& x);
 Norm norm_of(const Pipeline& p, Norm::Kind kind, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
              int64_t flags);
+// kAdd of these rows, which are shaped as those of `like`.
+void set_add(Pipeline& p, const Tensor& residual, const Tensor& like, double x_multiplier);
 void set_experts(Pipeline& p, const Tensor& x, const OptionalTensor& tokens_per_expert);
 // Raises where there is no QuantKey of this code.
 Key key_of(int64_t code, const char* name);
+// Raises where this key doesn't quantize rows of so many columns.
+void check_columns(const Key& key, int64_t cols);
+ScalarType storage_of(const Key& key);
 void set_key(Pipeline& p, int64_t key, const OptionalTensor& given, const OptionalTensor& zero_point);
 
 // The scales, or zero points, that an earlier quantization of `rows` x `cols` elements made.
 ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t cols, bool zero_point, const char* name);
+
+// Fresh ones, or fresh zero points.
+Tensor new_scales(const Key& key, int64_t rows, int64_t cols, int device, bool zero_point, ScaleOut& out);
 
 // Fresh (data, scale) for `like`, and both as the pipeline's outputs.
 std::tuple<Tensor, Tensor> new_quantized(Pipeline& p, const Tensor& like);
@@ -116,6 +147,10 @@ void run(Pipeline& p);
 void run(Pipeline& a, Pipeline& b);
 // On torch's threads, and on a CUDA device; b may be absent, and has none of one_scale.
 void run_on_cpu(Pipeline& a, Pipeline* b = nullptr);
+// One pass over the rows of both; b may be absent.
+void run_rows_on_cpu(Pipeline& a, Pipeline* b = nullptr);
+// Sums of squares of the rows from begin on, at out[0], out[2], ...
+void squares_on_cpu(const Pipeline& p, float* out);
 // Before the CPU's stages: reads what is given, writes what isn't a row's.
 void prepare_on_cpu(Pipeline& p);
 bool on_cuda(int device);

@@ -10,6 +10,9 @@ void implement_rows(const char* dispatch_key) {
   implement_activations(*m);
   implement_quantize(*m);
   implement_rope(*m);
+  if (std::string(dispatch_key) != "CPU") return;
+  implement_collectives(*m);
+  implement_gathers(*m);
 }
 
 namespace {

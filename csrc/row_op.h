@@ -19,6 +19,13 @@ namespace fused_ops {
 template <class... T>
 struct Inputs {};
 
+// What results are shaped as: x, or its first rows where there are fewer results.
+inline Tensor result_like(const Tensor& x, const Pipeline& p) {
+  if (p.rows == p.x.count) return x;
+  Tensor whole = x;
+  return torch::stable::narrow(whole, 0, 0, p.rows);
+}
+
 // What an operation returns besides its rows: nothing, or the new residual, or nothing but that.
 enum class Residual { kNone, kAlso, kOnly };
 
@@ -31,9 +38,10 @@ struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
 
   static auto functional(First x, R... r) {
     Pipeline p = Make::make(x, r...);
-    Tensor y = empty_rows(x, padded_cols(p), p.dtype, RESIDUAL == Residual::kOnly ? p.sum : p.y);
+    const Tensor like = result_like(x, p);
+    Tensor y = empty_rows(like, padded_cols(p), p.dtype, RESIDUAL == Residual::kOnly ? p.sum : p.y);
     if constexpr (kAlso) {
-      Tensor sum = empty_rows(x, p.cols, p.dtype, p.sum);
+      Tensor sum = empty_rows(like, p.cols, p.dtype, p.sum);
       run(p);
       return std::tuple(std::move(y), std::move(sum));
     } else {
@@ -45,9 +53,10 @@ struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
   static auto quantized(First x, R... r, int64_t key, const OptionalTensor& given) {
     Pipeline p = Make::make(x, r...);
     set_key(p, key, given, {});
-    auto [data, scale] = new_quantized(p, x);
+    const Tensor like = result_like(x, p);
+    auto [data, scale] = new_quantized(p, like);
     if constexpr (kAlso) {
-      Tensor sum = empty_rows(x, p.cols, p.dtype, p.sum);
+      Tensor sum = empty_rows(like, p.cols, p.dtype, p.sum);
       run(p);
       return std::tuple(std::move(data), std::move(scale), std::move(sum));
     } else {
@@ -60,8 +69,9 @@ struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
   struct Plain {
     static void out(First x, R... r, O... o, const OptionalTensor& y) {
       Pipeline p = Make::make(x, r..., o...);
-      if (y && RESIDUAL == Residual::kOnly) p.sum = rows_like(*y, "residual_out", x, p.cols, p.dtype);
-      if (y && RESIDUAL == Residual::kNone) p.y = rows_like(*y, "y_out", x, padded_cols(p), p.dtype);
+      const Tensor like = result_like(x, p);
+      if (y && RESIDUAL == Residual::kOnly) p.sum = rows_like(*y, "residual_out", like, p.cols, p.dtype);
+      if (y && RESIDUAL == Residual::kNone) p.y = rows_like(*y, "y_out", like, padded_cols(p), p.dtype);
       finish(p);
     }
     static void quantized_out(First x, R... r, int64_t key, const OptionalTensor& given, const OptionalTensor& zero,
@@ -69,15 +79,16 @@ struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
                               const OptionalTensor& zero_out, const OptionalTensor& unquantized) {
       Pipeline p = Make::make(x, r..., o...);
       set_key(p, key, given, zero);
-      set_quantized(p, x, data, scale, zero_out, unquantized);
+      set_quantized(p, result_like(x, p), data, scale, zero_out, unquantized);
       finish(p);
     }
   };
   struct WithResidual {
     static void out(First x, R... r, O... o, const OptionalTensor& y, const OptionalTensor& residual) {
       Pipeline p = Make::make(x, r..., o...);
-      if (y) p.y = rows_like(*y, "y_out", x, padded_cols(p), p.dtype);
-      if (residual) p.sum = rows_like(*residual, "residual_out", x, p.cols, p.dtype);
+      const Tensor like = result_like(x, p);
+      if (y) p.y = rows_like(*y, "y_out", like, padded_cols(p), p.dtype);
+      if (residual) p.sum = rows_like(*residual, "residual_out", like, p.cols, p.dtype);
       finish(p);
     }
     static void quantized_out(First x, R... r, int64_t key, const OptionalTensor& given, const OptionalTensor& zero,
@@ -86,8 +97,9 @@ struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
                               const OptionalTensor& unquantized) {
       Pipeline p = Make::make(x, r..., o...);
       set_key(p, key, given, zero);
-      set_quantized(p, x, data, scale, zero_out, unquantized);
-      if (residual) p.sum = rows_like(*residual, "residual_out", x, p.cols, p.dtype);
+      const Tensor like = result_like(x, p);
+      set_quantized(p, like, data, scale, zero_out, unquantized);
+      if (residual) p.sum = rows_like(*residual, "residual_out", like, p.cols, p.dtype);
       finish(p);
     }
   };
@@ -128,6 +140,8 @@ void implement_dual_norm(Library& m);
 void implement_activations(Library& m);
 void implement_quantize(Library& m);
 void implement_rope(Library& m);
+void implement_collectives(Library& m);
+void implement_gathers(Library& m);
 
 // All of them, for a dispatch key: CPU when the library is loaded, CUDA where it is asked for.
 void implement_rows(const char* dispatch_key);

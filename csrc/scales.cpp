@@ -2,9 +2,8 @@
 #include "row.h"
 
 namespace fused_ops {
-namespace {
 
-ScalarType storage(const Key& key) {
+ScalarType storage_of(const Key& key) {
   switch (key.format()) {
     case Key::kInt8:
       return ScalarType::Char;
@@ -16,6 +15,8 @@ ScalarType storage(const Key& key) {
       return ScalarType::Float8_e4m3fn;
   }
 }
+
+namespace {
 
 ScalarType scale_dtype(const Key& key) {
   if (key.layout() == Key::kPackedUe8m0) return ScalarType::Int;
@@ -102,6 +103,14 @@ ScaleOut scales_of(const Tensor& tensor, const Key& key, int64_t rows, int64_t c
   return scale_out(key, rows, shape, tensor, dtype);
 }
 
+Tensor new_scales(const Key& key, int64_t rows, int64_t cols, int device, bool zero_point, ScaleOut& out) {
+  const ScaleShape shape = scale_shape(key, rows, cols);
+  const ScalarType dtype = zero_point ? ScalarType::Int : scale_dtype(key);
+  Tensor scale = empty_strided(shape.dims, shape.size, shape.stride, dtype, device);
+  out = scale_out(key, rows, shape, scale, dtype);
+  return scale;
+}
+
 Key key_of(int64_t code, const char* name) {
   constexpr int64_t unused = 1 << 10 | 1 << 11 | 1 << 15;
   const Key key{code};
@@ -118,20 +127,24 @@ Key key_of(int64_t code, const char* name) {
   return key;
 }
 
+void check_columns(const Key& key, int64_t cols) {
+  const int64_t columns = key.code >> 16;
+  if (key.per_tensor()) {
+    STD_TORCH_CHECK(key.scale_format() == Key::kFloat, "key: one scale per tensor is a float32");
+    return;
+  }
+  STD_TORCH_CHECK(!key.is_static(), "key: static scales are per tensor");
+  STD_TORCH_CHECK(columns == 0 || columns % 32 == 0 || columns == 16, "key: groups of ", columns,
+                  " columns, expected 16 or a multiple of 32");
+  const bool divides = key.scale_format() != Key::kFloat;
+  STD_TORCH_CHECK(!divides || (columns && cols % columns == 0), "key: expected a row of whole groups");
+  STD_TORCH_CHECK(columns != 16 || cols % 16 == 0, "key: expected a row of whole groups of 16");
+}
+
 void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const OptionalTensor& zero_point) {
   const Key key = p.key = key_of(code, "key");
   const int scale = key.scale_format();
-  const int64_t columns = code >> 16;
-  if (key.per_tensor()) {
-    STD_TORCH_CHECK(scale == Key::kFloat, "key: one scale per tensor is a float32");
-  } else {
-    STD_TORCH_CHECK(!key.is_static(), "key: static scales are per tensor");
-    STD_TORCH_CHECK(columns == 0 || columns % 32 == 0 || columns == 16, "key: groups of ", columns,
-                    " columns, expected 16 or a multiple of 32");
-    const bool divides = scale != Key::kFloat;
-    STD_TORCH_CHECK(!divides || (columns && p.cols % columns == 0), "key: expected a row of whole groups");
-    STD_TORCH_CHECK(columns != 16 || p.cols % 16 == 0, "key: expected a row of whole groups of 16");
-  }
+  check_columns(key, p.cols);
 
   const bool fp8 = key.format() == Key::kE4m3 || key.format() == Key::kE4m3Fnuz;
   const bool bounded = fp8 && scale == Key::kFloat && !key.power_of_two();
@@ -148,17 +161,14 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const Optio
 }
 
 std::tuple<Tensor, Tensor> new_quantized(Pipeline& p, const Tensor& like) {
-  Tensor data = empty_rows(like, p.cols / p.key.codes_per_byte(), storage(p.key), p.data);
-  const ScaleShape shape = scale_shape(p.key, p.rows, p.cols);
-  const ScalarType dtype = scale_dtype(p.key);
-  Tensor scale = empty_strided(shape.dims, shape.size, shape.stride, dtype, p.x.device);
-  p.scale = scale_out(p.key, p.rows, shape, scale, dtype);
+  Tensor data = empty_rows(like, p.cols / p.key.codes_per_byte(), storage_of(p.key), p.data);
+  Tensor scale = new_scales(p.key, p.rows, p.cols, p.x.device, false, p.scale);
   return {std::move(data), std::move(scale)};
 }
 
 void set_quantized(Pipeline& p, const Tensor& like, const OptionalTensor& data, const OptionalTensor& scale,
                    const OptionalTensor& zero_point, const OptionalTensor& unquantized) {
-  if (data) p.data = rows_like(*data, "data_out", like, p.cols / p.key.codes_per_byte(), storage(p.key));
+  if (data) p.data = rows_like(*data, "data_out", like, p.cols / p.key.codes_per_byte(), storage_of(p.key));
   if (unquantized) p.y = rows_like(*unquantized, "unquantized_out", like, p.cols, p.dtype);
   if (p.key.is_static()) {
     STD_TORCH_CHECK(!scale && !zero_point, "scale_out, zero_point_out: a static key's are given, not written");

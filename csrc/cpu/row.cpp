@@ -19,16 +19,25 @@ namespace {
 bool worth_streaming(const Pipeline& p) {
   const int64_t bytes = byte_size(p.dtype);
   const int64_t a_row = p.cols * ((p.sum ? bytes : 0) + (p.y ? bytes : 0)) + (p.data ? p.data.cols : 0);
-  return p.rows * a_row > last_level_cache() && aligned(p.sum, 32) && aligned(p.y, 32) && aligned(p.data, 32);
+  return (p.rows - p.begin) * a_row > last_level_cache() && aligned(p.sum, 32) && aligned(p.y, 32) &&
+         aligned(p.data, 32);
 }
 
-// One pass over the rows of both; b may be absent.
-void run_once(Pipeline& a, Pipeline* b = nullptr) {
+}  // namespace
+
+void squares_on_cpu(const Pipeline& p, float* out) {
+  const auto squares_of_rows = PICK_ISA(squares_of_rows);
+  parallel_rows(p.rows - p.begin, p.cols, [&](int64_t begin, int64_t end) {
+    squares_of_rows(p, p.begin + begin, p.begin + end, out + 2 * begin);
+  });
+}
+
+void run_rows_on_cpu(Pipeline& a, Pipeline* b) {
   for (Pipeline* p : {&a, b ? b : &a}) p->stream = worth_streaming(*p);
   const auto run_rows = PICK_ISA(run_rows);
-  const int64_t cols = std::max(a.cols, b ? b->cols : 0), rows = a.rows + (b ? b->rows : 0);
+  const int64_t rows_of_a = a.rows - a.begin, cols = std::max(a.cols, b ? b->cols : 0);
   std::atomic<int> amax{0};
-  parallel_rows(rows, cols, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows_of_a + (b ? b->rows - b->begin : 0), cols, [&](int64_t begin, int64_t end) {
     constexpr int64_t kOnStack = 8192;
     alignas(64) float small[kOnStack];
     struct alignas(64) Line {
@@ -39,12 +48,17 @@ void run_once(Pipeline& a, Pipeline* b = nullptr) {
     if (padded > kOnStack) large.reset(new Line[padded / 16]);
     float* const row = large ? large[0].v : small;
     int largest = 0;
-    if (begin < a.rows) largest = run_rows(a, begin, std::min(end, a.rows), row);
-    if (end > a.rows) run_rows(*b, std::max(begin - a.rows, int64_t{0}), end - a.rows, row);
+    if (begin < rows_of_a) largest = run_rows(a, a.begin + begin, a.begin + std::min(end, rows_of_a), row);
+    if (end > rows_of_a) {
+      const int64_t first = b->begin - rows_of_a;
+      run_rows(*b, first + std::max(begin, rows_of_a), first + end, row);
+    }
     for (int seen = amax; seen < largest && !amax.compare_exchange_weak(seen, largest);) continue;
   });
   if (a.tensor_amax) *a.tensor_amax = amax;
 }
+
+namespace {
 
 // One scale for the whole tensor takes two launches: the rows and their largest element, then the codes.
 void run_per_tensor(Pipeline& p) {
@@ -62,13 +76,13 @@ void run_per_tensor(Pipeline& p) {
     rows.y.dims = 1;
     rows.y.stride[0] = row_bytes;
   }
-  run_once(rows);
+  run_rows_on_cpu(rows);
 
   Pipeline codes = codes_of(p, quantizes_x(p) ? p.x : rows.y);
   codes.key = Key{p.key.code | 1 << 4};  // static now
   codes.given_value = bits<float>(dynamic_scale<float, int>(amax, p.key, p.given_value).stored);
   *reinterpret_cast<float*>(p.scale.data) = codes.given_value;
-  run_once(codes);
+  run_rows_on_cpu(codes);
 }
 
 void read_given(Pipeline& p) {
@@ -98,7 +112,7 @@ void run_on_cpu(Pipeline& a, Pipeline* b) {
     prepare_on_cpu(*p);
     if (one_scale(*p)) return run_per_tensor(*p);  // never one of two
   }
-  run_once(a, b);
+  run_rows_on_cpu(a, b);
 }
 
 }  // namespace fused_ops

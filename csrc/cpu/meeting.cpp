@@ -1,0 +1,115 @@
+#include "meeting.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <ctime>
+
+namespace fused_ops {
+namespace {
+
+constexpr uint64_t kMagic = 0x31736f7073667573;
+constexpr int64_t kBrokenAt = 64, kRanksAt = 128, kPage = 4096;
+constexpr int64_t kIsBroken = int64_t{1} << 62;
+
+int64_t slots_at(int64_t ranks) {
+  return (kRanksAt + ranks * static_cast<int64_t>(sizeof(Rank)) + kPage - 1) / kPage * kPage;
+}
+
+}  // namespace
+
+Header header_of(const char* memory, int64_t bytes) {
+  Header h{};
+  STD_TORCH_CHECK(bytes >= kRanksAt && aligned(memory, 64), "workspace: expected the buffer of an AllReduceWorkspace");
+  std::memcpy(&h, memory, sizeof(h));
+  const bool known = h.magic == kMagic && h.bytes == bytes && h.ranks >= 1 && h.ranks <= kMostRanks && h.slot > 0 &&
+                     h.slot % 64 == 0 && h.slot <= bytes && bytes == slots_at(h.ranks) + h.ranks * 2 * h.slot;
+  STD_TORCH_CHECK(known, "workspace: expected the buffer of an AllReduceWorkspace, all of it");
+  return h;
+}
+
+namespace {
+
+int64_t now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
+}
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+Meeting::Meeting(const Collective& of, const Call& call)
+    : call_(call),
+      header_(header_of(of.memory, of.bytes)),
+      broken_(reinterpret_cast<std::atomic<int64_t>*>(of.memory + kBrokenAt)),
+      each_(reinterpret_cast<Rank*>(of.memory + kRanksAt)),
+      rank_(of.rank) {
+  STD_TORCH_CHECK(rank_ < header_.ranks, "rank: expected 0 to ", header_.ranks - 1);
+  mine_ = each_ + rank_;
+  slots_ = of.memory + slots_at(header_.ranks);
+  // A copy has nobody behind it, a forked child isn't who the others wait for. One rank alone waits for nobody.
+  STD_TORCH_CHECK(
+      header_.ranks == 1 || (mine_->process == getpid() && mine_->address == reinterpret_cast<int64_t>(of.memory)),
+      "workspace: expected the buffer that this process has made as rank ", rank_, ", not a copy");
+  STD_TORCH_CHECK(!*broken_, "workspace: a rank has given up waiting");
+  STD_TORCH_CHECK(!mine_->calling.exchange(1), "workspace: rank ", rank_, " is in a call already, by another thread");
+  turn_ = mine_->turns.load(std::memory_order_relaxed) / 2;
+}
+
+Meeting::~Meeting() { mine_->calling.store(0, std::memory_order_release); }
+
+void Meeting::meet(bool half) {
+  const int64_t turns = 2 * turn_ + (half ? 1 : 2);
+  if (!compared_) mine_->calls[turn_ % 2] = call_;
+  mine_->turns.store(turns, std::memory_order_release);
+  wait_for(turns);
+  if (compared_) return;
+  compared_ = true;
+  compare();
+}
+
+void Meeting::wait_for(int64_t turns) {
+  // Brief, since with more ranks than cores the one that is waited for may need this one.
+  constexpr int kSpins = 512;
+  constexpr int64_t kImpatient = 100000000;  // ns after which it sleeps between looks
+  int64_t began = 0;
+  for (int64_t rank = 0, spins = 0; rank < header_.ranks; ++rank) {
+    while (each_[rank].turns.load(std::memory_order_acquire) < turns) {
+      if (++spins < kSpins) {
+        pause();
+        continue;
+      }
+      const int64_t time = now();
+      began = began ? began : time;
+      STD_TORCH_CHECK(!*broken_, "workspace: a rank has given up waiting");
+      if (time - began > header_.timeout) give_up(turns);
+      time - began < kImpatient ? sched_yield() : usleep(50);
+    }
+  }
+}
+
+void Meeting::compare() const {
+  for (int64_t rank = 0; rank < header_.ranks; ++rank) {
+    const Call other = each_[rank].calls[turn_ % 2];
+    if (!std::memcmp(&other, &call_, sizeof(Call))) continue;
+    mine_->turns.store(2 * turn_ + 2, std::memory_order_release);  // this call is over, the workspace goes on
+    STD_TORCH_CHECK(false, "rank ", rank, " calls ", text_of(other), ", rank ", rank_, " ", text_of(call_));
+  }
+}
+
+void Meeting::give_up(int64_t turns) {
+  int64_t why = kIsBroken | rank_ << 32, none = 0;
+  for (int64_t rank = 0; rank < header_.ranks; ++rank)
+    why |= int64_t{each_[rank].turns.load(std::memory_order_relaxed) < turns} << rank;
+  broken_->compare_exchange_strong(none, why);
+  STD_TORCH_CHECK(false, "workspace: a rank has given up waiting");
+}
+
+}  // namespace fused_ops
