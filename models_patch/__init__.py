@@ -1,4 +1,4 @@
-"""Fused operations in models as they are: `patch(model)`, `unpatch(model)`, and before, on ranks, `shard(model, ..)`."""
+"""Fused operations in models as they are: `patch(model)`, `unpatch(model)`; `shard(model, ..)` before, on ranks."""
 
 from .patch import patch, unpatch
 from .report import Entry, Report
