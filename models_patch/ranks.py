@@ -64,9 +64,7 @@ def workspace_of(module: Any) -> AllReduceWorkspace | None:
     return None
 
 
-def qk_normed(
-    q: Tensor, k: Tensor, q_norm: Any, k_norm: Any, norm: Norm, workspace: AllReduceWorkspace
-) -> tuple[Tensor, Tensor]:
+def qk_normed(q: Tensor, k: Tensor, q_norm: Any, k_norm: Any, norm: Norm, workspace: Any) -> tuple[Tensor, Tensor]:
     """This rank's columns [..., columns] of all queries and keys of a token, which are normed as one row each."""
     options = norm.of(k_norm)
     weights = q_norm.weight, options.pop("weight"), options.pop("eps")
