@@ -5,12 +5,17 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
 
-.PHONY: demo test test-full fuzz sanitize bench gpu gpu-compile lint format build clean
+.PHONY: demo demo-tp test test-full fuzz sanitize bench gpu gpu-compile lint format build clean
 
 # `make demo MODEL=gemma3` for Gemma3-270M.
 MODEL ?= smollm2
 demo: .venv/models
 	$(BIN)/python -m bench.demo --model $(MODEL)
+
+# The same model cut over RANKS processes of this machine, which share the memory they sum in.
+RANKS ?= 3
+demo-tp: .venv/models
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m bench.demo_tp
 
 # In two processes, a file in one; each with one thread, but for the tests of threads.
 test: .venv/models .venv/tests

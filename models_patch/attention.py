@@ -17,6 +17,7 @@ from quant import QuantizedActivation
 
 from .caches import slots_of
 from .paging import is_paged
+from .ranks import qk_normed, workspace_of
 from .roles import PAGED_OPTIONS, Attention, value_at
 
 UNQUANTIZED: dict[str, Any] = {"output_quant_key": None}
@@ -105,6 +106,10 @@ def _heads(module: Any, x: Tensor | QuantizedActivation, role: Attention) -> tup
         parts = qkv.split((qkv.shape[-1] - 2 * keys, keys, keys), dim=-1)
     else:
         parts = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+    if role.norm_over_ranks is not None:
+        q, k, v = parts
+        q, k = qk_normed(q, k, module.q_norm, module.k_norm, role.norm_over_ranks, workspace_of(module))
+        parts = q, k, v
     return tuple(part.flatten(0, 1).unflatten(-1, (-1, module.head_dim)) for part in parts)
 
 

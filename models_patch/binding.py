@@ -23,11 +23,14 @@ def replaced(module: nn.Module, *methods: str) -> str | None:
     return None
 
 
-def changed_linear(module: Any) -> str | None:
-    """What it is or does beside the product with its weight; None where that is all, and the weight may be used."""
+def changed_linear(module: Any, *, bias: bool = False) -> str | None:
+    """What it is or does beside the product with its weight; None where that is all, and the weight may be used.
+
+    bias: whether it may have one.
+    """
     if type(module) is not nn.Linear:
         return f"is {type(module).__name__}"
-    if module.bias is not None:
+    if module.bias is not None and not bias:
         return "has a bias"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "has a forward or hooks of its own"

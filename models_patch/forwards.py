@@ -14,6 +14,7 @@ from fused_ops import quantize, rms_norm_quant, swiglu_oai_mul
 from quant import QuantizedActivation
 
 from .pending import Pending
+from .ranks import workspace_of
 from .roles import Norm, Sublayer
 
 UNQUANTIZED: dict[str, Any] = {"quant_key": None}
@@ -56,7 +57,7 @@ def _leave(layer: Any, sublayer: Sublayer, output: Any, residual: Tensor, norm: 
         delta = getattr(layer, sublayer.dropout)(delta)
     multiplier = 1.0 if sublayer.multiplier is None else getattr(layer, sublayer.multiplier)
     post = None if sublayer.after is None else norm.of(getattr(layer, sublayer.after))
-    return Pending(delta, residual, multiplier, post)
+    return Pending(delta, residual, multiplier, post, workspace_of(getattr(layer, sublayer.module)))
 
 
 def last_norm(self: Any, hidden_states: Tensor | Pending, *, norm: Norm) -> Tensor:

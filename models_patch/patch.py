@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from .families import (
     passes_on,
 )
 from .forwards import UNQUANTIZED, decoder_layer, last_norm
+from .ranks import workspace_of
 from .report import Entry, Report
 from .roles import Attention, LatentAttention
 
@@ -115,6 +117,7 @@ class _Plan:
         self.forwards: dict[tuple[nn.Module, str], partial] = {}
         self.entries: list[Entry] = []
         self.after: tuple[str, nn.Module] | None = None  # the norm that the next addition comes after
+        self.part: tuple[str, nn.Module] | None = None  # whose result is still to be summed over ranks
         self.unpaged = ""  # why attentions of the model don't read the blocks of a cache
 
     def add(self, path: str, base: Any, family: Family) -> None:
@@ -174,6 +177,10 @@ class _Plan:
     def add_heads(self, path: str, module: Any, role: Attention, decided: dict[str, Any]) -> None:
         from .attention import attention
 
+        if role.norm is not None and role.whole_vector and workspace_of(module) is not None:
+            role = replace(role, norm=None, norm_over_ranks=role.norm)
+            decided = {**decided, "role": role}
+            self.call(path, module, "qk_all_reduce_rms_norm")
         self.bind(attention, module, **decided)
         if role.operation is not None:
             write = f"{role.operation}_kv_cache_write into static and paged caches"
@@ -207,6 +214,8 @@ class _Plan:
         for sublayer in sublayers:
             module = getattr(layer, sublayer.module)
             key, note, linears = _shared_key(module, sublayer.linears)
+            if self.part and not self.after and key is not None and _is_of_tensor(key):
+                key, note = None, f"{linears[0]} takes one scale for the whole tensor, so each quantizes its input"
             feeds = linears if key else ()
             fed.append(feeds[0] if key else None)
             if sublayer.before is not None:
@@ -218,6 +227,8 @@ class _Plan:
                 self.add_attention(f"{path}.{sublayer.module}", layer, attention, attention_note)
             if sublayer.after is not None:
                 self.after = f"{path}.{sublayer.after}", getattr(layer, sublayer.after)
+            if workspace_of(module) is not None:
+                self.part = f"{path}.{sublayer.module}", module
             first = False
         self.bind(decoder_layer, layer, sublayers=sublayers, norm=family.norm, fed=tuple(fed))
 
@@ -232,6 +243,11 @@ class _Plan:
     ) -> None:
         """A norm, with the addition before it, and the norm before that; the model's first adds nothing."""
         operation = "rms_norm" if first else "fused_add_rms_norm"
+        if self.part is not None and self.after is None:
+            operation = "all_reduce_fused_add_rms_norm"
+        elif self.part is not None:
+            self.call(*self.part, "all_reduce")
+        self.part = None
         if self.after is not None:
             operation = "rms_norm_add_rms_norm"
             note = "; ".join(filter(None, (f"{self.after[0].rpartition('.')[2]} included", note)))
@@ -240,6 +256,9 @@ class _Plan:
 
     def add_sum(self, path: str, module: nn.Module, key: QuantKey | None, feeds: tuple[str, ...], note: str) -> None:
         """The input of a module with no norm before it: an addition, and a quantization of its own."""
+        if self.part is not None:
+            self.call(*self.part, "all_reduce")
+        self.part = None
         if self.after is not None:  # the model's first adds nothing
             self.call(*self.after, "rms_norm_add")
         if key is not None:
@@ -328,9 +347,14 @@ def _agreed_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey |
 def _row_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
     """`_agreed_key` for attention, which makes a row's scales when it has the row."""
     key, note = _agreed_key(module, linears)
-    if key is not None and key.per_tensor and not key.scale.static:
+    if key is not None and _is_of_tensor(key):
         return None, f"{linears[0]} takes one scale for the whole tensor, so it quantizes its input"
     return key, note
+
+
+def _is_of_tensor(key: QuantKey) -> bool:
+    """Whether one scale, made of it, is for the whole tensor."""
+    return key.per_tensor and not key.scale.static
 
 
 def _input_quant(linear: Any) -> dict[str, Any]:

@@ -33,10 +33,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """The places of `model` that matter, in order; prints as a table in which equal layers share a line."""
+    """The places of `model` that matter, in order; prints as a table in which equal layers share a line.
+
+    summary: what was done, with places for how many were replaced and how many left.
+    """
 
     model: str
     entries: tuple[Entry, ...]
+    summary: str = "fused operations in {} places, {} left as they were"
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -60,7 +64,7 @@ class Report:
         columns = [column for column in zip(_TITLES, *rows, strict=True) if any(column[1:])]
         widths = [max(map(len, column)) for column in columns]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True)]
-        head = f"{self.model}: fused operations in {len(self.replaced)} places, {len(self.left)} left as they were"
+        head = f"{self.model}: {self.summary.format(len(self.replaced), len(self.left))}"
         return "\n".join([head, *lines])
 
 

@@ -94,6 +94,7 @@ class Attention:
     packed: whether `qkv_proj` gives queries, keys and values, which are views of its result then.
     norm: the kind of `q_norm` and `k_norm`; None where there are none.
     whole_vector: whether they take all heads of a token at once.
+    norm_over_ranks: their kind where they do, and other ranks have the other heads; `norm` is None then.
     options: what the attention function is handed beside the usual: (keyword, path of the attribute).
     unpaged: why `paged_attention` can't take the attention function's place; "" where it can.
     """
@@ -104,6 +105,7 @@ class Attention:
     whole_vector: bool = False
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
     unpaged: str = ""
+    norm_over_ranks: Norm | None = None
 
     @property
     def operation(self) -> str | None:

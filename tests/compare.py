@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 # Between backends, results of norms and activations may differ by one step of a 16-bit dtype (the sum's order, exp),
 # in at most this share of elements: a value must lie that close to a rounding boundary.
@@ -10,6 +11,10 @@ NEIGHBOURS = 1 / 5000
 FLOAT32_ULP = 6
 # Logits of whole models: a share of the largest in float32, and by how much a token must lead in bfloat16.
 LOGITS, MARGIN = 1e-5, 0.5
+# By how much the log likelihood of a token differs between two orders of sums: in bfloat16 the standard deviation.
+LIKELIHOOD = {torch.float32: 1e-5, torch.bfloat16: 0.058}
+# Two quantizations of a model by the same scheme, whose scales are over other columns, differ in their errors.
+QUANTIZED_ALIKE = 1.5
 
 
 # Attention on GPUs rounds its weights to S, and those of others or of MLA more on the way; its sums are float32, whose
@@ -121,3 +126,17 @@ def assert_attention_close(actual: Tensor, expected: Tensor, context: str = "") 
     largest = e.abs().max() if e.numel() else 0.0
     allowed = e.abs() * torch.finfo(actual.dtype).eps + ATTENTION_ERROR * largest
     assert ((a - e).abs() <= allowed).all(), f"{context}: {(a - e).abs().max()} apart, the largest is {largest}"
+
+
+def assert_predicts_alike(actual: Tensor, expected: Tensor, ids: Tensor, dtype: torch.dtype) -> None:
+    """Logits [n, vocabulary] of models of this dtype give a text [n] the same perplexity, and make the same choices."""
+    a, e = (cross_entropy(logits[:-1].float(), ids[1:]) for logits in (actual, expected))
+    allowed = LIKELIHOOD[dtype] * (1 if dtype == torch.float32 else 3 / (len(ids) - 1) ** 0.5)
+    assert abs(a - e) < allowed, f"log likelihoods a token are {abs(a - e):.2g} apart"
+    assert_same_choice(actual, expected)
+
+
+def assert_as_near(actual: Tensor, exact: Tensor, theirs: Tensor) -> None:
+    """Logits of a quantized model, beside another quantization of it: about as far from those that aren't quantized."""
+    mine, other = ((logits.double() - exact).square().mean().sqrt() for logits in (actual, theirs))
+    assert mine <= QUANTIZED_ALIKE * other, f"{mine:.4g} from the exact logits, the other {other:.4g}"

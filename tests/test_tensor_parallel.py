@@ -1,0 +1,474 @@
+"""Models cut over ranks: the same bits on all of them, patched as unpatched, and what one process computes.
+
+Ranks are threads here, which costs no process; `bench.demo_tp`, run by the last test, has them in processes.
+"""
+
+import copy
+import itertools
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_as_near, assert_logits_close, assert_predicts_alike
+from patching import FAMILIES, assert_equal, count, generate, quantize, tiny, tiny_model, tokens, without_blocks
+from torch import nn
+from torch.distributed import HashStore, ProcessGroup, ProcessGroupGloo
+from torch.nn.functional import linear
+from transformers import DynamicCache
+
+import fused_ops
+import models_patch
+from bench import demo_tp, models
+from fused_ops.workspace import AllReduceWorkspace
+from models_patch.paged_cache import PagedKVCache
+from models_patch.pending import Pending
+from quant import FP8_DYNAMIC_TENSOR
+from quant.methods import quantize_model
+
+BIASES = {"attention_bias": True, "mlp_bias": True}
+SECONDS = 20  # that a rank waits for one that failed
+runs, parsing = itertools.count(), threading.Lock()
+
+
+def on_ranks(world, function):
+    """What `function(group)` returns on each of so many ranks."""
+    store, run, results, errors = HashStore(), next(runs), [None] * world, []
+
+    def rank(number):
+        try:
+            group = ProcessGroup(store, number, world)
+            gloo = ProcessGroupGloo(store, number, world, timedelta(seconds=SECONDS))
+            group._set_default_backend(ProcessGroup.BackendType.GLOO)
+            group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
+            group._set_group_name(f"run {run}, rank {number} of {world}")
+            torch._C._distributed_c10d._register_process_group(group.group_name, group)
+            with torch.no_grad():
+                results[number] = function(group)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]  # the others waited for that rank
+    return results
+
+
+def cut(model, group):
+    """(this rank's part of a copy of the model, the report)"""
+    model = copy.deepcopy(model)
+    workspace = AllReduceWorkspace(group, 64, model.config.hidden_size, model.dtype, timeout=SECONDS)
+    with parsing:  # of sources, by which modules are recognised: Python 3.11's `ast` fails in two threads at once
+        return model, models_patch.shard(model, workspace)
+
+
+def patch(model):
+    with parsing:
+        return models_patch.patch(model)
+
+
+def stepwise(model, cache):
+    """Logits of a sequence that comes in parts."""
+    parts = tokens(9, 1).split((6, 2, 1), 1)
+    return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+
+
+@pytest.fixture
+def reference():
+    with fused_ops.use_backend("reference"):
+        yield
+
+
+def tiny_of(name, dtype=torch.float32):
+    if name == "Llama, biases":
+        return tiny("Llama", dtype, **BIASES)
+    return tiny_model(name, dtype) if name in FAMILIES else tiny(name, dtype)
+
+
+# What is computed.
+
+
+ONCE = ["Llama", "Qwen3", "Glm4", "Granite", "Olmo2", "DeepseekV2", "SmolLM3", "Mixtral"]
+TWICE = ["Llama, biases", "Gemma3Text", "Phi3", "MiniMaxM2", "GptOss", "DeepseekV3"]  # and keys that ranks share
+
+
+@pytest.mark.parametrize(("world", "name"), [(2, name) for name in ONCE + TWICE] + [(4, name) for name in TWICE])
+def test_ranks_compute_what_one_process_does(reference, world, name):
+    model = tiny_of(name)
+    expected, in_parts = model(tokens()).logits, stepwise(model, DynamicCache(config=model.config))
+
+    def run(group):
+        part, _ = cut(model, group)
+        plain = part(tokens()).logits, generate(part).logits
+        report = patch(part)
+        fused = part(tokens()).logits, generate(part).logits
+        calls = count(lambda: part(tokens()))
+        paged = stepwise(part, PagedKVCache(part.config, 16))
+        models_patch.unpatch(part)
+        return *plain, *fused, calls, without_blocks(report), paged, part(tokens()).logits
+
+    first, *others = on_ranks(world, run)
+    plain, written, fused, fused_written, calls, reported, paged, unpatched = first
+    assert_logits_close(plain, expected)
+    assert torch.equal(fused, plain)
+    assert_equal(fused_written, written)
+    assert torch.equal(unpatched, plain)
+    assert calls == reported
+    assert_logits_close(paged, in_parts)
+    for other in others:
+        assert_equal([*other[:1], *other[1], *other[2:3], other[6]], [plain, *written, fused, paged])
+
+
+@pytest.mark.parametrize("scheme", [None, "int8_token"])
+@pytest.mark.parametrize("name", ["Llama, biases", "Gemma3Text", "MiniMaxM2"])
+def test_one_rank_has_the_bits_of_a_model_that_is_not_cut(name, scheme):
+    model = tiny_of(name, torch.bfloat16)
+
+    def logits(model):
+        if scheme is not None:
+            quantize(model, scheme)
+        patch(model)
+        return model(tokens()).logits
+
+    (actual,) = on_ranks(1, lambda group: logits(cut(model, group)[0]))
+    assert torch.equal(actual, logits(model))
+
+
+def test_a_rank_has_its_heads_and_columns_alone(reference):
+    model = tiny("Llama", **BIASES)
+
+    def run(group):
+        part, report = cut(model, group)
+        return part, report
+
+    parts = on_ranks(2, run)
+    attentions = [part.model.layers[1].self_attn for part, _ in parts]
+    mlps = [part.model.layers[1].mlp for part, _ in parts]
+    whole = model.model.layers[1]
+    for name in "q_proj", "k_proj", "v_proj":
+        both = [getattr(attention, name) for attention in attentions]
+        assert torch.equal(torch.cat([linear.weight for linear in both]), getattr(whole.self_attn, name).weight)
+        assert torch.equal(torch.cat([linear.bias for linear in both]), getattr(whole.self_attn, name).bias)
+        assert both[0].out_features == len(both[0].weight)
+    for linears, stock in (
+        ([attention.o_proj for attention in attentions], whole.self_attn.o_proj),
+        ([mlp.down_proj for mlp in mlps], whole.mlp.down_proj),
+    ):
+        assert torch.equal(torch.cat([linear.weight for linear in linears], 1), stock.weight)
+        assert torch.equal(linears[0].bias, stock.bias)
+        assert linears[1].bias is None
+    assert "rank 1 of 2, 6 modules cut over the ranks, 0 left whole" in str(parts[1][1])
+    assert {entry.note for entry in parts[0][1]} == {"2 of 4 heads, 1 of 2 of keys", "80 of 160 columns"}
+    assert parts[0][1].entries == parts[1][1].entries
+
+
+def test_what_does_not_divide_stays_whole(reference):
+    model = tiny("Llama", torch.float32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=96)
+    expected = model(tokens()).logits
+
+    def run(group):
+        part, report = cut(model, group)
+        patched = patch(part)
+        return part(tokens()).logits, report, patched, count(lambda: part(tokens()))
+
+    logits, report, patched, calls = on_ranks(3, run)[1]
+    assert_logits_close(logits, expected)
+    assert [entry.note for entry in report.left] == ["its 4 heads on 4 of keys don't divide by 3 ranks"] * 3
+    assert [entry.note for entry in report.replaced] == ["32 of 96 columns"] * 3
+    assert calls == without_blocks(patched)
+    assert calls["all_reduce_fused_add_rms_norm"] == calls["fused_add_rms_norm"] == 3
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_with_left_padding(cache):
+    model = tiny_model("Qwen3")
+
+    def run(group):
+        part, _ = cut(model, group)
+        patch(part)
+        return generate(part, cache)
+
+    first, second = on_ranks(2, run)
+    assert torch.equal(first.sequences, second.sequences)
+    assert_equal(first.logits, second.logits)
+
+
+def test_hidden_states_are_sums(reference):
+    model = tiny()
+
+    def run(group):
+        part, _ = cut(model, group)
+        expected = part(tokens(), output_hidden_states=True).hidden_states
+        patch(part)
+        return part(tokens(), output_hidden_states=True).hidden_states, expected
+
+    first, second = on_ranks(2, run)
+    assert_equal(first[0], first[1])
+    assert_equal(first[0], second[0])
+
+
+def test_who_gets_a_pending_has_the_sum_by_asking(reference):
+    model = tiny()
+
+    def run(group):
+        part, _ = cut(model, group)
+        seen = []
+        part.model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+        part(tokens())
+        patch(part)
+        part.model.layers[0]._forward_hooks.clear()
+        part.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        part(tokens())
+        assert isinstance(seen[1], Pending)
+        return seen[0], seen[1].sum()
+
+    for expected, actual in on_ranks(2, run):
+        assert torch.equal(actual, expected)
+
+
+# Quantized layers.
+
+
+@pytest.mark.parametrize("scheme", ["int8_token", "fp8_static", "int8_static_asym", "mxfp8", "nvfp4"])
+def test_quantized_after_it_was_cut(reference, scheme):
+    model = tiny("Llama", torch.float32, intermediate_size=128)
+    exact = model(tokens()).logits
+    whole = quantize(copy.deepcopy(model), scheme)(tokens()).logits
+
+    def run(group):
+        part, _ = cut(model, group)
+        quantize(part, scheme)
+        expected = part(tokens()).logits
+        report = patch(part)
+        calls = count(lambda: part(tokens()))
+        del calls["scaled_linear"], calls["quantize"]  # which is o_proj's, whose input isn't from blocks here
+        return part(tokens()).logits, expected, calls, without_blocks(report)
+
+    results = on_ranks(2, run)
+    for actual, expected, calls, reported in results:
+        assert torch.equal(actual, expected)
+        assert calls == reported
+        assert calls["all_reduce_fused_add_rms_norm_quant"] == 5  # two a layer, but for the last norm
+    assert torch.equal(results[0][0], results[1][0])
+    assert_as_near(results[0][0], exact, whole)
+
+
+def test_scales_over_columns_are_those_of_a_ranks_own():
+    model = tiny("Llama", torch.float32)
+    whole = quantize(copy.deepcopy(model), "int8_token").model.layers[0]
+
+    def run(group):
+        part, _ = cut(model, group)
+        return quantize(part, "int8_token").model.layers[0]
+
+    parts = on_ranks(2, run)
+    for name in "weight", "weight_scale":
+        ups = torch.cat([getattr(part.mlp.up_proj, name) for part in parts])
+        assert torch.equal(ups, getattr(whole.mlp.up_proj, name))
+    downs = torch.stack([part.mlp.down_proj.weight_scale for part in parts])
+    assert torch.equal(downs.amax(0), whole.mlp.down_proj.weight_scale)
+    assert not torch.equal(downs[0], downs[1])
+
+
+def test_one_dynamic_scale_for_the_tensor_is_left_to_the_layer(reference):
+    """A norm that sums over ranks has rows, never the whole tensor; one after that may quantize so."""
+
+    def run(group):
+        part, _ = cut(tiny(num_hidden_layers=1), group)
+        for layer in part.model.layers:
+            for linears in layer.self_attn, layer.mlp:
+                for child in linears.children():
+                    if isinstance(child, nn.Linear):
+                        child.input_quant = lambda prefix="": {prefix + "quant_key": FP8_DYNAMIC_TENSOR}
+        return patch(part)
+
+    report = on_ranks(1, run)[0]
+    by_path = {entry.path: entry for entry in report if entry.operation and "norm" in entry.operation}
+    assert by_path["model.layers.0.input_layernorm"].operation == "rms_norm_quant"
+    after = by_path["model.layers.0.post_attention_layernorm"]
+    assert after.operation == "all_reduce_fused_add_rms_norm"
+    assert after.note == "gate_proj takes one scale for the whole tensor, so each quantizes its input"
+
+
+# Copies, state dicts, refusals.
+
+
+def test_a_copy_shares_the_memory_and_loads_state_dicts(reference):
+    model = tiny_model("MiniMaxM2")
+
+    def run(group):
+        part, _ = cut(model, group)
+        patch(part)
+        expected = part(tokens()).logits
+        other = copy.deepcopy(part)
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        changed = other(tokens()).logits
+        other.load_state_dict(part.state_dict())
+        with pytest.raises(TypeError, match=r"can't be pickled.*state_dict"):
+            pickle.dumps(part)
+        return expected, other(tokens()).logits, changed
+
+    for expected, actual, changed in on_ranks(2, run):
+        assert torch.equal(actual, expected)
+        assert not torch.equal(changed, expected)
+
+
+def refusal(model, columns=64, dtype=torch.bfloat16):
+    """What `shard` says to this model, which must stay as it was."""
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def run(group):
+        workspace = AllReduceWorkspace(group, 4, columns, dtype)
+        with pytest.raises((TypeError, ValueError)) as caught:
+            models_patch.shard(model, workspace)
+        return str(caught.value)
+
+    message = on_ranks(1, run)[0]
+    assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before
+    return message
+
+
+def test_refusals_name_the_argument():
+    assert refusal(nn.Linear(4, 4)).startswith("shard: model is Linear, expected one of LlamaModel")
+    assert "workspace has rows of 64 bytes, expected at least the 128 of" in refusal(tiny(), columns=32)
+    patched = tiny()
+    models_patch.patch(patched)
+    assert "model is patched" in refusal(patched)
+    assert "q_proj is quantized: shard the model first, then quantize it" in refusal(quantize(tiny(), "int8_token"))
+    with pytest.raises(TypeError, match="shard: workspace is NoneType, expected an AllReduceWorkspace"):
+        models_patch.shard(tiny(), None)
+    with pytest.raises(TypeError, match=r"shard: model is str, expected a torch\.nn\.Module"):
+        models_patch.shard("model", None)
+
+
+def test_a_model_is_cut_once():
+    def run(group):
+        part, _ = cut(tiny(), group)
+        with pytest.raises(ValueError, match=r"shard: model is cut already, at model\.layers\.0\.self_attn"):
+            models_patch.shard(part, AllReduceWorkspace(group, 4, 64, torch.bfloat16))
+
+    on_ranks(1, run)
+
+
+class Adapted(nn.Linear):
+    """A layer that adds something of its own."""
+
+
+def test_layers_that_are_more_than_a_product_are_left_by_name(reference):
+    model = tiny("Llama", torch.float32)
+    layers = model.model.layers
+    layers[0].mlp.up_proj.__class__ = Adapted
+    layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    layers[1].mlp.down_proj.weight = layers[2].mlp.down_proj.weight
+    layers[1].mlp.act_fn = nn.Softmax(-1)
+    expected = model(tokens()).logits
+
+    def run(group):
+        part, report = cut(model, group)
+        return part(tokens()).logits, report
+
+    first, second = on_ranks(2, run)
+    assert_logits_close(first[0], expected)
+    assert torch.equal(first[0], second[0])
+    notes = {entry.path.removeprefix("model.layers."): entry.note for entry in first[1].left}
+    assert notes["0.self_attn"] == "k_proj has a forward or hooks of its own"
+    assert notes["0.mlp"] == "up_proj is Adapted"
+    assert notes["1.mlp"].startswith("Softmax.forward")
+    assert notes["2.mlp"] == "down_proj shares its weight with another module"
+    assert {entry.path for entry in first[1].replaced} == {"model.layers.1.self_attn", "model.layers.2.self_attn"}
+
+
+def test_experts_and_unknown_attentions_are_left_by_name():
+    def run(group):
+        _, report = cut(tiny_model("Qwen3Moe"), group)
+        other = tiny()
+        other.model.layers[1].self_attn.forward = lambda *args, **kwargs: None
+        return report, cut(other, group)[1]
+
+    moe, unknown = on_ranks(2, run)[0]
+    assert {entry.note for entry in moe.left} == {"router and experts stay whole on every rank"}
+    assert len(moe.left) == len(moe.replaced) == 2
+    assert {entry.path.rpartition(".")[2] for entry in unknown.left} == {"self_attn"}
+    assert all("has been replaced by something else" in entry.note for entry in unknown.left)
+
+
+# A real model.
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype", "scheme", "length"),
+    [
+        (2, "float32", None, 100),
+        (3, "float32", None, 100),
+        (3, "bfloat16", None, 60),
+        (3, "float32", "int8_token", 100),
+    ],
+)
+def test_smollm2_predicts_on_ranks_as_in_one_process(one_thread, world, dtype, scheme, length):
+    model, tokenizer = models.load("smollm2", getattr(torch, dtype))
+    ids = models.tokens(tokenizer)[:, :length]
+
+    def logits(model):
+        return linear(model.model(ids).last_hidden_state[0].float(), model.lm_head.weight.float())
+
+    def run(group):
+        part, report = cut(model.requires_grad_(False), group)
+        if scheme is not None:
+            quantize_model(part, scheme)
+        patch(part)
+        assert len(report.left) == (0 if world == 3 else 30)
+        return logits(part)
+
+    results = on_ranks(world, run)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    with torch.no_grad():
+        if scheme is not None:
+            exact = logits(model)
+            quantize_model(model, scheme)
+            patch(model)
+            assert_as_near(results[0], exact, logits(model))
+        else:
+            patch(model)
+            assert_predicts_alike(results[0], logits(model), ids[0], model.dtype)
+
+
+def test_the_demo_runs_in_processes(tmp_path):
+    root, ranks = Path(__file__).parents[1], []
+    command = [sys.executable, "-m", "bench.demo_tp", "--tokens", "2", "--read", "20", "--timeout", "120"]
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    for rank in range(2):  # as torchrun does, whose own start costs as much as a rank
+        where = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = {**os.environ, **{name: str(value) for name, value in where.items()}}
+        output = (tmp_path / f"{rank}").open("w+")
+        ranks.append((subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output), output))
+    try:
+        statuses = [process.wait(240) for process, _ in ranks]
+    finally:
+        for process, output in ranks:
+            process.kill()
+            output.close()
+    told = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
+    assert statuses == [0, 0], told
+    assert "All 2 ranks wrote the same tokens from the same bits of logits." in told[0]
+
+
+def test_the_demo_says_that_there_are_no_ranks(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        SystemExit, match=r"WORLD_SIZE.* not set, so there are no ranks; start it by torchrun .*make demo-tp"
+    ):
+        demo_tp.main([])
