@@ -76,8 +76,8 @@ Named memory(const ScaleOut& out, const char* name) { return memory(out.data, ou
 
 std::array<Named, 5> outputs(const Pipeline& p) {
   const int64_t bytes = byte_size(p.dtype);
-  return {Named{p.sum, bytes, "residual_out"}, Named{p.y, bytes, "output"}, Named{p.data, 1, "data_out"},
-          memory(p.scale, "scale_out"), memory(p.zero_point, "zero_point_out")};
+  return {Named{p.sum, bytes, "residual_out"}, Named{p.y, bytes, p.data ? "unquantized_out" : "y_out"},
+          Named{p.data, 1, "data_out"}, memory(p.scale, "scale_out"), memory(p.zero_point, "zero_point_out")};
 }
 
 std::array<Named, 6> read_by_every_row(const Pipeline& p) {
