@@ -26,8 +26,8 @@ class Memory {
       for (int j = 0; j < count_; ++j) {
         const Named& other = named_[j];
         if (i == j || (other.written && j < i)) continue;
-        check_overlap(out.rows, out.bytes, other.rows, other.bytes, out.in_place_of && other.argument == out.in_place_of,
-                      out.name);
+        check_overlap(out.rows, out.bytes, other.rows, other.bytes,
+                      out.in_place_of && other.argument == out.in_place_of, out.name);
       }
     }
   }

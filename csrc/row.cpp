@@ -85,7 +85,7 @@ Named memory(const ScaleOut& out, const char* name) { return memory(out.data, ou
 
 std::array<Named, 6> outputs(const Pipeline& p) {
   const int64_t bytes = byte_size(p.dtype);
-  return {Named{p.sum, bytes, "residual_out"},    Named{p.y, bytes, "output"},
+  return {Named{p.sum, bytes, "residual_out"},    Named{p.y, bytes, p.data ? "unquantized_out" : "y_out"},
           Named{p.data, 1, "data_out"},           memory(p.scale, "scale_out"),
           memory(p.zero_point, "zero_point_out"), memory(p.collective.memory, p.collective.bytes, 1, "workspace")};
 }

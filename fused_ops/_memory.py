@@ -72,7 +72,14 @@ def check_written(op: Op, args: tuple) -> None:
 
 _READ_FIRST = ("x", "residual", "gate", "up")
 # Outputs as callers know them; others are the argument `..._out`.
-_OUTPUTS = {"y": "out"} | {name: f"out.{name}" for name in ("data", "scale", "zero_point", "unquantized")}
+_OUTPUTS = {"y": "out", "q_pe": "out"}
+_OUTPUTS |= {name: f"out.{name}" for name in ("data", "scale", "zero_point", "unquantized")}
+_OUTPUTS |= {name: f"out ({name})" for name in ("q", "k", "kv")}
+
+
+def as_callers_know(argument: str) -> str:
+    """The name of an argument of an operation, with its outputs' names as above."""
+    return _OUTPUTS.get(argument.removesuffix("_out"), argument) if argument.endswith("_out") else argument
 
 
 def _span(dims: list[tuple[int, int]], item: int = 1) -> int:

@@ -19,7 +19,7 @@ from torch.library import Library
 from quant import QuantKey
 
 from ._gradient import refuse_backward, refuse_backward_of
-from ._memory import check_inputs_survive, check_outputs, check_written
+from ._memory import as_callers_know, check_inputs_survive, check_outputs, check_written
 
 OPS: dict[str, Op] = {}  # every declared operation; tests and benchmarks iterate it
 DEVICES = ("CPU", "CUDA")  # dispatch keys that a forced backend overrides
@@ -256,7 +256,8 @@ def refused(op: Op, args: tuple, error: Exception, outs: dict[str, Tensor | None
         if not backend.supports(*args):
             raise ValueError(backend.refusal(op, args)) from error
     if refusal := re.search(r"csrc\S*:\d+, (.*)", str(error)):
-        raise ValueError(f"{op.name}: {refusal[1]}") from error
+        argument, colon, rest = refusal[1].partition(":")
+        raise ValueError(f"{op.name}: {as_callers_know(argument)}{colon}{rest}") from error
 
 
 def describe(args: tuple, op: Op | None = None) -> str:

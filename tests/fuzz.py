@@ -52,7 +52,7 @@ DAMAGE: dict[str, Callable[[Tensor], Any]] = {
     "None": lambda t: None,
     "a number": lambda t: 1,
 }
-HUGE = (2**31 - 1, 2**31 + 1, 2**40, 2**62, 2**63 - 1)  # of blocks that have no memory of their own
+HUGE = (2**31 - 1, 2**31 + 1, 2**40, 2**50)  # of blocks that have no memory of their own
 INTEGERS = (-1, 0, 1, 2, 3, 15, 2**20, 2**31, 2**40, 2**62, -(2**63))
 BITS = (*range(20), *range(31, 63))  # not those between: a row may be padded to a gigabyte
 FLOATS = (float("nan"), float("inf"), -1.0, 0.0, 1e300)

@@ -261,7 +261,7 @@ def test_outputs_that_overlap_inputs_are_refused():
     with pytest.raises(ValueError, match="residual_out: overlaps another argument"):
         fused_ops.fused_add_rms_norm(one, one.clone(), weight, 1e-6, residual_out=weight.view(1, 64))
     memory = torch.ones(4, 64)
-    with pytest.raises(ValueError, match="rms_norm: output: overlaps another argument"):
+    with pytest.raises(ValueError, match="rms_norm: out: overlaps another argument"):
         fused_ops.rms_norm(memory[:3], W, 1e-6, out=memory[1:])
     packed = torch.randn(4, 128)
     expected = fused_ops.rms_norm(packed[:, :64], W, 1e-6)

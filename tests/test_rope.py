@@ -272,7 +272,7 @@ Q, K, P, C = rope_inputs(4, 2, 1, 64, 64, torch.float32, "cpu")
         ({"mrope_section": [8, 8, 16]}, ValueError, r"positions is \[4\], expected \[3, T\]|\[3, 4\]"),
         ({"mrope_section": [8, 8, 8], "positions": P.expand(3, 4)}, ValueError, ".*expected a sum of 32"),
         ({"mrope_section": [8, 8, 16], "positions": None, "cos_sin_cache": C[:4]}, ValueError, ".*positions is None"),
-        ({"out": (Q, Q[:, :1])}, ValueError, "k_out shares memory with q_out"),
+        ({"out": (Q, Q[:, :1])}, ValueError, r"out \(k\) shares memory with out \(q\)"),
         ({"positions": B.view(torch.int64)[:4], "out": (B.view(4, 2, 64), K + 1)}, ValueError, ".*overlaps another"),
     ],
 )

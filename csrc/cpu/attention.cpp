@@ -114,9 +114,8 @@ void run_tiles(const Attention& p) {
     PICK_ISA(attend)(p, *pieces[i].tile, pieces[i].first, pieces[i].count, desk(memory));
   });
   if (!spread) return;
-  for_each(count, size, static_cast<double>(part), [&](int64_t i, float* memory) {
-    PICK_ISA(merge_parts)(p, tiles[i], desk(memory));
-  });
+  for_each(count, size, static_cast<double>(part),
+           [&](int64_t i, float* memory) { PICK_ISA(merge_parts)(p, tiles[i], desk(memory)); });
 }
 
 void put_unused(const Attention& p) {
