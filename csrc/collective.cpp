@@ -35,7 +35,7 @@ Call call_of(const Pipeline& p) {
   call.rows = p.x.count;
   call.cols = p.cols;
   call.dtype = static_cast<int64_t>(p.dtype);
-  if (p.data || p.scale) call.key = p.key.code;
+  if (p.quantizes) call.key = p.key.code;
   if (p.norm) {
     call.flags = p.norm.round_before_weight + 2 * p.norm.weight_plus_one;
     call.weight = p.norm.weight ? static_cast<int64_t>(p.norm.weight_dtype) : -1;

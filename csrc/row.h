@@ -94,6 +94,7 @@ struct Pipeline {
   // What the CPU's passes are made of: values of the two above, and whether to write around the caches.
   float given_value = 0, given_zero_value = 0;
   bool stream = false;
+  bool quantizes = false;  // to key, perhaps no rows
 
   bool skips(int64_t r) const {
     if (!tokens_per_expert) return false;

@@ -143,6 +143,7 @@ void set_key(Pipeline& p, int64_t code, const OptionalTensor& given, const Optio
   const Key key = p.key = key_of(code, "key");
   const int scale = key.scale_format();
   check_columns(key, p.cols);
+  p.quantizes = true;
 
   const bool fp8 = key.format() == Key::kE4m3 || key.format() == Key::kE4m3Fnuz;
   const bool bounded = fp8 && scale == Key::kFloat && !key.power_of_two();

@@ -83,10 +83,13 @@ for _op, _inputs, _cases, _workload in (
 
 @_qk_all_reduce_rms_norm.declares("cases")
 def _(device: str) -> Iterator[tuple]:
-    for q, weight, eps, flags in norm.cases(device):
-        cols = max(1, q.shape[-1] // 3)
-        k = torch.randn(*q.shape[:-1], cols, device=device).to(q.dtype)
-        yield q, k, weight, None if weight is None else weight[:cols].clone(), eps, flags, *ranks_of(alone())
+    for shape, cols in ((1, 8), 2), ((7, 576), 192), ((2, 3, 768), 128), ((0, 64), 16), ((33, 1000), 333), ((2, 1), 1):
+        for dtype in FLOATS:
+            q, k = (torch.randn(*shape[:-1], n, device=device).to(dtype) for n in (shape[-1], cols))
+            q_weight, k_weight = (torch.randn(n, device=device) for n in (shape[-1], cols))
+            yield q, k, q_weight.to(dtype), k_weight, 1e-5, norm.ROUND_BEFORE_WEIGHT, *ranks_of(alone())
+            yield q, k, q_weight, k_weight, 1e-6, norm.WEIGHT_BIAS_ONE, *ranks_of(alone())
+            yield q, k, None, k_weight.to(dtype), 1e-6, 0, *ranks_of(alone())
 
 
 @_qk_all_reduce_rms_norm.declares("workload")

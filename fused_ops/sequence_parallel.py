@@ -358,8 +358,9 @@ def all_gather_quantized(
     name, q = "all_gather_quantized", activation
     if not isinstance(q, QuantizedActivation):
         raise TypeError(f"{name}: activation is {type(q).__name__}, expected a QuantizedActivation")
-    key = one_row_key(name, q.quant_key)
-    assert key is not None
+    if type(q.quant_key) is not QuantKey:
+        raise TypeError(f"{name}: quant_key is {type(q.quant_key).__name__}, expected a QuantKey")
+    key: Any = one_row_key(name, q.quant_key)
     if key.scale.static:
         data = all_gather(q.data, workspace, rows=rows)
         return QuantizedActivation(data, q.scale, key, q.orig_dtype, q.scale2, q.zero_point)

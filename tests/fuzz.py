@@ -28,6 +28,7 @@ from torch import Tensor
 import fused_ops
 from fused_ops._memory import dims_of, rows_overlap
 from fused_ops._op import NO_KEY, OPS, Op, describe
+from fused_ops.collective_inputs import alone
 from fused_ops.rope import IS_NEOX, NORM_V, ROUND_PRODUCTS, WHOLE_VECTOR, sections_of
 from quant import INT8_DYNAMIC_TOKEN, QuantizedActivation, QuantKey
 
@@ -56,9 +57,11 @@ HUGE = (2**31 - 1, 2**31 + 1, 2**40, 2**50)  # of blocks that have no memory of 
 INTEGERS = (-1, 0, 1, 2, 3, 15, 2**20, 2**31, 2**40, 2**62, -(2**63))
 BITS = (*range(20), *range(31, 63))  # not those between: a row may be padded to a gigabyte
 FLOATS = (float("nan"), float("inf"), -1.0, 0.0, 1e300)
-BITWISE = ("quantize", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat")
+MOVES = ("all_reduce", "reduce_scatter", "all_gather", "all_gather_quantized")
+BITWISE = ("quantize", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat", *MOVES)
 HEADS = [name for name in OPS if "rope" in name]
 ATTENTION = [name for name in OPS if "attention" in name]
+OF_ACTIVATIONS = ("scaled_linear", "all_gather_quantized")
 GUARD = 64  # elements around a tensor in a larger storage
 
 
@@ -149,7 +152,9 @@ def hostile(op: Op) -> tuple[list, dict[str, Any]]:
                 tensor = random.choice([a for a in args if isinstance(a, Tensor)] or [tensor])
             if tensor is not None:
                 outs[f"{name}_out"] = tensor
-    return [guarded(a) for a in args], {name: guarded(t) for name, t in outs.items()}
+    named = zip(op.arguments, args, strict=False)
+    args = [a if name == "workspace" else guarded(a) for name, a in named]
+    return args, {name: guarded(t) for name, t in outs.items()}
 
 
 def with_huge_blocks(op: Op, args: list) -> None:
@@ -190,7 +195,11 @@ def public(op: Op, args: list, outs: dict[str, Any]) -> tuple[Callable, dict[str
             words |= {"mrope_section": sections_of(value), "mrope_interleaved": bool(value >> 30)} if value else {}
         elif name == "q_given" and op.name in HEADS:
             words["q_scale"] = value
-        elif op.name == "scaled_linear" and name in ("data", "scale", "key", "scale2", "zero_point"):
+        elif name in ("rank", "group"):
+            continue
+        elif name == "workspace":
+            words[name] = alone() if value is alone().buffer else value
+        elif op.name in OF_ACTIVATIONS and name in ("data", "scale", "key", "scale2", "zero_point"):
             activation[name] = value
         elif part == "key" or name == "weight_code":
             named = "weight_key" if name == "weight_code" else f"{side}quant_key"
@@ -216,6 +225,8 @@ def public(op: Op, args: list, outs: dict[str, Any]) -> tuple[Callable, dict[str
     given = {name.removesuffix("_out"): t for name, t in outs.items()}
     if "residual" in given:
         words["residual_out"] = given["residual"]
+    if op.name == "qk_all_reduce_rms_norm" and {"q", "k"} <= given.keys():
+        words["out"] = given["q"], given["k"]
     if op.name in HEADS and given:
         words |= heads_out(op, given, words)
     if "y" in given:
@@ -299,7 +310,8 @@ def call(seed: int, number: int) -> str:
     as_public = random.random() < 0.5
     function, words = public(op, args, outs) if as_public else (op.default, {})
     written = tensors([words.get(name) for name in ("out", "residual_out")]) if as_public else tensors(outs)
-    also = tensors([args[op.arguments.index(name)] for name in op.written])
+    shared = tensors([a for name, a in zip(op.arguments, args, strict=False) if name == "workspace"])
+    also = shared + tensors([args[op.arguments.index(name)] for name in op.written])
     memory = Memory([*tensors(args), *tensors(outs)])
     shown = {name: describe(tuple(tensors(v))) or v for name, v in words.items()}
     given = shown or f"{describe(tuple(args))}; {describe(tuple(outs.values()))}"
@@ -314,7 +326,7 @@ def call(seed: int, number: int) -> str:
             function(*args)
     except (TypeError, ValueError, RuntimeError) as error:
         text += f": {type(error).__name__} {str(error)[:500]!r}"
-        promise(not memory.written([]), f"refused, but had written: {text}")
+        promise(not memory.written(shared), f"refused, but had written: {text}")
         promise(not as_public or type(error) in (TypeError, ValueError), f"not a TypeError or ValueError: {text}")
         promise(bool(str(error)), f"says nothing: {text}")
         return ("" if as_public else "operator: ") + type(error).__name__

@@ -60,6 +60,15 @@ def on_ranks(workspaces: list[AllReduceWorkspace], function, *, wait: float = 60
     return results
 
 
+def everywhere(made, function) -> list:
+    """The results of all ranks; the first exception is raised."""
+    results = on_ranks(made, function)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
 def workspaces(world: int, max_tokens: int, hidden: int, dtype=torch.float32, **options) -> list[AllReduceWorkspace]:
     """One workspace, as each of its ranks has it; ranks are threads."""
 
@@ -73,13 +82,14 @@ def _process(rank: int, world: int, port: int, function, args: tuple, pipe) -> N
     try:
         torch.set_num_threads(1)
         store = TCPStore("localhost", port, is_master=False, timeout=timedelta(seconds=60))
-        pipe.send(("returned", function(group_of(store, rank, world, "processes", 60), *args)))
+        group = group_of(store, rank, world, "processes", 60)
+        pipe.send(("returned", function(group, store, lambda: pipe.send(("reached", None)), *args)))
     except BaseException:
         pipe.send(("raised", traceback.format_exc()))
 
 
 class Processes:
-    """function(group, *args) on as many processes as ranks, which start with it: its module is imported there."""
+    """function(group, store, reached, *args) on as many processes as ranks; calling `reached` lets `wait` return."""
 
     def __init__(self, world: int, function, *args):
         with socket.socket() as free:
@@ -96,12 +106,20 @@ class Processes:
             self.pipes.append(mine)
             self.processes.append(process)
 
-    def result(self, rank: int, wait: float = 120):
-        """What the rank's function returned; AssertionError with its traceback where it raised."""
-        assert self.pipes[rank].poll(wait), f"rank {rank} hangs"
+    def _receive(self, rank: int, what: str, seconds: float):
+        assert self.pipes[rank].poll(seconds), f"rank {rank} hangs"
         how, value = self.pipes[rank].recv()
-        assert how == "returned", f"rank {rank}: {value}"
+        assert how == what, f"rank {rank}: {value}"
         return value
+
+    def wait(self, seconds: float = 120) -> None:
+        """Until every rank has called `reached`."""
+        for rank in range(len(self.pipes)):
+            self._receive(rank, "reached", seconds)
+
+    def result(self, rank: int, seconds: float = 120):
+        """What the rank's function returned; AssertionError with its traceback where it raised."""
+        return self._receive(rank, "returned", seconds)
 
     def results(self) -> list:
         return [self.result(rank) for rank in range(len(self.pipes))]

@@ -1,0 +1,318 @@
+"""Workspaces of real processes: what they share, what ends a call, what is left behind."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from compare import assert_same
+from ranks import Processes, everywhere, on_ranks, threads, workspaces
+from torch.distributed import PrefixStore, ProcessGroup, Store
+
+import fused_ops
+from fused_ops import OPS, AllReduceWorkspace
+from fused_ops.collective import summed
+from fused_ops.collective_inputs import group_of
+from fused_ops.workspace import share_of
+from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+
+pytestmark = pytest.mark.skipif("cpu" not in OPS["all_reduce"].backends, reason="no compiled kernels on this machine")
+
+
+def rows(seed: int, rank: int, tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same on whichever rank it is made."""
+    return torch.randn(tokens, cols, generator=torch.Generator().manual_seed(1000 * seed + rank)).to(dtype)
+
+
+def check_call(w: AllReduceWorkspace, members: list[int], seed: int) -> None:
+    """One call on the members' rows, against their sum."""
+    tokens, cols = seed % 6, (64, 33)[seed % 2]
+    dtype = (torch.bfloat16, torch.float32)[seed // 2 % 2]
+    parts = [rows(seed, member, tokens, cols, dtype) for member in members]
+    x, total = parts[w.rank], summed(parts)
+    if seed % 3 == 0:
+        assert_same(fused_ops.all_reduce(x, w), total)
+    elif seed % 3 == 1:
+        q = fused_ops.reduce_scatter_rms_norm_quant(x, None, 1e-6, INT8_DYNAMIC_TOKEN, w)
+        whole = fused_ops.all_gather_quantized(q, w, rows=tokens)
+        expected = fused_ops.rms_norm_quant(total, None, 1e-6, INT8_DYNAMIC_TOKEN)
+        assert_same(whole.data, expected.data)
+        assert_same(whole.scale, expected.scale)
+    else:
+        y, residual = fused_ops.all_reduce_fused_add_rms_norm_quant(x, total, None, 1e-6, None, w)
+        expected, new = fused_ops.fused_add_rms_norm(total, total, None, 1e-6)
+        assert_same(y, expected)
+        assert_same(residual, new)
+
+
+def mapped() -> int:
+    """How many workspaces this process maps, or holds a descriptor of."""
+    with open("/proc/self/maps") as maps:
+        count = maps.read().count("memfd:fused_ops")
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            count += "fused_ops" in os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+    return count
+
+
+def life(group: ProcessGroup, store: Store, reached, calls: int) -> str:
+    """What one rank does, in order; what it says at last."""
+    rank, world = group.rank(), group.size()
+    everyone = list(range(world))
+    with AllReduceWorkspace(group, 3, 64, torch.float32) as first:
+        assert first.shared
+        assert mapped() == 1
+        second = AllReduceWorkspace(group, 8, 64, torch.bfloat16, two_shot_above=0)
+        half = everyone[rank % 2 :: 2]
+        name = f"half {rank % 2}"
+        mine = group_of(PrefixStore(name, store), half.index(rank), len(half), name)
+        ours = AllReduceWorkspace(mine, 2, 64, torch.float16)
+        for seed in range(calls):  # several groups, interleaved, one more often than the other
+            check_call((first, second)[seed % 2], everyone, seed)
+            for more in range(seed % (2 + rank % 2)):
+                check_call(ours, half, 7 * seed + more)
+        assert mapped() == 3
+    with pytest.raises(ValueError, match="workspace is closed"):
+        fused_ops.all_reduce(torch.randn(1, 8), first)
+    ours.close()
+    del second
+    assert mapped() == 0, "closed, closed, and collected"
+
+    last = AllReduceWorkspace(group, 3, 64, torch.float32, timeout=1.5)
+    x = torch.randn(2, 64)
+    fused_ops.all_reduce(x, last)
+    reached()
+    if rank == world - 1:
+        while True:  # until it is killed
+            fused_ops.all_reduce(x, last)
+    try:
+        while True:
+            fused_ops.all_reduce(x, last)
+    except TimeoutError as error:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="the workspace is broken on all ranks"):
+            fused_ops.reduce_scatter(x, last)
+        assert time.monotonic() - began < 1, "a broken workspace says so at once"
+        last.close()
+        assert mapped() == 0
+        return str(error)
+
+
+@pytest.mark.parametrize(("world", "calls"), [(2, 1500), (3, 300), (4, 300), (8, 60)])
+def test_a_life_of_processes(world, calls):
+    """Construction, several groups side by side, closing, and a rank that is killed in the middle of a call."""
+    processes = Processes(world, life, calls)
+    try:
+        processes.wait()
+        time.sleep(0.2)
+        os.kill(processes.processes[-1].pid, signal.SIGKILL)
+        for rank in range(world - 1):
+            said = processes.result(rank)
+            assert f"waited 1.5 s for rank {world - 1} (process {processes.processes[-1].pid}, which has ended)" in said
+    finally:
+        processes.end()
+    assert not [name for name in os.listdir("/dev/shm") if "fused_ops" in name]
+
+
+def test_a_rank_that_never_calls_and_one_that_comes_late():
+    made = workspaces(3, 4, 64, timeout=0.5)
+    other = workspaces(3, 4, 64, timeout=30)
+    results = on_ranks(made[::2], lambda w: fused_ops.all_reduce(torch.randn(2, 8), w))
+    for error in results:
+        assert isinstance(error, TimeoutError), error
+        assert "s for rank 1 (process" in str(error)
+        assert "which is alive" in str(error)
+    for backend in "cpu", "reference":
+        with fused_ops.use_backend(backend), pytest.raises(TimeoutError, match="the workspace is broken on all ranks"):
+            fused_ops.all_gather(torch.randn(2, 8), made[1])
+    x = [torch.randn(2, 8) for _ in other]
+    for y in everywhere(other, lambda w: fused_ops.all_reduce(x[w.rank], w)):
+        assert_same(y, summed(x))
+
+
+X, RESIDUAL, WEIGHT = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
+
+
+def usual(w, x=X, weight=WEIGHT, eps=1e-6, key=FP8_DYNAMIC_TOKEN, **options):
+    return fused_ops.all_reduce_fused_add_rms_norm_quant(
+        x, RESIDUAL[: len(x)].to(x.dtype), weight, eps, key, w, **options
+    )
+
+
+OTHERS = {
+    "operation": lambda w: fused_ops.all_reduce(X, w),
+    "operation with the same arguments": lambda w: fused_ops.all_reduce_rms_norm_quant(
+        X, WEIGHT, 1e-6, FP8_DYNAMIC_TOKEN, w
+    ),
+    "rows": lambda w: usual(w, x=X[:2]),
+    "no rows": lambda w: usual(w, x=X[:0]),
+    "dtype": lambda w: usual(w, x=X.bfloat16()),
+    "columns": lambda w: fused_ops.all_reduce_fused_add_rms_norm_quant(
+        X[:, :32], RESIDUAL[:, :32], WEIGHT[:32], 1e-6, FP8_DYNAMIC_TOKEN, w
+    ),
+    "too many columns": lambda w: fused_ops.all_reduce(torch.randn(1, 4096), w),
+    "key": lambda w: usual(w, key=INT8_DYNAMIC_TOKEN),
+    "no key": lambda w: usual(w, key=None),
+    "eps": lambda w: usual(w, eps=1e-5),
+    "weight_bias": lambda w: usual(w, weight_bias=1.0),
+    "round_before_weight": lambda w: usual(w, round_before_weight=True),
+    "x_multiplier": lambda w: usual(w, x_multiplier=0.5),
+    "no weight": lambda w: usual(w, weight=None),
+    "weight's dtype": lambda w: usual(w, weight=WEIGHT.bfloat16()),
+    "gathered rows": lambda w: fused_ops.all_gather(X, w),
+    "pair": lambda w: fused_ops.qk_all_reduce_rms_norm(X, X, WEIGHT, WEIGHT, 1e-6, w),
+}
+
+
+@pytest.mark.parametrize("two_shot_above", [0, 1 << 20], ids=["two shots", "one shot"])
+def test_calls_that_differ_are_refused_on_all_ranks(two_shot_above):
+    """Whichever rank differs, in whatever: all say so, nothing is written, and the next call works."""
+    made = workspaces(3, 4, 64, two_shot_above=two_shot_above)
+    for i, (what, call) in enumerate(OTHERS.items()):
+        differs, outs = i % 3, [torch.full((3, 64), 7.0) for _ in made]
+
+        def differ(w, call=call, differs=differs, outs=outs):
+            return call(w) if w.rank == differs else usual(w, residual_out=outs[w.rank])
+
+        for rank, error in enumerate(on_ranks(made, differ)):
+            assert type(error) is ValueError, f"{what}: {error!r}"
+            assert f", rank {rank} " in str(error), f"{what}: {error}"
+            named = f"rank {differs} calls" if rank != differs else f"rank {int(differs == 0)} calls"
+            assert named in str(error), f"{what}: {error}"
+        assert all((out == 7).all() for out in outs), what
+        for y in everywhere(made, lambda w: fused_ops.all_reduce(X, w)):
+            assert_same(y, summed([X, X, X]))
+
+
+def test_workspaces_that_differ_are_refused_on_all_ranks():
+    def make(group: ProcessGroup, *each) -> str:
+        arguments, options = each[group.rank()]
+        with pytest.raises((TypeError, ValueError)) as error:
+            AllReduceWorkspace(group, *arguments, **options)
+        return f"{error.type.__name__}: {error.value}"
+
+    usual = (4, 64, torch.bfloat16), {}
+    for other, said, by_itself in (
+        (((5, 64, torch.bfloat16), {}), "rank 1 has max_tokens 5", None),
+        (((4, 96, torch.bfloat16), {}), "hidden_size 96", None),
+        (((4, 64, torch.float32), {}), "torch.float32", None),
+        (((4, 64, torch.bfloat16), {"timeout": 7}), "timeout 7,", None),
+        (((4, 64, torch.bfloat16), {"two_shot_above": 7}), "two_shot_above 7,", None),
+        (
+            ((0, 64, torch.bfloat16), {}),
+            "rank 1 refuses its arguments",
+            "ValueError: AllReduceWorkspace: max_tokens is 0",
+        ),
+        (((4, 64.0, torch.bfloat16), {}), "rank 1 refuses", "TypeError: AllReduceWorkspace: hidden_size is float"),
+        (((4, 64, torch.int8), {}), "rank 1 refuses", "TypeError: AllReduceWorkspace: dtype is torch.int8"),
+        (((4, 64, torch.bfloat16), {"timeout": 0}), "rank 1 refuses", "ValueError: AllReduceWorkspace: timeout is 0"),
+        (((4, 64, torch.bfloat16), {"device": "meta"}), "rank 1 refuses", "ValueError: AllReduceWorkspace: device is"),
+    ):
+        results = threads(3, make, usual, other, usual)
+        assert said in results[0], results
+        assert results[2] == results[0]
+        assert results[1].startswith(by_itself) if by_itself else results[1] == results[0]
+    with pytest.raises(TypeError, match="group is NoneType, expected a ProcessGroup"):
+        AllReduceWorkspace(None, 4, 64, torch.bfloat16)
+
+
+def test_what_is_no_workspace_of_this_rank_is_refused():
+    """No access outside, no wait for nobody: a copy, another rank's, random bytes, a part."""
+    made = workspaces(2, 4, 64, timeout=0.3)
+    x, buffer, group = torch.randn(2, 8), made[0].buffer, made[0].group_name
+    wrong = torch.randint(0, 256, buffer.shape, dtype=torch.uint8)
+    forged = buffer.clone()
+    forged[8:32] = 255
+    for workspace, rank, message in (
+        (buffer.clone(), 0, "not a copy"),
+        (buffer, 1, "not a copy"),  # rank 1 made a mapping of its own
+        (buffer, 2, "rank: expected 0 to 1"),
+        (buffer, -1, "rank: expected 0 to 1"),
+        (wrong, 0, "expected the buffer of an AllReduceWorkspace"),
+        (forged, 0, "expected the buffer of an AllReduceWorkspace"),
+        (buffer[:-64], 0, "expected the buffer of an AllReduceWorkspace, all of it"),
+        (buffer[1:], 0, "expected the buffer of an AllReduceWorkspace"),
+        (buffer[:0], 0, "expected the buffer of an AllReduceWorkspace"),
+        (buffer.view(torch.int8), 0, "uint8"),
+        (buffer.view(2, -1), 0, "uint8"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.fused_ops.all_reduce(x, workspace, rank, group)
+    inside = buffer[-64:].view(torch.float32).view(2, 8)
+    with pytest.raises(RuntimeError, match="overlaps another argument in memory"):
+        torch.ops.fused_ops.all_reduce(inside, buffer, 0, group)
+    with pytest.raises(TypeError, match="workspace is Tensor, expected an AllReduceWorkspace"):
+        fused_ops.all_reduce(x, buffer)
+    for y in everywhere(made, lambda w: fused_ops.all_reduce(x, w)):
+        assert_same(y, x + x)
+
+
+def test_one_thread_at_a_time_is_a_rank():
+    made = workspaces(2, 4, 64, timeout=30)
+    x = torch.randn(2, 8)
+
+    def call(w):
+        if w is None:
+            time.sleep(0.3)
+            with pytest.raises(ValueError, match="rank 0 is in a call already, by another thread"):
+                fused_ops.all_reduce(x, made[0])
+            return fused_ops.all_reduce(x, made[1])
+        return fused_ops.all_reduce(x, w)
+
+    for y in on_ranks([made[0], None], call):
+        assert_same(y, x + x)
+
+
+def test_ranks_that_share_no_memory_use_the_groups_own_sum(monkeypatch):
+    monkeypatch.setattr("fused_ops.workspace._mapped", lambda pid, fd, size: None)
+    made = workspaces(2, 4, 64)
+    assert not any(w.shared for w in made)
+    x, residual, weight = [torch.randn(5, 64) for _ in made], torch.randn(5, 64), torch.randn(64)
+    total = x[0] + x[1]  # of two, whichever order
+
+    def call(w):
+        mine = w.rows(5)
+        y, r = fused_ops.all_reduce_fused_add_rms_norm_quant(x[w.rank], residual, weight, 1e-6, None, w)
+        own, _ = fused_ops.reduce_scatter_fused_add_rms_norm_quant(x[w.rank], residual[mine], weight, 1e-6, None, w)
+        q = fused_ops.all_gather_quantized(fused_ops.quantize(own, FP8_DYNAMIC_TOKEN), w, rows=5)
+        plain = fused_ops.all_gather(fused_ops.reduce_scatter(x[w.rank], w), w, rows=5)
+        normed = fused_ops.all_reduce_rms_norm_quant(x[w.rank], weight, 1e-6, FP8_DYNAMIC_TOKEN, w)
+        fused_ops.qk_all_reduce_rms_norm(x[w.rank], x[w.rank], None, weight, 1e-6, w)
+        return fused_ops.all_reduce(x[w.rank], w), y, r, q, plain, normed
+
+    y, r = fused_ops.fused_add_rms_norm(total, residual, weight, 1e-6)
+    for got in everywhere(made, call):
+        for a, e in zip((*got[:3], got[4]), (total, y, r, total), strict=True):
+            assert_same(a, e)
+        assert_same(got[3].data, fused_ops.quantize(y, FP8_DYNAMIC_TOKEN).data)
+        assert_same(got[5].data, fused_ops.rms_norm_quant(total, weight, 1e-6, FP8_DYNAMIC_TOKEN).data)
+
+
+def test_shares_cover_all_rows_once():
+    for world in range(1, 17):
+        for tokens in 0, 1, 2, 15, 16, 17, 100:
+            shares = [share_of(tokens, world, rank) for rank in range(world)]
+            assert [row for share in shares for row in range(tokens)[share]] == list(range(tokens))
+            assert max(share.stop - share.start for share in shares) == -(-tokens // world)
+
+
+def two_of_them(x, w):
+    """Two collectives, of which the second doesn't need the first's result."""
+    a = fused_ops.all_reduce(x, w)
+    q, residual = fused_ops.all_reduce_fused_add_rms_norm_quant(x * 2, x, WEIGHT, 1e-6, FP8_DYNAMIC_TOKEN, w)
+    own = fused_ops.reduce_scatter(x + 1, w)
+    return q.data, q.scale, residual, own, a
+
+
+def test_compiled_graphs_keep_the_order_of_calls():
+    made = workspaces(2, 4, 64)
+    compiled = [torch.compile(two_of_them, fullgraph=True) for _ in made]
+    x = [torch.randn(3, 64) for _ in made]
+    expected = everywhere(made, lambda w: two_of_them(x[w.rank], w))
+    actual = everywhere(made, lambda w: compiled[w.rank](x[w.rank], w))
+    for rank in 0, 1:
+        for a, e in zip(actual[rank], expected[rank], strict=True):
+            assert_same(a, e)
