@@ -17,7 +17,7 @@ SUMS = [p for p in ALL if p.id.startswith(virtual_ranks.SUMS)]
 ONE_SHOT, TWO_SHOT = _symmetric.NEVER, 0
 BOTH = pytest.mark.parametrize("above", [ONE_SHOT, TWO_SHOT], ids=["one-shot", "two-shot"])
 WORLDS = (2, 3, 4, 8)
-PER_OP = 4  # kernels to compile take half a second each
+PER_OP = 3  # kernels to compile take half a second each
 
 
 def together(ranks: list[list[RankCall]], seed: int = 0) -> None:
@@ -45,13 +45,13 @@ def test_fused_is_unfused(op):
 
 def test_squares_are_summed():
     op = OPS["qk_all_reduce_rms_norm"]
-    for i, args in enumerate(cases(op)[::9]):
+    for i, args in enumerate(cases(op)[::15]):
         virtual_ranks.squares_are_summed(by_one, together, op, args, WORLDS[i % 4])
 
 
 @pytest.mark.parametrize("name", ["all_gather", "all_gather_quantized"])
 def test_gathered_is_one_after_another(name):
-    for i, args in enumerate(cases(OPS[name])[::2]):
+    for i, args in enumerate(cases(OPS[name])[::7]):
         virtual_ranks.gathered_is_one_after_another(together, OPS[name], args, WORLDS[i % 4], rows=(1, 5, 130)[i % 3])
 
 
@@ -89,34 +89,44 @@ def test_several_workspaces_side_by_side():
             assert_same(call.results["y"], summed(xs))
 
 
-def run_out_of_step(calls: list[list[tuple]], world: int) -> tuple[list, list]:
-    """Each rank's calls (name, first arguments), of which not all match: the calls, and what each rank raises then."""
+def out_of_step(calls: list[list[tuple]]) -> tuple[list[list[RankCall]], list[Exception]]:
+    """Each rank's calls (name, first arguments), of which not all have their like: as made, and what ranks raise then.
+
+    A rank that wasn't waiting when another gave up finds out by its next call.
+    """
+    world, errors = len(calls), []
     with workspaces(world, 4, 64, torch.float32, timeout=1e-3) as memories:
-        made = [
-            [RankCall(OPS[name], (*args, None, 0, ""), memories[rank]) for name, args in own]
-            for rank, own in enumerate(calls)
-        ]
-        together(made)
-        errors = []
-        for rank, memory in enumerate(memories):
-            call = RankCall(OPS["all_reduce"], (torch.ones(1, 64), None, 0, ""), memory)
-            with host_cuda.on_host(), host_cuda.queued(rank), pytest.raises((TimeoutError, ValueError)) as error:
-                virtual_ranks.public(call)
-            errors.append(error.value)
-            assert call.results["y"].isnan().all()  # poisoned, and never written
-        return made, errors
+
+        def made(rank: int, name: str, args: tuple) -> RankCall:
+            return RankCall(OPS[name], (*args, None, 0, ""), memories[rank])
+
+        all_made = [[made(rank, *call) for call in own] for rank, own in enumerate(calls)]
+        together(all_made)
+        for rank in range(world):
+            for _ in range(2):
+                call = made(rank, "all_reduce", (torch.ones(1, 64),))
+                try:
+                    with host_cuda.on_host():
+                        virtual_ranks.public(call)
+                except (TimeoutError, ValueError) as error:
+                    errors.append(error)
+                    break
+                finally:
+                    assert call.results["y"].isnan().all()
+        assert len(errors) == world
+        return all_made, errors
 
 
 def test_a_rank_that_does_not_come():
     x = torch.randn(3, 64)
     once = [("all_reduce", (x,))]
-    made, errors = run_out_of_step([once * 2, once * 2, once], 3)
-    for own, error in zip(made[:2], errors, strict=False):
+    made, errors = out_of_step([once * 2, once * 2, once])
+    for own in made[:2]:
         assert_same(own[0].results["y"], summed([x] * 3))
         assert own[1].results["y"].isnan().all()
-        assert type(error) is TimeoutError
-        assert re.search("rank 2 did not come within|rank [01] gave up", str(error))
+    assert all(type(error) is TimeoutError for error in errors), errors
     assert any("rank 2 did not come within 0.001 s to all_reduce of 3 rows of 64 float32" in str(e) for e in errors)
+    assert re.search(r"rank [01] gave up", str(errors[2]))
 
 
 @pytest.mark.parametrize(
@@ -132,11 +142,11 @@ def test_a_rank_that_does_not_come():
 )
 def test_calls_that_differ(other):
     mine = ("all_reduce", (torch.ones(3, 64),))
-    made, errors = run_out_of_step([[mine], [mine], [other]], 3)
+    made, errors = out_of_step([[mine], [mine], [other]])
     assert all(type(error) is ValueError for error in errors)
     for rank, error in enumerate(errors):
         said = re.search(r"this rank called (.*), but rank (\d) called (.*):", str(error))
-        assert (rank == 2) != (said[2] == "2"), error
+        assert rank == 2 or said[2] == "2", error
         assert said[1] != said[3]
     for own in made:
         assert own[0].results["y"].isnan().all()

@@ -9,9 +9,11 @@ from pathlib import Path
 import pairwise
 import pytest
 import torch
+import virtual_ranks
 
 import fused_ops
 from fused_ops import _cuda
+from fused_ops._symmetric import NEVER
 from quant import (
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TENSOR,
@@ -178,4 +180,37 @@ def test_kernels_of_heads_compile(name, tmp_path, monkeypatch):
         assert moved["STG"] == wide["STG"] + found["STG.E.64"] + (4 if "q in FP8" in name else 0), (
             found
         )  # codes; scales
+        assert not any(i.startswith(("LDL", "STL", "F2F.BF16")) for i in found), found
+
+
+RANKS = {
+    "one-shot": (8, NEVER, "all_reduce_fused_add_rms_norm_quant", 7168, torch.bfloat16),
+    "two-shot": (8, 0, "all_reduce_fused_add_rms_norm_quant", 7168, torch.bfloat16),
+    "scattered": (4, NEVER, "reduce_scatter_fused_add_rms_norm_quant", 4096, torch.float16),
+    "16 ranks": (16, NEVER, "all_reduce_rms_norm", 2880, torch.float32),
+    "squares": (4, NEVER, "qk_all_reduce_rms_norm", 1536, torch.bfloat16),
+    "gather": (8, NEVER, "all_gather_quantized", 7168, torch.bfloat16),
+}
+
+
+def of_ranks(world, above, name, cols, dtype):
+    op = fused_ops.OPS[name]
+    key = FP8_DYNAMIC_GROUP_128 if "quant" in name else None
+    with virtual_ranks.workspaces(world, 16, cols, dtype, above=above) as memories:
+        args = op.workload(1, cols, key, dtype, "cpu")
+        op.default(*virtual_ranks.with_workspace(op, args, memories[0]))
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_kernels_of_ranks_compile(name, tmp_path, monkeypatch):
+    """Each for one architecture in turns; with --full, for all."""
+    monkeypatch.setenv("FUSED_OPS_CACHE", str(tmp_path / "cache"))
+    (text,) = kernels_of(lambda: of_ranks(*RANKS[name]))
+    turn = list(RANKS).index(name) % len(ARCHITECTURES)
+    for arch in ARCHITECTURES if pairwise.everything else ARCHITECTURES[turn : turn + 1]:
+        found = instructions(_cuda.cubin(text, arch), tmp_path)
+        strong = {i: n for i, n in found.items() if "STRONG.SYS" in i}
+        assert any(i.startswith("LDG.E.64") for i in strong), "flags are seen by other devices"
+        assert any(i.startswith("STG.E.64") for i in strong)
+        assert found["LDG.E.128"] >= 2
         assert not any(i.startswith(("LDL", "STL", "F2F.BF16")) for i in found), found
