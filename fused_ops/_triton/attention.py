@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .epilogue import store, store_given_scale, with_places
+from .epilogue import PLACES, store, store_given_scale, with_places
 from .platform import INFINITY, MAGNITUDE, bits, dot, halves_sum, narrow, round_to, widen
 from .quantize import decode, store_padding
 from .row import Rows
 from .sequences import Sequences, blocks_of_keys, first_tile, last_at_most, sequence, tile_of
 
+OF_A_CALL = [*Sequences._fields, "begin", "few", "segments", "end", *PLACES]  # arguments that aren't compiled for
 LOG2E = tl.constexpr(1.44269504)
 SMALLER = tl.constexpr(2.0**-32)
 
@@ -306,7 +307,7 @@ def attend(
         store(out, s.rows, row, head, active, y, S, E)
 
 
-@triton.jit(do_not_specialize=["starts", "lengths", "tables"])
+@triton.jit(do_not_specialize=OF_A_CALL)
 def attend_kernel(
     x, starts, lengths, tables,
     width: tl.int64, all: tl.int64, tokens: tl.int64, first: tl.int64, rows: tl.int64, most: tl.int64, blocks: tl.int64,
@@ -329,7 +330,7 @@ def attend_kernel(
         attend(x, s, i, tile, tl.program_id(1), start, queries, length, partial, out, K, E, SPLIT)
 
 
-@triton.jit(do_not_specialize=["starts", "lengths", "tables"])
+@triton.jit(do_not_specialize=OF_A_CALL)
 def finish_kernel(
     x, starts, lengths, tables,
     width: tl.int64, all: tl.int64, tokens: tl.int64, first: tl.int64, rows: tl.int64, most: tl.int64, blocks: tl.int64,

@@ -166,7 +166,7 @@ class Plan:
             self.compiled[name] = compiled
 
 
-_plans: dict[tuple, Plan] = {}
+PLANS: dict[tuple, Plan] = {}
 
 
 def plan_of(
@@ -182,11 +182,11 @@ def plan_of(
     kinds += [None if t is None else (*memory(t), t.stride(0)) for t in (r.y, r.data)]
     kinds += [None if t is None else memory(t) for t in (r.given, r.given_zero, r.scale, r.zero_point)]
     key = (about, r.key, tensors[0].device, *kinds)  # type: ignore[union-attr]
-    plan = _plans.get(key)
+    plan = PLANS.get(key)
     if plan is None:
-        if len(_plans) >= 4096:
-            _plans.clear()
-        plan = _plans[key] = Plan(kernel(), slice_of(r.key, cols, heads))
+        if len(PLANS) >= 4096:
+            PLANS.clear()
+        plan = PLANS[key] = Plan(kernel(), slice_of(r.key, cols, heads))
     return plan
 
 

@@ -9,6 +9,8 @@ import triton.language as tl
 from .platform import narrow
 from .quantize import Codes, Places, quantize
 
+PLACES = ["scale_row", "scale_column", "zero_row", "zero_column"]  # strides of scales: arguments of kernels
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -34,7 +36,7 @@ class Output(NamedTuple):
 
 @triton.jit
 def places_at(data, row, column, C: tl.constexpr):
-    """Strides are arguments of kernels by themselves, since those of columns may be the number of tokens."""
+    """`PLACES` aren't in `out`, since a column's stride may be the number of tokens, and Triton would compile for it."""
     if C.layout == "swizzled":
         return Places(data, (C.groups + 3) // 4 * 4, 512, 1)
     elif C.layout == "packed":

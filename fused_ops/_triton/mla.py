@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import attention_launch as launches
 from .attention_launch import Call, Results
-from .epilogue import store, store_given_scale, with_places
+from .epilogue import PLACES, store, store_given_scale, with_places
 from .launch import next_power_of_two, on_device
 from .platform import dot, round_to
 from .row import Rows
@@ -38,7 +38,7 @@ class Projection:
     blocks: int  # of a head's results, each a slice of a row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", *PLACES])
 def project_kernel(
     x, weight, tokens: tl.int64, out,
     scale_row: tl.int64, scale_column: tl.int64, zero_row: tl.int64, zero_column: tl.int64,

@@ -12,7 +12,8 @@ import triton.language as tl
 class Sequences(NamedTuple):
     """starts [all + 1], lengths [all], and tables [all, ...] whose rows lie `width` apart.
 
-    Kernels make it of arguments of their own: Triton compiles for the values of integers that come in a tuple.
+    Kernels make it of arguments of their own: Triton compiles for the values of integers that come in a tuple,
+    whatever `do_not_specialize` says.
     """
 
     starts: object
