@@ -36,7 +36,7 @@ class Output(NamedTuple):
 
 @triton.jit
 def places_at(data, row, column, C: tl.constexpr):
-    """`PLACES` aren't in `out`, since a column's stride may be the number of tokens, and Triton would compile for it."""
+    """`PLACES` aren't in `out`: a column's stride may be the number of tokens, which Triton would compile for."""
     if C.layout == "swizzled":
         return Places(data, (C.groups + 3) // 4 * 4, 512, 1)
     elif C.layout == "packed":
