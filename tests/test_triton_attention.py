@@ -68,7 +68,7 @@ def expand(k_pe: Tensor, w_uk: Tensor) -> Tensor:
 @BOTH
 def test_results_are_those_of_float64(op):
     some = [args for args in cases(op) if args[0].shape[0] < 60]
-    for args in some[:: max(1, len(some) // 10)]:
+    for args in some[:: max(1, len(some) // (len(some) if pairwise.everything else 8))]:
         assert_attends(by_triton(op, args), *exact(op, args), describe(args, op))
 
 
@@ -103,7 +103,7 @@ def test_values_near_the_end_of_float32_have_a_mean(dtype, length):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scale": 3e38}, {"scale": -3e38}, {"soft_cap": 3e38}, {"soft_cap": 1e-37}], ids=str
+    ("name", "value"), [("scale", 3e38), ("scale", -3e38), ("soft_cap", 3e38), ("soft_cap", 1e-37)]
 )
 def test_logits_and_scales_near_the_end_of_float32(name, value):
     """Products of numbers alone are beyond it where a logit isn't, and a logit times log2(e) may be."""
@@ -134,7 +134,7 @@ def test_fused_is_unfused(op, key):
     short, long = ((1, 20), (3, 17)), ((2, SEGMENT + 8),)
     for i, each in enumerate(layouts(key)[: None if op is PAGED or pairwise.everything else 1]):
         calls = [(short, {}) if op is MLA else (short, {"v_cols": 128})]
-        if op is PAGED and i == 0:
+        if op is PAGED and i == 0 and not launches.quantized_apart(launches.Results(each.code), 128, 4):
             calls += [(long, {"v_cols": 128}), (short, {"v_cols": 32})]
         for lengths, changes in calls:
             args = arguments(op, lengths, **changes)

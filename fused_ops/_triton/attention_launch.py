@@ -220,7 +220,7 @@ def launch(c: Call, r: Results) -> None:
         stats, y = (torch.empty(places * n, dtype=torch.float32, device=c.q.device) for n in (2, tile.v_cols))
 
     def start() -> None:
-        if rows > few:
+        if tokens > few:  # of a slice too, a sequence may have queries before it
             grid = rows // tile.queries + count + (c.first > 0), parts, 1
             arguments = x, *numbers, None, None, 0, few, 0, *out, tile, e, False
             plan.start("attend", attend_kernel, grid, arguments, tile.warps)
