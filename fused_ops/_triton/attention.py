@@ -74,8 +74,8 @@ class Inputs(NamedTuple):
     k_scale: Rows | None
     v_scale: Rows | None
     sinks: Any
-    scale: float
-    cap: float
+    scale: float | None
+    cap: float | None
 
 
 class Partial(NamedTuple):

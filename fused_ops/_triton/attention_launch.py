@@ -206,8 +206,8 @@ def launch(c: Call, r: Results) -> None:
     count, blocks = c.tables.shape
     most = blocks * page
     x = Inputs(
-        *(strided(t) for t in (c.q, c.q_rope, c.k, c.k_rope, c.v)), by_head(c.k_scale), by_head(c.v_scale), c.sinks,
-        float32(c.scale), float32(c.soft_cap),
+        strided(c.q), strided(c.q_rope), strided(c.k), strided(c.k_rope), strided(c.v), by_head(c.k_scale),
+        by_head(c.v_scale), c.sinks, float32(c.scale), float32(c.soft_cap),
     )  # fmt: skip
     tokens = rows if c.tokens is None else c.tokens
     numbers = (c.starts, c.lengths, c.tables, c.tables.stride(0), count, tokens, c.first, rows, most, c.k.shape[0])
@@ -222,7 +222,7 @@ def launch(c: Call, r: Results) -> None:
     def start() -> None:
         if tokens > few:  # of a slice too, a sequence may have queries before it
             grid = rows // tile.queries + count + (c.first > 0), parts, 1
-            arguments = x, *numbers, None, None, 0, few, 0, *out, tile, e, False
+            arguments: tuple = (x, *numbers, None, None, 0, few, 0, *out, tile, e, False)
             plan.start("attend", attend_kernel, grid, arguments, tile.warps)
         tail = tail_rows(rows, r, e)
         for begin in range(0, count, at_once) if few else (0,):

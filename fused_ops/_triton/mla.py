@@ -12,7 +12,7 @@ read. So here a row doesn't depend on the number of queries that come with it, a
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import triton
 import triton.language as tl
@@ -111,4 +111,4 @@ def run(args: tuple, r: Results) -> None:
         )  # fmt: skip
         launches.launch(call, Results(y=results.flatten(1)))
         part = r if rows == slice(0, tokens) else r.rows(rows, heads * w_uv.shape[1])
-        launches.quantized(part, results, w_uv.shape[1], lambda direct, o=results: project(o, w_uv, direct))
+        launches.quantized(part, results, w_uv.shape[1], partial(project, results, w_uv))
