@@ -91,8 +91,8 @@ def slice_of(key: int | None, cols: int, heads: int) -> Slice:
     return Slice(cols, max(16, next_power_of_two(cols)), group, width, codes)
 
 
-def output_of(r: Results) -> tuple[Output, int, int, int, int]:
-    """The arguments of `with_places`."""
+def output_of(r: Results) -> tuple:
+    """The arguments of `with_places`: an `Output`, and four strides."""
     y, data = (None if t is None else Rows(bytes_of(t), (t.stride(0),)) for t in (r.y, r.data))
     scale, zero_point = bytes_of(r.scale), r.zero_point
     strides = (t.stride() if t is not None and t.ndim == 2 else (0, 0) for t in (scale, zero_point))
