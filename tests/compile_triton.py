@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 import fused_ops
 from fused_ops import OPS
 from fused_ops._op import NO_KEY
-from fused_ops._triton.attention_launch import tile_for
+from fused_ops._triton.attention_launch import PLANS, tile_for
 from fused_ops._triton.launch import stages
 from fused_ops.rope import IS_NEOX, WHOLE_VECTOR, mrope_code
 from quant import NAMED_KEYS, ScaleLayout
@@ -111,6 +111,7 @@ def kernels(arch: str, call: str) -> list[dict]:
     triton.runtime.driver.set_active(Driver(arch))
     for decided in stages, tile_for:
         decided.cache_clear()  # which depends on the vendor
+    PLANS.clear()
     name, key, cols, dtype, *words = call.split(":")
     op = OPS[name]
     args = op.workload(16, int(cols), key_of(key) if key else None, getattr(torch, dtype), "cpu")
