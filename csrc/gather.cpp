@@ -130,6 +130,7 @@ Quantized gather_quantized(T data, T scale, int64_t code, int64_t rows, T worksp
   check_columns(key, cols);
   g.groups = (cols + key.group(cols) - 1) / key.group(cols);
   g.padded = key.layout() == Key::kPackedUe8m0 || key.layout() == Key::kSwizzled128x4;
+  g.scales = key.asymmetric() ? 2 : 1;
   g.scale[0] = scales_of(scale, key, have, cols, false, "scale", g.x.device);
   Quantized made;
   made.data = data_out ? *data_out : empty_like_rows(data, rows);
