@@ -95,7 +95,7 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
             next_power_of_two(world),
             two_shot,
             scattered,
-            row_bytes,
+            row_bytes // size,
             -(-row_bytes // 16 // world) * 16 // size,
             torch.version.hip is not None,
         )

@@ -61,7 +61,6 @@ def on_host():
         _cuda.set_driver(_cuda.Driver())
 
 
-
 @contextmanager
 def queued(device: int):
     """Launches wait for `run_queues`, as those of this device, in this block."""
