@@ -8,7 +8,6 @@ A workspace that failed is of no use any more, to any rank: kernels that are on 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -184,7 +183,7 @@ def bytes_for(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
 
 
 def allocate(group: ProcessGroup, size: int, timeout: float, above: int | None, device: torch.device) -> Memory:
-    """A rank's memory of `size` bytes on its GPU, zeroed; every rank of the group calls this, and then meets the others.
+    """A rank's memory of `size` bytes on its GPU, zeroed; every rank of the group calls this, then meets the others.
 
     Torch's symmetric memory gives it, and maps that of the others. What torch signals by isn't used: its signals are
     set and taken back, so that a call that gave up would leave one; flags here count calls.

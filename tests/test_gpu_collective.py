@@ -1,4 +1,4 @@
-"""Collectives of several processes on one GPU: `make gpu`. Their kernels take turns there, so this says nothing of speed.
+"""Collectives of several processes on one GPU, where their kernels take turns: `make gpu`.
 
 Torch allows it where TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES is set.
 """

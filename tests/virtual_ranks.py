@@ -94,7 +94,7 @@ def parts_of(x: Tensor, world: int) -> list[Tensor]:
 
 
 def is_unfused(by: Callable, together: Callable, op: Op, args: tuple, world: int, max_tokens=16, **options) -> None:
-    """The sum in the order of ranks, then the operation without its first word, of one device; the same on all ranks."""
+    """The sum in the order of ranks, then the operation of one device; the same on all ranks."""
     first = next(name for name in SUMS if op.name.startswith(name))
     at, dtype, context = op.argument("workspace"), args[0].dtype, f"{op.name} of {world} {describe(args[:1])}"
     rest = (*args[1:at], *args[at + 3 :])

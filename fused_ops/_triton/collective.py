@@ -240,7 +240,7 @@ def rank_kernel(
         for start in range(first, ranks.end, step):
             publish(x, x_sizes, ranks, number, start + tl.arange(0, K.rows), column, within, S, E)
         came = exchange(ranks, number, 0, E)
-    if E.two_shot:
+    if E.two_shot:  # noqa: SIM102
         if came:
             for start in range(first, ranks.end, step):
                 sum_share(ranks, number, start + tl.arange(0, K.rows), column, within, S, K, E)

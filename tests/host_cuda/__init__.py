@@ -72,5 +72,5 @@ def queued(device: int):
 
 
 def run_queues(seed: int = 0) -> None:
-    """Run what is queued: each device's launches in order, those of different devices interleaved as `seed` draws it."""
+    """Run what is queued: each device's launches in order, those of several interleaved as `seed` draws it."""
     _fibers().run_queues(seed)
