@@ -29,8 +29,7 @@ Tensor empty_like_rows(T x, int64_t rows) {
   AtenTensorHandle handle;
   const int device = device_of(x, "x");
   const int32_t type = device == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, size, stride, code_of(x), type, std::max(device, 0), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, size, stride, code_of(x), type, std::max(device, 0), &handle));
   return Tensor(handle);
 }
 

@@ -110,8 +110,8 @@ class AllReduceWorkspace:
             size = _symmetric.bytes_for(max(max_tokens, self.world_size), hidden_size, dtype)
             with suppress(RuntimeError):
                 self._memory = _symmetric.allocate(group, size, timeout, two_shot_above, self.device)
-            if all(have for (have,) in _from_all(group, [self._memory is not None])):
-                self.buffer = self._memory.buffer
+            everywhere = all(have for (have,) in _from_all(group, [self._memory is not None]))
+            self.buffer = self._memory.buffer if self._memory is not None and everywhere else None
         self.shared = self.buffer is not None
 
     def rows(self, tokens: int) -> slice:
