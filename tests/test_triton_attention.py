@@ -15,7 +15,7 @@ import fused_ops
 from fused_ops import OPS
 from fused_ops._op import describe
 from fused_ops.attention import sequences
-from quant import FP8_DYNAMIC_GROUP_64, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR
+from quant import FP8_DYNAMIC_GROUP_64, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, ScaleLayout
 from quant.key import FP8, FP8_FNUZ
 
 LONG = ((1, SEGMENT + 28), (0, 0), (2, 30))  # decoding, over several segments
@@ -133,7 +133,8 @@ def test_fused_is_unfused(op, key):
     """By the epilogue of either kernel, and where a scale is shared by heads."""
     short, long = ((1, 20), (3, 17)), ((2, SEGMENT + 8),)
     for i, each in enumerate(layouts(key)[: None if op is PAGED or pairwise.everything else 1]):
-        calls = [(short, {}) if op is MLA else (short, {"v_cols": 128})]
+        swizzled = each.scale.layout is ScaleLayout.SWIZZLED_128X4  # of which 128 rows are written
+        calls = [(short, {}) if op is MLA or swizzled else (short, {"v_cols": 128})]
         if op is PAGED and i == 0 and not launches.quantized_apart(launches.Results(each.code), 128, 4):
             calls += [(long, {"v_cols": 128}), (short, {"v_cols": 32})]
         for lengths, changes in calls:

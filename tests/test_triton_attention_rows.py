@@ -110,18 +110,20 @@ def test_long_keys_are_shared_out_however_many_sequences_there_are():
             assert 1 <= at_once <= count
             assert few * at_once * each <= launches.WORKSPACE or few * at_once == 1
     assert launches.shares(4 * 64, 64, 256, 1 << 20, 16)[0] == 8
+    assert launches.shares(3, 3, 9999, launches.WORKSPACE + 1, 16) == (1, 1)
     assert launches.shares(4 * 64, 64, 256, 1 << 26, 16) == (4, 2)  # all queries of a sequence, if not of all at once
     assert launches.shares(64, 64, 1, 1, 16) == launches.shares(0, 5, 9, 1, 16) == (0, 0)
 
 
 def test_tokens_of_mla_may_be_worked_through_in_slices(started, monkeypatch):
-    args = arguments(MLA, (*SEQUENCES, (0, 4), (17, 17)))
-    whole = by_triton(MLA, args)
+    calls = [arguments(MLA, lengths) for lengths in ((*SEQUENCES, (0, 4), (17, 17)), ((40, 60),))]
+    wholes = [by_triton(MLA, args) for args in calls]
     monkeypatch.setattr(launches, "WORKSPACE", 0)
     monkeypatch.setattr(mla, "SLICE", 32)
-    started.clear()
-    assert_same(by_triton(MLA, args), whole)
-    assert started.count("project") == 2 * 3
+    for args, whole, slices in zip(calls, wholes, (3, 2), strict=True):
+        started.clear()
+        assert_same(by_triton(MLA, args), whole)
+        assert started.count("project") == 2 * slices
 
 
 SLICED = [
