@@ -97,7 +97,7 @@ cuda::Call call_of_rows(const Pipeline& p, int options) {
   if (norm.weight) options |= kWeight | norm.round_before_weight * kRoundBefore | norm.weight_plus_one * kPlusOne;
   if (p.load == Pipeline::kAdd) options |= kAdds;
   if (p.collective.scattered) options |= kScattered;
-  const int64_t key = p.key.code ? p.key.code : -1;  // of a rank without rows, and so without results, too
+  const int64_t key = p.quantizes ? p.key.code : -1;
   return {{options, p.x.count, p.cols, dtype_of_stage(p.dtype), key, bits_of(norm.eps), bits_of(p.x_multiplier), 0}};
 }
 
