@@ -16,15 +16,18 @@ from fused_ops.collective_inputs import group_of
 _names = iter(range(1 << 60))
 
 
-def threads(world: int, function, *args, wait: float = 120) -> list:
-    """function(group, *args) on as many threads as ranks; their results, or the first exception."""
+def threads(world: int, function, *args, wait: float = 120, seconds: float = 60) -> list:
+    """function(group, *args) on as many threads as ranks; their results, or the first exception.
+
+    seconds: that gloo waits for a rank.
+    """
     store, name = HashStore(), f"tests {next(_names)}"
     results: list = [None] * world
 
     def run(rank: int) -> None:
         try:
             torch.set_num_threads(1)  # of this thread's operations
-            results[rank] = function(group_of(store, rank, world, f"{name} {rank}"), *args)
+            results[rank] = function(group_of(store, rank, world, f"{name} {rank}", seconds), *args)
         except BaseException as error:
             results[rank] = error
 

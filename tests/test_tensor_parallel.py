@@ -1,86 +1,27 @@
 """Models cut over ranks: the same bits on all of them, patched as unpatched, and what one process computes.
 
-Ranks are threads here, which costs no process; `bench.demo_tp`, run by the last test, has them in processes.
+Ranks are threads here, which costs no process; `bench.demo_tp`, run in test_tensor_parallel_real.py, has processes.
 """
 
 import copy
-import itertools
-import os
 import pickle
-import socket
-import subprocess
-import sys
-import threading
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_as_near, assert_logits_close, assert_predicts_alike
+from compare import assert_as_near, assert_logits_close
 from patching import FAMILIES, assert_equal, count, generate, quantize, tiny, tiny_model, tokens, without_blocks
+from tensor_parallel import cut, on_ranks, patch, stepwise
 from torch import nn
-from torch.distributed import HashStore, ProcessGroup, ProcessGroupGloo
-from torch.nn.functional import linear
 from transformers import DynamicCache
 
 import fused_ops
 import models_patch
-from bench import demo_tp, models
 from fused_ops.workspace import AllReduceWorkspace
 from models_patch.paged_cache import PagedKVCache
 from models_patch.pending import Pending
 from quant import FP8_DYNAMIC_TENSOR
-from quant.methods import quantize_model
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
-SECONDS = 20  # that a rank waits for one that failed
-runs, parsing = itertools.count(), threading.Lock()
-
-
-def on_ranks(world, function):
-    """What `function(group)` returns on each of so many ranks."""
-    store, run, results, errors = HashStore(), next(runs), [None] * world, []
-
-    def rank(number):
-        try:
-            group = ProcessGroup(store, number, world)
-            gloo = ProcessGroupGloo(store, number, world, timedelta(seconds=SECONDS))
-            group._set_default_backend(ProcessGroup.BackendType.GLOO)
-            group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, gloo)
-            group._set_group_name(f"run {run}, rank {number} of {world}")
-            torch._C._distributed_c10d._register_process_group(group.group_name, group)
-            with torch.no_grad():
-                results[number] = function(group)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]  # the others waited for that rank
-    return results
-
-
-def cut(model, group):
-    """(this rank's part of a copy of the model, the report)"""
-    model = copy.deepcopy(model)
-    workspace = AllReduceWorkspace(group, 64, model.config.hidden_size, model.dtype, timeout=SECONDS)
-    with parsing:  # of sources, by which modules are recognised: Python 3.11's `ast` fails in two threads at once
-        return model, models_patch.shard(model, workspace)
-
-
-def patch(model):
-    with parsing:
-        return models_patch.patch(model)
-
-
-def stepwise(model, cache):
-    """Logits of a sequence that comes in parts."""
-    parts = tokens(9, 1).split((6, 2, 1), 1)
-    return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
 
 
 @pytest.fixture
@@ -404,74 +345,3 @@ def test_experts_and_unknown_attentions_are_left_by_name():
     assert len(moe.left) == len(moe.replaced) == 2
     assert {entry.path.rpartition(".")[2] for entry in unknown.left} == {"self_attn"}
     assert all("has been replaced by something else" in entry.note for entry in unknown.left)
-
-
-# A real model.
-
-
-@pytest.mark.parametrize(
-    ("world", "dtype", "scheme", "length"),
-    [
-        (2, "float32", None, 100),
-        (3, "float32", None, 100),
-        (3, "bfloat16", None, 60),
-        (3, "float32", "int8_token", 100),
-    ],
-)
-def test_smollm2_predicts_on_ranks_as_in_one_process(one_thread, world, dtype, scheme, length):
-    model, tokenizer = models.load("smollm2", getattr(torch, dtype))
-    ids = models.tokens(tokenizer)[:, :length]
-
-    def logits(model):
-        return linear(model.model(ids).last_hidden_state[0].float(), model.lm_head.weight.float())
-
-    def run(group):
-        part, report = cut(model.requires_grad_(False), group)
-        if scheme is not None:
-            quantize_model(part, scheme)
-        patch(part)
-        assert len(report.left) == (0 if world == 3 else 30)
-        return logits(part)
-
-    results = on_ranks(world, run)
-    for result in results[1:]:
-        assert torch.equal(result, results[0])
-    with torch.no_grad():
-        if scheme is not None:
-            exact = logits(model)
-            quantize_model(model, scheme)
-            patch(model)
-            assert_as_near(results[0], exact, logits(model))
-        else:
-            patch(model)
-            assert_predicts_alike(results[0], logits(model), ids[0], model.dtype)
-
-
-def test_the_demo_runs_in_processes(tmp_path):
-    root, ranks = Path(__file__).parents[1], []
-    command = [sys.executable, "-m", "bench.demo_tp", "--tokens", "2", "--read", "20", "--timeout", "120"]
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    for rank in range(2):  # as torchrun does, whose own start costs as much as a rank
-        where = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        environment = {**os.environ, **{name: str(value) for name, value in where.items()}}
-        output = (tmp_path / f"{rank}").open("w+")
-        ranks.append((subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output), output))
-    try:
-        statuses = [process.wait(240) for process, _ in ranks]
-    finally:
-        for process, output in ranks:
-            process.kill()
-            output.close()
-    told = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
-    assert statuses == [0, 0], told
-    assert "All 2 ranks wrote the same tokens from the same bits of logits." in told[0]
-
-
-def test_the_demo_says_that_there_are_no_ranks(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(
-        SystemExit, match=r"WORLD_SIZE.* not set, so there are no ranks; start it by torchrun .*make demo-tp"
-    ):
-        demo_tp.main([])
