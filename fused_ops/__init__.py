@@ -29,6 +29,7 @@ from .collective import (
     qk_all_reduce_rms_norm,
 )
 from .dual_norm import dual_rms_norm
+from .gather import all_gather, all_gather_quantized
 from .kv_cache import qk_norm_rope_kv_cache_write, rope_kv_cache_write
 from .linear import scaled_linear
 from .linear_gpu import load as _load_linear_gpu
@@ -46,9 +47,7 @@ from .post_norm import rms_norm_add, rms_norm_add_rms_norm_quant
 from .quantize import QuantOptions, quantize
 from .rope import RotaryOptions, qk_norm_rope, rope
 from .sequence_parallel import (
-    all_gather,
     all_gather_matmul,
-    all_gather_quantized,
     matmul_reduce_scatter,
     reduce_scatter,
     reduce_scatter_fused_add_rms_norm_quant,

@@ -20,10 +20,9 @@ from .collective import (
     _all_reduce_rms_norm,
     _qk_all_reduce_rms_norm,
 )
+from .gather import _all_gather, _all_gather_quantized
 from .quantize import case_keys, key_inputs
 from .sequence_parallel import (
-    _all_gather,
-    _all_gather_quantized,
     _reduce_scatter,
     _reduce_scatter_fused_add_rms_norm,
     _reduce_scatter_rms_norm,

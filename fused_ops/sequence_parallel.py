@@ -1,10 +1,9 @@
 """Collectives of sequence parallelism: rows are scattered over the ranks between a row-parallel layer and the next one.
 
-    reduce_scatter    s = round_S(x_0 + x_1 + ...), of which each rank makes its own rows, and norms, quantizes them
-    all_gather        every rank's rows, one after another; codes and scales cross where they are quantized, never S
+    s = round_S(x_0 + x_1 + ...)      of which each rank makes its own rows, and norms, quantizes them
 
-Rank i has the rows from i * ceil(T / world_size) on, as many, the last ranks fewer or none: `workspace.rows(T)`. Bits
-and errors are as in `fused_ops.collective`.
+and `fused_ops.gather` brings the codes together. Rank i has the rows from i * ceil(T / world_size) on, as many, the last
+ranks fewer or none: `workspace.rows(T)`. Bits and errors are as in `fused_ops.collective`.
 
 Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022.
 """
@@ -15,25 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from typing_extensions import Unpack
 
-from quant import QuantizedActivation, QuantKey, ScaleLayout, formats
+from quant import QuantizedActivation, QuantKey
 from quant.key import FP8, PER_TOKEN
 
 from . import norm
 from ._check import FLOATS, check
-from ._op import Shared, invoke, op, refuse_backward, refused
-from .collective import apart, by_group, check_workspace, gathered, one_row_key, summed, world_of
+from ._op import Shared, invoke, op
+from .collective import apart, by_group, check_workspace, gathered, one_row_key, summed
+from .gather import all_gather, all_gather_quantized, own
 from .linear import scaled_linear
 from .norm import _fused_add_rms_norm, _rms_norm, both, fused_add_rms_norm_quant, norm_flags, rms_norm_quant
 from .quantize import QuantOptions, plain_out, quantizing, run_quant
-from .workspace import AllReduceWorkspace, ranks_of, share_of
-
-
-def own(tokens: Any, rank: int, group: str) -> slice:
-    """The rows of `tokens` that are this rank's."""
-    return share_of(tokens, world_of(group), rank)
+from .workspace import AllReduceWorkspace, ranks_of
 
 
 @op("y")
@@ -64,43 +59,6 @@ def _reduce_scatter_fused_add_rms_norm(
     return _fused_add_rms_norm.reference(x, residual, weight, eps, flags, x_multiplier)
 
 
-@op("y")
-def _all_gather(x: Tensor, rows: torch.SymInt, workspace: Shared, rank: int, group: str):
-    share = -(-rows // world_of(group))
-    data = x.new_empty(x.shape).copy_(x).view(-1).view(torch.uint8).view(x.shape[0], x.shape[1] * x.element_size())
-    parts = gathered(pad(data, (0, 0, 0, share - x.shape[0])), group)
-    return torch.cat(parts)[:rows].reshape(-1).view(x.dtype).view(rows, x.shape[1])
-
-
-@op("data scale zero_point", returns=2)
-def _all_gather_quantized(
-    data: Tensor,
-    scale: Tensor,
-    key: int,
-    rows: torch.SymInt,
-    workspace: Shared,
-    rank: int,
-    group: str,
-    zero_point: Tensor | None = None,
-):
-    known = QuantKey.from_code(key)
-    groups = known.groups(data.shape[1] * known.packing)
-
-    def gather(t: Tensor) -> Tensor:
-        return _all_gather.reference(t, rows, workspace, rank, group)
-
-    def laid_out_anew(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        if known.scale.layout == ScaleLayout.SWIZZLED_128X4:
-            t = formats.unswizzled(t, data.shape[0], groups)
-        elif known.scale.layout == ScaleLayout.PACKED_UE8M0:
-            t = formats.logical(t, data.shape[0], groups, known.scale)
-        return formats.arrange(gather(t), known.scale)
-
-    return gather(data), laid_out_anew(scale), laid_out_anew(zero_point)
-
-
 @_reduce_scatter.declares("check")
 def check_scattered(x, workspace, rank, group, *, name) -> int:
     check_workspace(name, x, workspace, rank, group)
@@ -120,56 +78,6 @@ def _(x, residual, weight, eps, flags, workspace, rank, group, x_multiplier=1.0,
     return norm.check_add(x[rows], residual, weight, eps, flags, x_multiplier, name=name)
 
 
-def _check_rows(name: str, tensor: Tensor, rows: Any, rank: int, group: str) -> None:
-    if isinstance(rows, bool) or not isinstance(rows, (int, torch.SymInt)):
-        raise TypeError(f"{name}: rows is {type(rows).__name__}, expected an int")
-    if not 0 <= rows < 1 << 48:
-        raise ValueError(f"{name}: rows is {rows}, expected 0 to 2^48")
-    mine = own(rows, rank, group)
-    if tensor.shape[0] != mine.stop - mine.start:
-        expected = f"{mine.stop - mine.start} rows, rank {rank}'s of {rows}"
-        raise ValueError(f"{name}: got {list(tensor.shape)}, expected {expected}")
-
-
-@_all_gather.declares("check")
-def _(x, rows, workspace, rank, group, *, name) -> None:
-    check_workspace(name, x, workspace, rank, group)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: x is {type(x).__name__}, expected a Tensor [R, N]")
-    check(name, x=(x, "R N", x.dtype))
-    _check_rows(name, x, rows, rank, group)
-
-
-@_all_gather_quantized.declares("check")
-def _(data, scale, key, rows, workspace, rank, group, zero_point=None, *, name) -> None:
-    check_workspace(name, data, workspace, rank, group)
-    if isinstance(key, bool) or not isinstance(key, int) or key < 0:
-        raise ValueError(f"{name}: quant_key's code is {key!r}, expected an activation's")
-    known = QuantKey.from_code(key)
-    if known.scale.static or known.per_tensor:
-        raise ValueError(f"{name}: quant_key is {known}, expected one whose scales are made by row or group")
-    check(name, data=(data, "R N", known.storage_dtype))
-    _check_rows(name, data, rows, rank, group)
-    shape = (data.shape[0], data.shape[1] * known.packing)
-    formats.check_columns(name, known, shape[1])
-    with torch.device("meta"):
-        _, *expected = formats.empty(shape, known, "meta")
-    for what, got, want in ("scale", scale, expected[0]), ("zero_point", zero_point, expected[1]):
-        if want is None and got is None:
-            continue
-        if not isinstance(got, Tensor):
-            raise TypeError(f"{name}: {what} is {type(got).__name__}, expected a Tensor")
-        if want is None:
-            raise ValueError(f"{name}: {what} is given, but {known} has none")
-        if got.dtype != want.dtype or got.layout != want.layout:
-            raise TypeError(f"{name}: {what} is {got.dtype} {got.layout}, expected {want.dtype} {want.layout}")
-        if got.shape != want.shape or got.device != data.device:
-            raise ValueError(f"{name}: {what} is {list(got.shape)} on {got.device}, expected {list(want.shape)}")
-        wrong = any(n > 1 and a != b for n, a, b in zip(want.shape, got.stride(), want.stride(), strict=True))
-        if wrong and got.numel():
-            raise ValueError(f"{name}: {what} has strides {got.stride()}, expected {want.stride()}")
-
-
 @_reduce_scatter.declares("empty")
 def _(x, workspace, rank, group):
     rows = own(x.shape[0], rank, group)
@@ -186,22 +94,8 @@ def _(x, residual, *_):
     return x.new_empty(residual.shape), x.new_empty(residual.shape)
 
 
-@_all_gather.declares("empty")
-def _(x, rows, *_):
-    return x.new_empty((rows, x.shape[1]))
-
-
-@_all_gather_quantized.declares("empty")
-def _(data, scale, key, rows, *_):
-    known = QuantKey.from_code(key)
-    return formats.empty((rows, data.shape[1] * known.packing), known, data.device)
-
-
 _reduce_scatter_rms_norm_quant = quantizing(_reduce_scatter_rms_norm, one_scale=False)
 _reduce_scatter_fused_add_rms_norm_quant = quantizing(_reduce_scatter_fused_add_rms_norm, one_scale=False)
-
-
-# --- the public functions ---
 
 
 def _scattered_by_group(x: Tensor, workspace: AllReduceWorkspace) -> Tensor:
@@ -303,88 +197,6 @@ def reduce_scatter_fused_add_rms_norm_quant(
         return invoke(_reduce_scatter_fused_add_rms_norm, args, both(plain_out(name, quant), residual_out), optional)
     outs = None if residual_out is None else {"residual": residual_out}
     return run_quant(_reduce_scatter_fused_add_rms_norm_quant, args, quant_key, quant, outs, optional)
-
-
-def _all_rows(tensor: Any, workspace: AllReduceWorkspace, rows: int | None) -> Any:
-    if rows is not None or not isinstance(tensor, Tensor) or not tensor.ndim:
-        return 0 if rows is None else rows
-    return tensor.shape[0] * workspace.world_size
-
-
-def all_gather(
-    x: Tensor, workspace: AllReduceWorkspace, *, rows: int | None = None, out: Tensor | None = None
-) -> Tensor:
-    """Every rank's rows, one after another.
-
-    Args:
-        x: [R, N] of any dtype, the same on every rank; rows may be strided, and have as many bytes as one of the
-            workspace's at most.
-        workspace: of the group.
-        rows: T, all rows, of which x has `workspace.rows(T)`; None: every rank has as many.
-        out: [T, N], written instead of a fresh tensor.
-
-    Returns:
-        [T, N] in x's dtype.
-
-    Raises:
-        TypeError, ValueError, TimeoutError: as in `all_reduce`.
-    """
-    mine = workspace if apart(workspace) else None
-    ranks = () if mine is not None else ranks_of(workspace)
-    total = _all_rows(x, workspace, rows)
-    if mine is not None:
-        made = _all_gather.reference(x, total, None, mine.rank, mine.group_name)
-        return made if out is None else out.copy_(made)
-    return invoke(_all_gather, (x, total, *ranks), None if out is None else (out,))
-
-
-def all_gather_quantized(
-    activation: QuantizedActivation, workspace: AllReduceWorkspace, *, rows: int | None = None
-) -> QuantizedActivation:
-    """Every rank's rows of an activation: codes and scales cross, laid out anew as the key says.
-
-    Args:
-        activation: logical shape [R, N], of any key but one with a dynamic scale for the tensor; a static scale or
-            zero point, and scale2, are the same on every rank and don't cross.
-        workspace: of the group.
-        rows: as in `all_gather`.
-
-    Returns:
-        `QuantizedActivation` of logical shape [T, N], without `unquantized`.
-
-    Raises:
-        TypeError, ValueError, TimeoutError: as in `all_reduce`.
-    """
-    name, q = "all_gather_quantized", activation
-    if not isinstance(q, QuantizedActivation):
-        raise TypeError(f"{name}: activation is {type(q).__name__}, expected a QuantizedActivation")
-    if type(q.quant_key) is not QuantKey:
-        raise TypeError(f"{name}: quant_key is {type(q.quant_key).__name__}, expected a QuantKey")
-    key: Any = one_row_key(name, q.quant_key)
-    if key.scale.static:
-        data = all_gather(q.data, workspace, rows=rows)
-        return QuantizedActivation(data, q.scale, key, q.orig_dtype, q.scale2, q.zero_point)
-    if apart(workspace):
-        total = _all_rows(q.data, workspace, rows)
-        args: tuple = (q.data, q.scale, key.code, total, None, workspace.rank, workspace.group_name)
-        data, scale, zero_point = _all_gather_quantized.reference(*args, q.zero_point)
-        return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2, zero_point)
-    ranks = ranks_of(workspace)
-    args = (q.data, q.scale, key.code, _all_rows(q.data, workspace, rows), *ranks)
-    if q.zero_point is None:
-        data, scale = invoke(_all_gather_quantized, args)
-        return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2)
-    args = (*args, q.zero_point)
-    outs: dict[str, Tensor | None] = {}
-    try:
-        data, scale, zero_point = _all_gather_quantized.empty(*args)
-        outs = {"data_out": data, "scale_out": scale, "zero_point_out": zero_point}
-        _all_gather_quantized.out(*args, **outs)
-    except Exception as error:
-        refused(_all_gather_quantized, args, error, outs)
-        raise
-    refuse_backward(name, data, scale)
-    return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2, zero_point)
 
 
 def all_gather_matmul(
