@@ -2,8 +2,8 @@
 
     s = round_S(x_0 + x_1 + ...)      of which each rank makes its own rows, and norms, quantizes them
 
-and `fused_ops.gather` brings the codes together. Rank i has the rows from i * ceil(T / world_size) on, as many, the last
-ranks fewer or none: `workspace.rows(T)`. Bits and errors are as in `fused_ops.collective`.
+and `fused_ops.gather` brings the codes together. Rank i has the rows from i * ceil(T / world_size) on, as many, the
+last ranks fewer or none: `workspace.rows(T)`. Bits and errors are as in `fused_ops.collective`.
 
 Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022.
 """
