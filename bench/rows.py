@@ -22,7 +22,8 @@ EVERY_KEY = ("quantize", "fused_add_rms_norm_quant")  # the others share their s
 LARGE = 4096
 SMALL = {op: 1536 for op in fused_ops.OPS if "mul" in op or "relu2" in op}  # SmolLM2's sizes; its hidden one is 576
 ATTENTION = tuple(op for op in fused_ops.OPS if "attention" in op)  # measured in `attention`
-MATRIX_PRODUCTS = ("scaled_linear", *ATTENTION)  # scaled_linear in `linear`
+COLLECTIVES = tuple(op for op in fused_ops.OPS if "reduce" in op or "gather" in op)  # of several processes
+ELSEWHERE = ("scaled_linear", *ATTENTION, *COLLECTIVES)  # scaled_linear in `linear`
 CACHES = tuple(op.name for op in fused_ops.OPS.values() if op.written)  # on caches of S, and FP8
 TABLE = "cos_sin_cache"  # the argument of which an operation reads a row a token
 
@@ -62,7 +63,7 @@ class Case:
 def cases(only: list[str]) -> Iterator[Case]:
     """Every operation (or those in `only`), key and row length that is measured."""
     for op in fused_ops.OPS.values():
-        if op.name in MATRIX_PRODUCTS or (only and op.name not in only):
+        if op.name in ELSEWHERE or (only and op.name not in only):
             continue
         for key in _keys(op):
             yield Case(op, key, LARGE)

@@ -87,7 +87,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="the JSON (default: bench/results/cpu-<date>.json)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: few small cases, meaningless figures")
     options = parser.parse_args(arguments)
-    known = {case.op.name for case in rows.cases([])} | set(rows.MATRIX_PRODUCTS)
+    known = {case.op.name for case in rows.cases([])} | set(rows.ELSEWHERE)
     if unknown := sorted(set(options.ops) - known):
         parser.error(f"ops: got {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
     return options

@@ -48,6 +48,8 @@ class AllReduceWorkspace:
     does the same, on every rank. Calls that differ between ranks raise ValueError on all of them and break nothing. On
     a GPU both are found while the kernel runs: its results are NaN, a later call raises, and the workspace is broken.
     A call belongs to the process that made the workspace, one thread at a time: a child that was forked is no rank.
+    Operations write `buffer`, so compiled graphs keep their order; a compiler that copies what is written, as
+    `backend="aot_eager"` does where Inductor doesn't, is refused when it calls, for nobody waits behind a copy.
 
     Args:
         group: the ranks, 1 to 16 of them; `torch.distributed.group.WORLD` for all.

@@ -26,10 +26,9 @@ bool worth_streaming(const Pipeline& p) {
 }  // namespace
 
 void squares_on_cpu(const Pipeline& p, float* out) {
-  const auto squares_of_rows = PICK_ISA(squares_of_rows);
-  parallel_rows(p.rows - p.begin, p.cols, [&](int64_t begin, int64_t end) {
-    squares_of_rows(p, p.begin + begin, p.begin + end, out + 2 * begin);
-  });
+  const auto run_squares = PICK_ISA(run_squares);
+  parallel_rows(p.rows - p.begin, p.cols,
+                [&](int64_t begin, int64_t end) { run_squares(p, p.begin + begin, p.begin + end, out + 2 * begin); });
 }
 
 void run_rows_on_cpu(Pipeline& a, Pipeline* b) {
