@@ -27,6 +27,7 @@ import fused_ops
 import models_patch
 from bench import demo_tp, models
 from fused_ops.workspace import AllReduceWorkspace
+from models_patch import patch
 from models_patch.paged_cache import PagedKVCache
 from models_patch.pending import Pending
 from quant import FP8_DYNAMIC_TENSOR
@@ -34,7 +35,7 @@ from quant.methods import quantize_model
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 SECONDS = 20  # that a rank waits for one that failed
-runs, parsing = itertools.count(), threading.Lock()
+runs = itertools.count()
 
 
 def on_ranks(world, function):
@@ -68,13 +69,7 @@ def cut(model, group):
     """(this rank's part of a copy of the model, the report)"""
     model = copy.deepcopy(model)
     workspace = AllReduceWorkspace(group, 64, model.config.hidden_size, model.dtype, timeout=SECONDS)
-    with parsing:  # of sources, by which modules are recognised: Python 3.11's `ast` fails in two threads at once
-        return model, models_patch.shard(model, workspace)
-
-
-def patch(model):
-    with parsing:
-        return models_patch.patch(model)
+    return model, models_patch.shard(model, workspace)
 
 
 def stepwise(model, cache):
