@@ -1,8 +1,8 @@
 """What collectives cost on 2 to 64 ranks: `python -m bench.scaling` prints the tables of docs/scaling.md.
 
 A collective is a program for each rank: work on a core, bytes over a link, flags that others wait for. `simulate` runs
-the programs of all ranks against each other, on as many cores and links as a `Machine` has, so ranks that share cores or
-wait for a slow neighbour are seen, which a formula hides.
+the programs of all ranks against each other, on as many cores and links as a `Machine` has: ranks that share cores, or
+wait for a slow neighbour, are seen, which a formula hides.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Layer:
         return self.code / self.item
 
     def norm(self, machine: Machine, reads_sum: bool, bytes_: float | None = None) -> float:
-        """Seconds of the fused addition, norm and quantization: residual in and out, codes, and the sum if it's there."""
+        """Seconds of addition, norm and quantization in one: residual in and out, codes, and the sum if it's there."""
         passes = 2 + self.coded + reads_sum
         return passes * (self.bytes if bytes_ is None else bytes_) / machine.memory
 
@@ -221,7 +221,7 @@ def scattered(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
 
 
 def ring(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
-    """The collective library's ring, then addition, norm and quantization in one kernel: two launches, 2 (W - 1) hops."""
+    """The collective library's ring, then addition, norm and quantization in one: two launches, 2 (W - 1) hops."""
     part = layer.bytes / ranks
     programs: list[Program] = []
     for rank in range(ranks):

@@ -31,10 +31,11 @@ Share share_of(int64_t rows, int64_t ranks, int64_t rank);
 
 // Rows of every rank, one after another, and the scales and zero points that belong to them.
 struct Gather {
-  Rows x, y;                     // of bytes
-  ScaleOut scale[2], result[2];  // may be absent
-  int64_t groups = 0;            // of a row
-  bool padded = false;           // to whole fours of groups, with zeros
+  Rows x, y;       // of bytes
+  int scales = 0;  // how many of the next, also where a rank has no rows and so no memory
+  ScaleOut scale[2], result[2];
+  int64_t groups = 0;   // of a row
+  bool padded = false;  // to whole fours of groups, with zeros
 };
 
 // The CPU's (cpu/collective.cpp). They run when all ranks have called the same.

@@ -22,7 +22,7 @@ class Workspaces {
  public:
   void open(const Workspace& memory) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    known_[memory.memory[workspace.rank]] = memory;
+    known_[memory.memory[memory.rank]] = memory;
   }
   void close(const void* own) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -97,20 +97,20 @@ cuda::Call call_of_rows(const Pipeline& p, int options) {
   if (norm.weight) options |= kWeight | norm.round_before_weight * kRoundBefore | norm.weight_plus_one * kPlusOne;
   if (p.load == Pipeline::kAdd) options |= kAdds;
   if (p.collective.scattered) options |= kScattered;
-  const int64_t key = p.data || p.scale ? p.key.code : -1;
+  const int64_t key = p.quantizes ? p.key.code : -1;
   return {{options, p.x.count, p.cols, dtype_of_stage(p.dtype), key, bits_of(norm.eps), bits_of(p.x_multiplier), 0}};
 }
 
 // What all launches of a call have in common.
 cuda::Ranks ranks_of(const Workspace& memory, int64_t rows, const cuda::Call& call) {
   cuda::Ranks ranks = {};
-  std::copy_n(memory.memory, workspace.ranks, ranks.memory);
-  ranks.rank = workspace.rank;
-  ranks.slot_bytes = (workspace.bytes - static_cast<int64_t>(sizeof(cuda::Mailbox))) / 32 * 16;
+  std::copy_n(memory.memory, memory.ranks, ranks.memory);
+  ranks.rank = memory.rank;
+  ranks.slot_bytes = (memory.bytes - static_cast<int64_t>(sizeof(cuda::Mailbox))) / 32 * 16;
   ranks.limit = memory.limit;
-  ranks.failure = workspace.failure;
+  ranks.failure = memory.failure;
   ranks.all = rows;
-  ranks.share = (rows + workspace.ranks - 1) / workspace.ranks;
+  ranks.share = (rows + memory.ranks - 1) / memory.ranks;
   ranks.call = call;
   return ranks;
 }
@@ -147,43 +147,43 @@ Collective collective_on_cuda(const char* name, const Tensor& workspace, int64_t
   of.memory = static_cast<char*>(workspace.data_ptr());
   of.bytes = workspace.numel();
   of.rank = rank;
-  const Workspace workspace = workspaces.of(of.memory);
-  STD_TORCH_CHECK(workspace.bytes == of.bytes, "workspace: expected all of the buffer of an AllReduceWorkspace");
-  STD_TORCH_CHECK(workspace.rank == rank, "rank: expected ", workspace.rank, ", the workspace's");
-  STD_TORCH_CHECK(!__atomic_load_n(&workspace.failure->reason, __ATOMIC_ACQUIRE), "workspace: a call has failed");
-  of.ranks = workspace.ranks;
+  const Workspace memory = workspaces.of(of.memory);
+  STD_TORCH_CHECK(memory.bytes == of.bytes, "workspace: expected all of the buffer of an AllReduceWorkspace");
+  STD_TORCH_CHECK(memory.rank == rank, "rank: expected ", memory.rank, ", the workspace's");
+  STD_TORCH_CHECK(!__atomic_load_n(&memory.failure->reason, __ATOMIC_ACQUIRE), "workspace: a call has failed");
+  of.ranks = memory.ranks;
   return of;
 }
 
 void run_collective_on_cuda(Pipeline& p) {
-  const Workspace workspace = workspaces.of(p.collective.memory);
+  const Workspace memory = workspaces.of(p.collective.memory);
   const bool scattered = p.collective.scattered;
   cuda::RankStages stages;
   std::memset(&stages, 0, sizeof(stages));
   set_stages(stages.row, p);
-  stages.ranks = workspace.ranks;
+  stages.ranks = memory.ranks;
   stages.scattered = scattered;
   cuda::Row row = arguments_of(p);
   cuda::Ranks ranks = ranks_of(memory, p.x.count, call_of_rows(p, 0));
   void* const arguments[] = {&row};
   const int64_t row_bytes = packs_of(p.cols, p.dtype) * 16;
-  in_parts(ranks, scattered ? ranks.share : ranks.all, row_bytes * (scattered ? workspace.ranks : 1),
+  in_parts(ranks, scattered ? ranks.share : ranks.all, row_bytes * (scattered ? memory.ranks : 1),
            stages.row.block / stages.row.threads, [&] {
              const int64_t bytes = (ranks.end - ranks.begin) * row_bytes;
-             stages.two_shot = !scattered && workspace.ranks > 1 && bytes > memory.two_shot_above;
+             stages.two_shot = !scattered && memory.ranks > 1 && bytes > memory.two_shot_above;
              set_part(ranks, stages.two_shot);
              launch(stages, p.x.device, stages.row.block, arguments, 1, ranks);
            });
 }
 
 void run_pair_on_cuda(Pipeline& q, Pipeline& k) {
-  const Workspace workspace = workspaces.of(q.collective.memory);
+  const Workspace memory = workspaces.of(q.collective.memory);
   cuda::PairStages stages;
   std::memset(&stages, 0, sizeof(stages));
   set_stages(stages.q, q);
   set_stages(stages.k, k);
   stages.q.block = stages.k.block = std::max(stages.q.block, stages.k.block);
-  stages.ranks = workspace.ranks;
+  stages.ranks = memory.ranks;
   cuda::Row rows[2] = {arguments_of(q), arguments_of(k)};
   cuda::Call call = call_of_rows(q, kSquares | (k.norm.weight != nullptr) * kAdds);
   call.words[4] = k.cols;
@@ -197,11 +197,11 @@ void run_pair_on_cuda(Pipeline& q, Pipeline& k) {
 }
 
 void run_gather_on_cuda(const Collective& of, const Call& call, const Gather& g) {
-  const Workspace workspace = workspaces.of(of.memory);
+  const Workspace memory = workspaces.of(of.memory);
   cuda::GatherStages stages;
   std::memset(&stages, 0, sizeof(stages));
   stages.block = 256;
-  stages.ranks = workspace.ranks;
+  stages.ranks = memory.ranks;
   stages.row_bytes = g.x.cols;
   stages.aligned = g.x.cols % 16 == 0 && aligned(g.x, 16) && aligned(g.y, 16);
   stages.groups = static_cast<int>(g.groups);

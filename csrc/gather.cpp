@@ -29,8 +29,7 @@ Tensor empty_like_rows(T x, int64_t rows) {
   AtenTensorHandle handle;
   const int device = device_of(x, "x");
   const int32_t type = device == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, size, stride, code_of(x), type, std::max(device, 0), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, size, stride, code_of(x), type, std::max(device, 0), &handle));
   return Tensor(handle);
 }
 
@@ -130,6 +129,7 @@ Quantized gather_quantized(T data, T scale, int64_t code, int64_t rows, T worksp
   check_columns(key, cols);
   g.groups = (cols + key.group(cols) - 1) / key.group(cols);
   g.padded = key.layout() == Key::kPackedUe8m0 || key.layout() == Key::kSwizzled128x4;
+  g.scales = key.asymmetric() ? 2 : 1;
   g.scale[0] = scales_of(scale, key, have, cols, false, "scale", g.x.device);
   Quantized made;
   made.data = data_out ? *data_out : empty_like_rows(data, rows);

@@ -154,6 +154,7 @@ void check_served(const Pipeline& p) {
 void run(Pipeline& p) {
   check_served(p);
   if (p.collective) {
+    STD_TORCH_CHECK(!one_scale(p), "key: expected static scales, or one a row or group");
     check_memory(p);  // of the workspace too, which every call writes
     return run_collective(p);
   }

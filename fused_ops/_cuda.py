@@ -243,7 +243,7 @@ _OTHERS = {
 
 
 def source(stages: bytes, stages_of_b: bytes | None = None) -> str:
-    """A kernel for one choice of stages, of rows, heads or ranks, or for two, of which the first has so many of the blocks."""
+    """A kernel for one choice of stages, or for two of rows, of which the first has so many of the blocks."""
     if stages_of_b is not None:
         return _KERNEL_OF_TWO % (stages.decode(), stages_of_b.decode())
     text = stages.decode()

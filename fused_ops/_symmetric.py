@@ -8,7 +8,6 @@ A workspace that failed is of no use any more, to any rank: kernels that are on 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,12 +46,18 @@ class Call(ctypes.Structure):
             return f"all_gather of {rows} rows of {cols} bytes by {by}"
         name = "reduce_scatter" if options & SCATTERED else "all_reduce"
         name = "qk_all_reduce" if options & SQUARES else name
-        name += "_fused_add" * bool(options & ADDS) + "_rms_norm" * bool(options & NORMS) + "_quant" * (code >= 0 and not options & SQUARES)
+        name += (
+            "_fused_add" * bool(options & ADDS)
+            + "_rms_norm" * bool(options & NORMS)
+            + "_quant" * (code >= 0 and not options & SQUARES)
+        )
         dtypes = {number: str(dtype).removeprefix("torch.") for dtype, number in NUMBER_OF.items()}
         said = [f"{rows} rows of {f'{cols} and {code}' if options & SQUARES else cols} {dtypes.get(dtype, dtype)}"]
         if options & NORMS:
             said += [f"eps {_float(eps):g}", "a weight" if options & WEIGHT else "no weight"]
-            said += ["round_before_weight"] * bool(options & ROUND_BEFORE) + ["weight_bias 1"] * bool(options & PLUS_ONE)
+            said += ["round_before_weight"] * bool(options & ROUND_BEFORE) + ["weight_bias 1"] * bool(
+                options & PLUS_ONE
+            )
         said += [f"x_multiplier {_float(multiplier):g}"] * (_float(multiplier) != 1.0)
         said += [str(QuantKey.from_code(code))] if code >= 0 and not options & SQUARES else []
         return f"{name} of {', '.join(said)}, {('one', 'two')[part & 1]}-shot, by {by}"
@@ -178,7 +183,7 @@ def bytes_for(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
 
 
 def allocate(group: ProcessGroup, size: int, timeout: float, above: int | None, device: torch.device) -> Memory:
-    """A rank's memory of `size` bytes on its GPU, zeroed; every rank of the group calls this, and then meets the others.
+    """A rank's memory of `size` bytes on its GPU, zeroed; every rank of the group calls this, then meets the others.
 
     Torch's symmetric memory gives it, and maps that of the others. What torch signals by isn't used: its signals are
     set and taken back, so that a call that gave up would leave one; flags here count calls.

@@ -108,9 +108,11 @@ def _normed_both(q, k, q_weight, k_weight, eps: float, flags: int, squares: Tens
     return normed(q, means[0], q_weight, eps, flags), normed(k, means[1], k_weight, eps, flags)
 
 
-def check_workspace(name: str, workspace, rank, group) -> None:
+def check_workspace(name: str, x, workspace, rank, group) -> None:
     """Raise unless the last arguments are those of a workspace in which nobody has given up waiting."""
     check(name, workspace=(workspace, "B", torch.uint8))
+    if isinstance(x, Tensor) and x.device != workspace.device:
+        raise ValueError(f"{name}: workspace is on {workspace.device}, expected {x.device}")
     if not isinstance(group, str):
         raise TypeError(f"{name}: group is {type(group).__name__}, expected its name")
     size = world_of(group)
@@ -123,25 +125,25 @@ def check_workspace(name: str, workspace, rank, group) -> None:
 
 @_all_reduce.declares("check")
 def _(x, workspace, rank, group, *, name) -> int:
-    check_workspace(name, workspace, rank, group)
+    check_workspace(name, x, workspace, rank, group)
     return check(name, x=(x, "... N", FLOATS))["N"]
 
 
 @_all_reduce_rms_norm.declares("check")
 def _(x, weight, eps, flags, workspace, rank, group, *, name) -> int:
-    check_workspace(name, workspace, rank, group)
+    check_workspace(name, x, workspace, rank, group)
     return norm._check(x, weight, eps, flags, name=name)
 
 
 @_all_reduce_fused_add_rms_norm.declares("check")
 def _(x, residual, weight, eps, flags, workspace, rank, group, x_multiplier=1.0, *, name) -> int:
-    check_workspace(name, workspace, rank, group)
+    check_workspace(name, x, workspace, rank, group)
     return norm.check_add(x, residual, weight, eps, flags, x_multiplier, name=name)
 
 
 @_qk_all_reduce_rms_norm.declares("check")
 def _(q, k, q_weight, k_weight, eps, flags, workspace, rank, group, *, name) -> int:
-    check_workspace(name, workspace, rank, group)
+    check_workspace(name, q, workspace, rank, group)
     both_of_k = {"k": (k, "... K", "q"), "k_weight": (k_weight, "K ?", FLOATS)}
     sizes = check(name, q=(q, "... N", FLOATS), **both_of_k, q_weight=(q_weight, "N ?", FLOATS))
     if sizes["K"] == 0:

@@ -103,7 +103,7 @@ def _all_gather_quantized(
 
 @_reduce_scatter.declares("check")
 def check_scattered(x, workspace, rank, group, *, name) -> int:
-    check_workspace(name, workspace, rank, group)
+    check_workspace(name, x, workspace, rank, group)
     return check(name, x=(x, "T N", FLOATS))["N"]
 
 
@@ -133,7 +133,7 @@ def _check_rows(name: str, tensor: Tensor, rows: Any, rank: int, group: str) -> 
 
 @_all_gather.declares("check")
 def _(x, rows, workspace, rank, group, *, name) -> None:
-    check_workspace(name, workspace, rank, group)
+    check_workspace(name, x, workspace, rank, group)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x is {type(x).__name__}, expected a Tensor [R, N]")
     check(name, x=(x, "R N", x.dtype))
@@ -142,7 +142,7 @@ def _(x, rows, workspace, rank, group, *, name) -> None:
 
 @_all_gather_quantized.declares("check")
 def _(data, scale, key, rows, workspace, rank, group, zero_point=None, *, name) -> None:
-    check_workspace(name, workspace, rank, group)
+    check_workspace(name, data, workspace, rank, group)
     if isinstance(key, bool) or not isinstance(key, int) or key < 0:
         raise ValueError(f"{name}: quant_key's code is {key!r}, expected an activation's")
     known = QuantKey.from_code(key)

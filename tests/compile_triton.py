@@ -20,13 +20,14 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+import virtual_ranks
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import fused_ops
-from fused_ops import OPS
+from fused_ops import OPS, _symmetric
 from fused_ops._op import NO_KEY
-from fused_ops._triton.attention_launch import tile_for
+from fused_ops._triton.attention_launch import PLANS, tile_for
 from fused_ops._triton.launch import stages
 from fused_ops.rope import IS_NEOX, WHOLE_VECTOR, mrope_code
 from quant import NAMED_KEYS, ScaleLayout
@@ -67,6 +68,8 @@ def varied(op, args: tuple, words: list[str]) -> tuple:
     """
     named = dict(zip(op.arguments, args, strict=False))
     for word in words:
+        if word == "two-shot":
+            continue
         if word == "spread":
             for name, x in named.items():
                 if isinstance(x, torch.Tensor) and x.shape == args[0].shape:
@@ -111,10 +114,15 @@ def kernels(arch: str, call: str) -> list[dict]:
     triton.runtime.driver.set_active(Driver(arch))
     for decided in stages, tile_for:
         decided.cache_clear()  # which depends on the vendor
+    PLANS.clear()
     name, key, cols, dtype, *words = call.split(":")
     op = OPS[name]
     args = op.workload(16, int(cols), key_of(key) if key else None, getattr(torch, dtype), "cpu")
     args = varied(op, args, words[0].split("+") if words else [])
+    if "workspace" in op.arguments:
+        above = 0 if words == ["two-shot"] else _symmetric.NEVER
+        (memory, *_) = virtual_ranks.memories(4, 16, int(cols), args[0].dtype, above=above)
+        args = virtual_ranks.with_workspace(op, args, memory)
     made = []
 
     def compile(self, *args, grid, warmup, **options):

@@ -310,10 +310,14 @@ def call(seed: int, number: int) -> str:
     as_public = random.random() < 0.5
     function, words = public(op, args, outs) if as_public else (op.default, {})
     written = tensors([words.get(name) for name in ("out", "residual_out")]) if as_public else tensors(outs)
-    shared = tensors([a for name, a in zip(op.arguments, args, strict=False) if name == "workspace"])
+    named = zip(op.arguments, args, strict=False)
+    shared = [a for name, a in named if name == "workspace" and isinstance(a, Tensor)]
     also = shared + tensors([args[op.arguments.index(name)] for name in op.written])
     memory = Memory([*tensors(args), *tensors(outs)])
-    shown = {name: describe(tuple(tensors(v))) or v for name, v in words.items()}
+    shown = {
+        name: describe(tuple(tensors(v))) or (type(v) if isinstance(v, QuantizedActivation) else v)
+        for name, v in words.items()
+    }
     given = shown or f"{describe(tuple(args))}; {describe(tuple(outs.values()))}"
     text = f"{op.name}({given})"
     try:

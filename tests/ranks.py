@@ -96,7 +96,8 @@ class Processes:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         self.store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # torch is imported once
+        context.set_forkserver_preload(["ranks"])
         self.pipes, self.processes = [], []
         for rank in range(world):
             mine, theirs = context.Pipe()

@@ -149,7 +149,7 @@ def test_a_norm_of_shared_columns(world):
 def own_sum_of_squares(x: Tensor) -> Tensor:
     """In the order of `rms_norm`: 32 lanes, then a tree."""
     rows, cols = x.shape
-    lanes = torch.nn.functional.pad(x.float().square(), (0, -cols % 32)).view(rows, -1, 32)
+    lanes = torch.nn.functional.pad(x.float().square(), (0, -cols % 32)).view(rows, -(-cols // 32), 32)
     total = torch.zeros(rows, 32)
     for block in lanes.unbind(1):
         total = total + block

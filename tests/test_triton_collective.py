@@ -58,6 +58,6 @@ def by_one(op, args):
 @pytest.mark.parametrize("op", SUMS)
 def test_fused_is_unfused(op):
     every = cases(op)
-    for i, args in enumerate(every[:: max(1, len(every) // 4)]):
+    for i, args in enumerate(every[:: max(1, len(every) // 2)]):
         above = _symmetric.NEVER if i % 2 else 0
         virtual_ranks.is_unfused(by_one, together, op, args, (2, 3)[i % 2], above=above)

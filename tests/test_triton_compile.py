@@ -30,6 +30,9 @@ CALLS = [
     "mla_rope_kv_cache_concat:FP8_STATIC_TENSOR:16384:bfloat16",
     "qk_norm_rope_kv_cache_write::4096:bfloat16:gate",
     "rms_norm::4096:bfloat16:spread",
+    "all_reduce_fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16",
+    "all_reduce_rms_norm::7168:bfloat16:two-shot",
+    "reduce_scatter_rms_norm_quant:FP8_DYNAMIC_GROUP_128:2880:bfloat16",
 ]
 EVERYWHERE = CALLS[0]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")

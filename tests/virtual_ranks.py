@@ -37,8 +37,9 @@ def group_of(world: int) -> str:
 _groups: dict[str, ProcessGroup] = {}
 
 
-@contextmanager
-def workspaces(world: int, max_tokens: int, cols: int, dtype: torch.dtype, *, timeout=1.0, above=_symmetric.NEVER):
+def memories(
+    world: int, max_tokens: int, cols: int, dtype: torch.dtype, *, timeout=1.0, above=_symmetric.NEVER
+) -> list[_symmetric.Memory]:
     """The ranks' memory, poisoned but for what must be zero."""
     size = _symmetric.bytes_for(max_tokens, cols, dtype)
     buffers = [torch.full((size,), 0xFF, dtype=torch.uint8).share_memory_() for _ in range(world)]
@@ -46,7 +47,13 @@ def workspaces(world: int, max_tokens: int, cols: int, dtype: torch.dtype, *, ti
         buffer[: _symmetric.MAILBOX] = 0
     failures = torch.zeros(world, ctypes.sizeof(_symmetric.Failure), dtype=torch.uint8).share_memory_()
     addresses = [b.data_ptr() for b in buffers]
-    made = [_symmetric.Memory(b, addresses, r, timeout, above, failures[r]) for r, b in enumerate(buffers)]
+    return [_symmetric.Memory(b, addresses, r, timeout, above, failures[r]) for r, b in enumerate(buffers)]
+
+
+@contextmanager
+def workspaces(*args, **options):
+    """The same, closed at the end."""
+    made = memories(*args, **options)
     try:
         yield made
     finally:
@@ -87,7 +94,7 @@ def parts_of(x: Tensor, world: int) -> list[Tensor]:
 
 
 def is_unfused(by: Callable, together: Callable, op: Op, args: tuple, world: int, max_tokens=16, **options) -> None:
-    """The sum in the order of ranks, then the operation without its first word, of one device; the same on all ranks."""
+    """The sum in the order of ranks, then the operation of one device; the same on all ranks."""
     first = next(name for name in SUMS if op.name.startswith(name))
     at, dtype, context = op.argument("workspace"), args[0].dtype, f"{op.name} of {world} {describe(args[:1])}"
     rest = (*args[1:at], *args[at + 3 :])

@@ -158,7 +158,7 @@ void run_gather_on_cpu(const Collective& of, const Call& call, const Gather& g) 
   Meeting meeting(of, call);
   const int64_t codes = g.x.cols, ranks = meeting.ranks();
   int64_t row_bytes = codes;
-  for (const ScaleOut& scale : g.scale) row_bytes += scale ? scale.element * g.groups : 0;
+  for (int i = 0; i < g.scales; ++i) row_bytes += g.scale[i].element * g.groups;
   const int64_t share = share_of(call.rows, ranks, 0).end;
   const int64_t most = std::max<int64_t>(1, std::min(share, rows_of_slot(meeting, row_bytes, 1)));
   // Rows [first, last) of a rank, relative to its own.
@@ -173,10 +173,9 @@ void run_gather_on_cpu(const Collective& of, const Call& call, const Gather& g) 
     each_row(meeting.rank(), begin, [&](int64_t, int64_t row, char* slot) {
       std::memcpy(slot, g.x.at<char>(row), codes);
       slot += codes;
-      for (const ScaleOut& scale : g.scale) {
-        if (!scale) continue;
-        copy_scales<true>(scale, row, g.groups, slot);
-        slot += scale.element * g.groups;
+      for (int i = 0; i < g.scales; ++i) {
+        copy_scales<true>(g.scale[i], row, g.groups, slot);
+        slot += g.scale[i].element * g.groups;
       }
     });
     meeting.meet();
@@ -187,11 +186,10 @@ void run_gather_on_cpu(const Collective& of, const Call& call, const Gather& g) 
       each_row(rank, begin, [&](int64_t before, int64_t row, char* slot) {
         std::memcpy(g.y.at<char>(before + row), slot, codes);
         slot += codes;
-        for (const ScaleOut& scale : g.result) {
-          if (!scale) continue;
-          copy_scales<false>(scale, before + row, g.groups, slot);
-          slot += scale.element * g.groups;
-          if (g.padded) zero_behind(scale, before + row, g.groups);
+        for (int i = 0; i < g.scales; ++i) {
+          copy_scales<false>(g.result[i], before + row, g.groups, slot);
+          slot += g.result[i].element * g.groups;
+          if (g.padded) zero_behind(g.result[i], before + row, g.groups);
         }
       });
     }

@@ -11,7 +11,9 @@
 
 namespace fused_ops {
 
-HOST_DEVICE constexpr long long row_bytes(const Stages& k) { return (k.cols * (k.dtype == kFp32 ? 4ll : 2ll) + 15) / 16 * 16; }
+HOST_DEVICE constexpr long long row_bytes(const Stages& k) {
+  return (k.cols * (k.dtype == kFp32 ? 4ll : 2ll) + 15) / 16 * 16;
+}
 
 template <RankStages C>
 struct Exchanged {
@@ -158,9 +160,7 @@ struct Squares {
   const Ranks& ranks;
   long long slot;
 
-  DEVICE float* of(int rank, long long r) const {
-    return (float*)(ranks.memory[rank] + slot) + 2 * (r - ranks.begin);
-  }
+  DEVICE float* of(int rank, long long r) const { return (float*)(ranks.memory[rank] + slot) + 2 * (r - ranks.begin); }
 
   template <Stages K>
   DEVICE void publish(const Row& p, int which, Scratch& scratch) const {

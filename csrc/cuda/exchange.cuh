@@ -3,7 +3,8 @@
 //   2. raises a flag for the same block of every rank, and waits for theirs,
 //   3. reads the rows of the same number from all slots.
 // Flags hold the number of the call, so nothing is ever reset, and a captured graph counts on. Calls use the slots in
-// turns: a rank that writes a slot again has seen every rank begin the call in between, and so end the one that read it.
+// turns: a rank that writes a slot again has seen every rank begin the call in between, and so end the one that read
+// it.
 #pragma once
 
 #include "row.cuh"
@@ -56,9 +57,12 @@ DEVICE bool exchange(const Ranks& ranks, unsigned number, int step) {
     unsigned gone = 0;
     while ((found = look_at(flag(ranks.rank, peer))) != expected) {
       Reason reason = kNoFailure;
-      if (found >> 32 == number) reason = kOtherCall;
-      else if ((gone = *broken)) reason = kGivenUp;
-      else if (nanoseconds() - begin > ranks.limit) reason = kTimedOut;
+      if (found >> 32 == number)
+        reason = kOtherCall;
+      else if ((gone = *broken))
+        reason = kGivenUp;
+      else if (nanoseconds() - begin > ranks.limit)
+        reason = kTimedOut;
       if (reason != kNoFailure) {
         give_up(ranks, RANKS, reason, gone ? (int)gone - 1 : peer, number);
         came = false;

@@ -44,8 +44,7 @@ struct Gathered {
 #pragma unroll
     for (int set = 0; set < C.sets; ++set)
       for (int group = threadIdx.x; group < C.groups; group += C.block)
-        copy_scale(scale_at(g.scale[set], r, group),
-                   row(ranks.rank, r) + kScales + set * kSet + group * C.scale_bytes);
+        copy_scale(scale_at(g.scale[set], r, group), row(ranks.rank, r) + kScales + set * kSet + group * C.scale_bytes);
   }
 
   // Row r of a rank from its slot; NaN, or what is nearest to it, where not all ranks came.

@@ -156,8 +156,8 @@ struct Ranks {
   char* memory[kMaxRanks];  // every rank's workspace, its own as well, where this device sees it
   int rank, blocks;
   long long slot_bytes;
-  long long begin, end;  // rows that this launch is for: all of them, or, scattered, of each rank's
-  long long share, all;  // scattered: rows of a rank, and of all
+  long long begin, end;      // rows that this launch is for: all of them, or, scattered, of each rank's
+  long long share, all;      // scattered: rows of a rank, and of all
   unsigned long long limit;  // nanoseconds
   Failure* failure;
   Call call;

@@ -46,7 +46,7 @@ class RankStages:
     lanes: int  # a power of two
     two_shot: bool  # each rank sums some of the columns for all
     scattered: bool  # a rank works on its own rows alone
-    row_bytes: int
+    pitch: int  # elements from row to row of a slot
     share: int  # columns that a rank sums for all
     amd: bool
 
@@ -69,8 +69,9 @@ def nanoseconds(polls, AMD: tl.constexpr):
 @triton.jit
 def memory_of(ranks, lane, E: tl.constexpr):
     """The address of each lane's rank's memory."""
+    RANKS: tl.constexpr = E.ranks
     address = lane.to(tl.int64) * 0
-    for p in tl.static_range(E.ranks):
+    for p in tl.static_range(RANKS):
         address = tl.where(lane == p, ranks.memory[p], address)
     return address
 
@@ -157,15 +158,16 @@ def exchange(ranks, number, STEP: tl.constexpr, E: tl.constexpr):
 @triton.jit
 def slot_rows(address, number, place, ranks, S: tl.constexpr, E: tl.constexpr):
     """Pointers to rows of a rank's slot."""
-    slot = tl.multiple_of(address + MAILBOX + (number & 1) * ranks.slot_bytes, 16)
-    return at_address(slot + place * E.row_bytes, S)[:, None]
+    slot = at_address(address + MAILBOX + (number & 1) * ranks.slot_bytes, S)
+    return (tl.multiple_of(slot, 16) + place * E.pitch)[:, None]
 
 
 @triton.jit
 def summed(ranks, number, place, column, valid, S: tl.constexpr, E: tl.constexpr):
     """float32 sum of a row of all ranks, in their order."""
+    RANKS: tl.constexpr = E.ranks
     total = widen(tl.load(slot_rows(ranks.memory[0], number, place, ranks, S, E) + column, mask=valid, other=0.0))
-    for p in tl.static_range(1, E.ranks):
+    for p in tl.static_range(1, RANKS):
         part = tl.load(slot_rows(ranks.memory[p], number, place, ranks, S, E) + column, mask=valid, other=0.0)
         total += widen(part)
     return total
@@ -174,8 +176,9 @@ def summed(ranks, number, place, column, valid, S: tl.constexpr, E: tl.constexpr
 @triton.jit
 def publish(x, x_sizes, ranks, number, row, column, within, S: tl.constexpr, E: tl.constexpr):
     """This rank's rows to its slot; scattered: those of this number for every rank."""
+    RANKS: tl.constexpr = E.ranks if E.scattered else 1
     place = row - ranks.begin
-    for to in tl.static_range(E.ranks if E.scattered else 1):
+    for to in tl.static_range(RANKS):
         source, valid = row, (row < ranks.end)[:, None] & within
         if E.scattered:
             source = to * ranks.share + row
@@ -197,8 +200,9 @@ def sum_share(ranks, number, row, column, within, S: tl.constexpr, K: tl.constex
 @triton.jit
 def shares(ranks, number, place, column, valid, S: tl.constexpr, E: tl.constexpr):
     """Each column from the rank that summed it."""
+    RANKS: tl.constexpr = E.ranks
     held = column * 0.0 + place[:, None] * 0.0
-    for p in tl.static_range(E.ranks):
+    for p in tl.static_range(RANKS):
         mine = valid & (column // E.share == p)
         part = tl.load(slot_rows(ranks.memory[p], number, place, ranks, S, E) + column, mask=mine, other=0.0)
         held = tl.where(mine, widen(part), held)
@@ -236,7 +240,7 @@ def rank_kernel(
         for start in range(first, ranks.end, step):
             publish(x, x_sizes, ranks, number, start + tl.arange(0, K.rows), column, within, S, E)
         came = exchange(ranks, number, 0, E)
-    if E.two_shot:
+    if E.two_shot:  # noqa: SIM102
         if came:
             for start in range(first, ranks.end, step):
                 sum_share(ranks, number, start + tl.arange(0, K.rows), column, within, S, K, E)

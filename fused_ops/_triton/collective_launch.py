@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import _symmetric
 from .._symmetric import Memory, memory_of
-from .collective import MAX_BLOCKS, MAX_RANKS, Ranks, RankStages, rank_kernel
+from .collective import MAX_BLOCKS, Ranks, RankStages, rank_kernel
 from .launch import (
     OPTIONS,
     Pipeline,
@@ -27,7 +26,6 @@ from .launch import (
 )
 from .operations import ROW_OPERATIONS, set_key, set_outputs
 from .quantize import codes_of
-from .row import Rows
 
 SUMS = {"all_reduce": False, "reduce_scatter": True}  # and whether rows are scattered
 
@@ -74,7 +72,7 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
     if scattered:
         share = -(-every // world)
         total, rows = share, max(0, min(share, every - memory.rank * share))
-        x_sizes, x = (every,), Rows(p.x, p.x.stride()[:1])
+        x_sizes, (x,) = rows_of(p.x)
         sizes, (other, residual, y, data) = rows_of(*outputs)
     else:
         share, total, rows = 0, every, every
@@ -95,7 +93,7 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
             next_power_of_two(world),
             two_shot,
             scattered,
-            row_bytes,
+            row_bytes // size,
             -(-row_bytes // 16 // world) * 16 // size,
             torch.version.hip is not None,
         )

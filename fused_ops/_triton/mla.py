@@ -4,24 +4,28 @@
     o[t, h] = attention of [q_lat, q_pe] over keys [c, k_pe] and values c
     y[t, h] = o[t, h] w_uv[h]^T
 
-q_lat and o, the results over latents, are rounded to S, the operands of products of matrices. All sequences are
-absorbed, also those where `absorbs` says that fewer products would do: that takes keys and values of every head in
-memory, of a size that the host would have to read. So here a row doesn't depend on the number of queries that come
-with it, and prefill takes up to (2 * rank + rope) / (nope + rope + v) times the products, 3.4 in DeepSeek-V3.
+q_lat and o, the results over latents, are rounded to S, the operands of products of matrices; they are made for so many
+tokens at a time that both take at most WORKSPACE bytes. All sequences are absorbed, also those where `absorbs` says
+that fewer products would do: that takes keys and values of every head in memory, of a size that the host would have to
+read. So here a row doesn't depend on the number of queries that come with it, and prefill takes up to (2 * rank + rope)
+/ (nope + rope + v) times the products, 3.4 in DeepSeek-V3.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import store, store_given_scale
-from .attention_launch import Call, Results, launch, output_of, quantized, slice_of, tail_rows
-from .launch import OPTIONS, next_power_of_two, on_device
+from . import attention_launch as launches
+from .attention_launch import Call, Results
+from .epilogue import PLACES, store, store_given_scale, with_places
+from .launch import next_power_of_two, on_device
 from .platform import dot, round_to
 from .row import Rows
+
+SLICE = 128  # tokens, a tile of swizzled scales: the tokens of a slice are a multiple
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,15 @@ class Projection:
     blocks: int  # of a head's results, each a slice of a row
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def project_kernel(x, weight, tokens, out, K: tl.constexpr, E: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens", *PLACES])
+def project_kernel(
+    x, weight, tokens: tl.int64, out,
+    scale_row: tl.int64, scale_column: tl.int64, zero_row: tl.int64, zero_column: tl.int64,
+    K: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
     """y[t, h] = x[t, h] weight[h]^T of a tile of tokens and a slice of the results; weight [H, results, cols]."""
     S: tl.constexpr = x.data.dtype.element_ty
+    out = with_places(out, scale_row, scale_column, zero_row, zero_column, E)
     token = tl.program_id(0).to(tl.int64) * K.tokens + tl.arange(0, K.tokens)
     active = token < tokens
     store_given_scale(out, E)
@@ -63,13 +72,16 @@ def project(x: Tensor, weight: Tensor, r: Results) -> None:
     tokens, heads, cols = x.shape
     results = weight.shape[1]
     blocks = results // 128 if results % 128 == 0 and r.key is None else 1
-    e = slice_of(r.key, results // blocks, heads * blocks)
-    k = projection_for(cols, blocks, x.element_size())
-    tiles = -(-tail_rows(tokens, r, e) // k.tokens)
+    plan = launches.plan_of(
+        ("project", blocks, heads), (x, weight), r, lambda: projection_for(cols, blocks, x.element_size()),
+        results // blocks, heads * blocks,
+    )  # fmt: skip
+    k = plan.kernel
+    tiles = -(-launches.tail_rows(tokens, r, plan.slice) // k.tokens)
     if tiles:
-        arguments = (Rows(x, x.stride()[:-1]), Rows(weight, weight.stride()), tokens, output_of(r, e), k, e)
-        grid = (tiles, heads * blocks)
-        on_device(x.device, lambda: project_kernel[grid](*arguments, num_warps=4, num_stages=2, **OPTIONS))
+        rows = Rows(x, x.stride()[:-1]), Rows(weight, weight.stride())
+        arguments = (*rows, tokens, *launches.output_of(r), k, plan.slice)
+        on_device(x.device, lambda: plan.start("project", project_kernel, (tiles, heads * blocks, 1), arguments, 4))
 
 
 @lru_cache(4096)
@@ -82,11 +94,21 @@ def run(args: tuple, r: Results) -> None:
     tokens, heads, _ = q_nope.shape
     rank = w_uk.shape[2]
     cache = kv_cache.unsqueeze(2)
-    latent, turned = cache[..., :rank], cache[..., rank:]
-    q_latent, o = (q_nope.new_empty(tokens, heads, rank) for _ in range(2))
-    project(q_nope, w_uk.transpose(1, 2), Results(y=q_latent.flatten(1)))
-    scales = {"k_scale": kv_scale, "v_scale": kv_scale}
-    rope = {"q_rope": q_pe, "k_rope": turned} if q_pe.shape[2] else {}
-    call = Call(q_latent, latent, None, tables, lengths, starts, scale, **scales, **rope)
-    launch(call, Results(y=o.flatten(1)))
-    quantized(r, o, w_uv.shape[1], lambda direct: project(o, w_uv, direct))
+    latent, turned = cache[..., :rank], (cache[..., rank:] if q_pe.shape[2] else None)
+    most = launches.WORKSPACE // (2 * heads * rank * q_nope.element_size())
+    most = min(max(tokens, 1), max(SLICE, most // SLICE * SLICE))
+    q_latent, o = (q_nope.new_empty(most, heads, rank) for _ in range(2))
+    to_latents = w_uk.transpose(1, 2)
+
+    for first in range(0, max(tokens, 1), most):
+        rows = slice(first, min(first + most, tokens))
+        queries, results = (t[: rows.stop - rows.start] for t in (q_latent, o))
+        project(q_nope[rows], to_latents, Results(y=queries.flatten(1)))
+        rotated = q_pe[rows] if q_pe.shape[2] else None
+        call = Call(
+            queries, latent, None, tables, lengths, starts, scale, k_scale=kv_scale, v_scale=kv_scale, q_rope=rotated,
+            k_rope=turned, tokens=tokens, first=first,
+        )  # fmt: skip
+        launches.launch(call, Results(y=results.flatten(1)))
+        part = r if rows == slice(0, tokens) else r.rows(rows, heads * w_uv.shape[1])
+        launches.quantized(part, results, w_uv.shape[1], partial(project, results, w_uv))

@@ -10,14 +10,20 @@ import triton.language as tl
 
 
 class Sequences(NamedTuple):
-    """starts [all + 1], lengths [all], and tables [all, ...] whose rows lie `width` apart."""
+    """starts [all + 1], lengths [all], and tables [all, ...] whose rows lie `width` apart.
+
+    Kernels make it of arguments of their own: Triton compiles for the values of integers that come in a tuple,
+    whatever `do_not_specialize` says.
+    """
 
     starts: object
     lengths: object
     tables: object
     width: int
     all: int
-    tokens: int  # rows of q
+    tokens: int  # of all sequences, and those of none behind them,
+    first: int  # of which those from here on
+    rows: int  # are the rows of q and of the results
     most: int  # keys that a row of tables has blocks for
     blocks: int  # of the cache
 
@@ -28,7 +34,7 @@ def last_at_most(s, value, TILE: tl.constexpr):
 
     With tiles: sequence i begins with tile number starts[i] // TILE + i, at which all before it have ended.
     """
-    low, high = 0, s.all
+    low, high = s.all * 0, s.all
     while low < high:
         middle = (low + high) // 2
         begin = tl.load(s.starts + middle).to(tl.int64)
@@ -50,8 +56,14 @@ def tile_of(s, number, TILE: tl.constexpr):
 
 
 @triton.jit
+def first_tile(s, TILE: tl.constexpr):
+    """No tile before it has one of the rows: token t is in tile t // TILE + i or the one before, i its sequence."""
+    return tl.maximum(s.first // TILE - 1, 0)
+
+
+@triton.jit
 def sequence(s, i):
-    """Sequence `i`'s first row, its queries, its tokens, whether it is known; nothing is read of -1, which isn't."""
+    """Sequence `i`'s first token, its queries, its tokens, whether it is known; nothing is read of -1, which isn't."""
     exists = i >= 0
     start = tl.load(s.starts + i, mask=exists, other=0).to(tl.int64)
     end = tl.load(s.starts + (i + 1), mask=exists, other=0).to(tl.int64)

@@ -61,7 +61,6 @@ def on_host():
         _cuda.set_driver(_cuda.Driver())
 
 
-
 @contextmanager
 def queued(device: int):
     """Launches wait for `run_queues`, as those of this device, in this block."""
@@ -73,5 +72,5 @@ def queued(device: int):
 
 
 def run_queues(seed: int = 0) -> None:
-    """Run what is queued: each device's launches in order, those of different devices interleaved as `seed` draws it."""
+    """Run what is queued: each device's launches in order, those of several interleaved as `seed` draws it."""
     _fibers().run_queues(seed)
