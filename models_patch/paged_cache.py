@@ -103,7 +103,7 @@ class PagedKVCache(Cache):
     all keys and values gathered.
 
     A step that isn't written, because a call failed or a request was cancelled, is dropped as a whole: `truncate` or
-    `free` of one of its sequences takes back the tokens of all. Once a sequence was added every call needs a step, until
+    `free` of one of its sequences takes back the tokens of all. Once a sequence was added each call needs a step, until
     `set_rows` or `reset` say that a batch follows; `set_rows` lets `generate` go on from sequences, whose prefixes may
     be shared. `fused_ops`' cache writes and attentions take `layers[i].k_cache`, `.v_cache` and a step's tensors as
     they are, after `slots` for each layer; models that aren't patched go through `update`. Layers with a sliding window

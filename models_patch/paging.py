@@ -49,7 +49,7 @@ def is_paged(mask: Any) -> bool:
 
 
 def _why_the_models(module: Any, options: dict[str, Any]) -> str:
-    """Why attention of a call is the model's: what it asks for that only the attention function does; "" for nothing."""
+    """What a call asks for that only the model's attention function does; "" where that is nothing."""
     config = module.config
     if not _is_stock(config._attn_implementation):
         return f"attention {config._attn_implementation!r} isn't transformers' own"
