@@ -70,20 +70,23 @@ void set_sequences(Attention& p, T cache, T block_tables, T seq_lens, T query_st
   const int64_t count = seq_lens.size(0), blocks = cache.size(0), size = cache.size(1);
   STD_TORCH_CHECK(block_tables.size(0) == count && query_start_loc.size(0) == count + 1,
                   "block_tables, seq_lens, query_start_loc: expected as many sequences");
-  STD_TORCH_CHECK(starts[0] == 0, "query_start_loc: expected to start with 0");
+  STD_TORCH_CHECK(starts[0] == 0, "query_start_loc: starts with ", starts[0], ", expected 0");
   p.block_size = std::max<int64_t>(1, size);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t start = starts[i], end = starts[i + 1], length = lengths[i];
-    STD_TORCH_CHECK(start <= end && end <= tokens, "query_start_loc: out of range");
+    STD_TORCH_CHECK(start <= end && end <= tokens, "query_start_loc: goes from ", start, " to ", end, " at ", i,
+                    ", expected no less, up to ", tokens);
     // By division, since a block may seem to have any number of tokens, all in one place.
     const int64_t used = length / p.block_size + (length % p.block_size != 0);
     STD_TORCH_CHECK(end - start <= length && length <= kMostTokens && used <= block_tables.size(1) && (size || !length),
-                    "seq_lens: out of range");
+                    "seq_lens: has ", length, " at ", i, ", expected at least the ", end - start,
+                    " queries, and no more than ", block_tables.size(1), " blocks of ", size, " tokens");
     // Blocks that lie behind the window of the first query, and so of all, may be gone.
     const int64_t seen = p.window ? std::max<int64_t>(0, length - (end - start) + 1 - p.window) : 0;
     for (int64_t j = seen / p.block_size; j < used; ++j) {
       const int64_t block = p.tables[i * p.table_stride + j];
-      STD_TORCH_CHECK(block >= 0 && block < blocks, "block_tables: out of range");
+      STD_TORCH_CHECK(block >= 0 && block < blocks, "block_tables: has ", block, " at [", i, ", ", j,
+                      "], expected a block of ", blocks);
     }
     if (start < end) p.sequences.push_back({i, start, end - start, length});
   }

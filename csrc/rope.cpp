@@ -47,7 +47,7 @@ void check_range(const Rope& p, int64_t count, int64_t low, int64_t high, int64_
   if (on_cuda(p.device)) return;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t value = of(p, i);
-    STD_TORCH_CHECK(value >= low && value <= high, name, ": out of range");
+    STD_TORCH_CHECK(value >= low && value <= high, name, ": has ", value, ", expected ", low, " to ", high);
   }
 }
 

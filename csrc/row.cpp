@@ -34,6 +34,7 @@ Norm norm_of(const Pipeline& p, Norm::Kind kind, const OptionalTensor& weight, c
              int64_t flags) {
   Norm norm;
   norm.kind = kind;
+  STD_TORCH_CHECK(eps >= 0, "eps: expected at least 0");
   norm.eps = static_cast<float>(eps);
   STD_TORCH_CHECK(flags >= 0 && flags < 4, "flags: expected 0 to 3");
   norm.round_before_weight = flags & 1;

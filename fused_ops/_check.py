@@ -16,11 +16,11 @@ INDICES = (torch.int64, torch.int32)
 
 
 def check(op: str, bound: dict[str, Any] | None = None, /, **arguments: tuple[Any, str, Any]) -> dict[str, Any]:
-    """Match each `name=(tensor, "... N", dtypes)` and return the size bound to each letter.
+    """Match each `name=(tensor, "... N", dtypes)` and return the size bound to each word.
 
-    A letter is the same size everywhere, and the one in `bound` where it is there; a leading "..." is any dimensions,
-    the same ones everywhere; a number is itself. `dtypes` is a dtype, a tuple of them, or the name of an earlier
-    argument whose dtype this one shares.
+    A word is the same size everywhere, and the one in `bound` where it is there; a leading "..." is any dimensions,
+    the same ones everywhere; a number is itself. Words stand in messages, so they are the docstrings'. `dtypes` is a
+    dtype, a tuple of them, or the name of an earlier argument whose dtype this one shares.
     The last dimension is contiguous and all are on one device. A None passes where the spec ends in "?".
 
     Raises TypeError (not a tensor, dtype) or ValueError (shape, strides, device), naming op, argument, what it got
@@ -33,7 +33,8 @@ def check(op: str, bound: dict[str, Any] | None = None, /, **arguments: tuple[An
             continue
         if not isinstance(tensor, Tensor):
             optional = " or None" * spec.endswith("?")
-            raise TypeError(f"{op}: {name} is {_type(tensor)}, expected a Tensor [{spec.rstrip(' ?')}]{optional}")
+            shape = ", ".join(spec.rstrip("?").split())
+            raise TypeError(f"{op}: {name} is {_type(tensor)}, expected a Tensor [{shape}]{optional}")
         _check_shape(op, name, tensor, spec.rstrip("?").split(), sizes)
         if isinstance(dtypes, str):
             if tensor.dtype != seen[dtypes].dtype:
@@ -57,7 +58,8 @@ def _check_shape(op: str, name: str, tensor: Tensor, dims: list[str], sizes: dic
     expected = [int(d) if d.isdigit() else sizes.get(d, d) for d in dims]
     if len(shape) != len(dims) or any(e not in (s, d) for e, s, d in zip(expected, shape, dims, strict=True)):
         text = ", ".join(str(e).strip("[]") for e in expected)
-        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected [{text}]")
+        hint = ", a permuted view where memory has another order" if "block_size" in dims else ""
+        raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected [{text}]{hint}")
     if tensor.ndim and dims[-1] == "N" and tensor.shape[-1] == 0:
         raise ValueError(f"{op}: {name} is {list(tensor.shape)}, expected at least one column")
     sizes.update(zip(dims, shape, strict=True))
@@ -72,6 +74,14 @@ def number(op: str, **values: Any) -> None:
             raise TypeError(f"{op}: {name} is {_type(value)}, expected a number")
 
 
+def check_eps(op: str, **values: Any) -> None:
+    """Raise TypeError or ValueError unless each value is a number of at least 0."""
+    number(op, **values)
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{op}: {name} is {value}, expected at least 0")
+
+
 def boolean(op: str, **values: Any) -> None:
     """Raise TypeError unless each value is a bool."""
     for name, value in values.items():
@@ -80,18 +90,25 @@ def boolean(op: str, **values: Any) -> None:
 
 
 def check_key(
-    op: str, code: int, cols: int, given: Tensor | None, device: torch.device, zero_point=None, prefix: str = ""
+    op: str,
+    code: int,
+    cols: int,
+    given: Tensor | None,
+    device: torch.device,
+    zero_point: Tensor | None = None,
+    prefix: str = "",
+    rows: str = "x",
 ) -> QuantKey:
     """Check what a quantization of rows of `cols` takes; `given` is described in `fused_ops.quantize`.
 
-    prefix: of the arguments' names.
+    prefix: of the arguments' names. rows: what has the columns.
     """
     if isinstance(code, bool) or not isinstance(code, int):
         raise TypeError(f"{op}: {prefix}quant_key's code is {_type(code)}, expected an int")
     if code < 0:
         raise ValueError(f"{op}: {prefix}quant_key has groups that span rows, as only a weight's do")
     key = QuantKey.from_code(code)
-    check_columns(op, key, cols)
+    check_columns(op, key, cols, rows)
     if key.scale.static or key.scale2 is not None:
         _one(op, prefix + ("scale2" if key.scale2 else "scale"), given, torch.float32, device, key)
     elif given is not None:

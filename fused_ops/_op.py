@@ -169,6 +169,7 @@ class Op:
     def _run_out(self, *args, **outs):
         self.check(*args)
         check_outputs(self, args, outs)
+        check_inputs_survive(self, args, given_outputs(self, outs))
         self._store(args, self.reference(*args), outs)
 
     def _store(self, args: tuple, results: Any, outs: dict[str, Tensor | None]) -> None:
@@ -340,6 +341,11 @@ def _forced(op: Op, name: str, device: str) -> list[tuple[str, Callable]]:
     return [] if backend.run is None else kernels_of(op, backend)
 
 
+def given_outputs(op: Op, outs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those that aren't None, by the outputs' own names."""
+    return {name: out for name in op.outputs if (out := outs.get(f"{name}_out")) is not None}
+
+
 def kernels_of(op: Op, backend: Backend) -> list[tuple[str, Callable]]:
     """Both overloads of `op` by a backend that writes given outputs."""
     write = backend.run
@@ -372,7 +378,7 @@ def kernels_of(op: Op, backend: Backend) -> list[tuple[str, Callable]]:
     def run_out(*args, **outs):
         check(args)
         check_outputs(op, args, outs)
-        given = {name: out for name in op.outputs if (out := outs.get(f"{name}_out")) is not None}
+        given = given_outputs(op, outs)
         check_inputs_survive(op, args, given)
         write(args, given)
 

@@ -78,7 +78,7 @@ def _used(y: Tensor, tokens_per_expert: Tensor) -> Tensor:
 
 def _check_experts(name: str, first: str, x: Tensor, tokens_per_expert: Tensor | None) -> None:
     if tokens_per_expert is not None:
-        check(name, **{first: (x, "E M N", FLOATS)}, tokens_per_expert=(tokens_per_expert, "E", INDICES))
+        check(name, **{first: (x, "experts rows N", FLOATS)}, tokens_per_expert=(tokens_per_expert, "experts", INDICES))
 
 
 @_gelu_tanh_mul.declares("check")

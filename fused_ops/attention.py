@@ -38,7 +38,7 @@ from quant import QuantizedActivation, QuantKey
 
 from ._check import FLOAT32_MAX, FLOATS, INDICES, boolean, check, number
 from ._op import Op, invoke, op
-from .kv_cache import CODES
+from .kv_cache import CODES, check_cache_scale
 from .quantize import plain_out, quantizing, run_quant
 
 MOST_TOKENS = 1 << 62  # of a sequence
@@ -166,20 +166,24 @@ def _(
     held = (getattr(q, "dtype", None), *CODES)
     sizes = check(
         name,
-        q=(q, "T H D", FLOATS),
-        k_cache=(k_cache, "B P K D", held),
-        v_cache=(v_cache, "B P K V", "k_cache"),
-        sinks=(sinks, "H ?", FLOATS),
+        q=(q, "T heads D", FLOATS),
+        k_cache=(k_cache, "blocks block_size kv_heads D", held),
+        v_cache=(v_cache, "blocks block_size kv_heads Dv", "k_cache"),
+        sinks=(sinks, "heads ?", FLOATS),
     )
-    heads, kv_heads, cols = sizes["H"], sizes["K"], sizes["V"]
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(f"{name}: q has {heads} heads, expected a multiple of k_cache's {kv_heads}")
+    heads, kv_heads, cols = sizes["heads"], sizes["kv_heads"], sizes["Dv"]
+    for tensor, counted, least in (q, "q", heads), (k_cache, "k_cache", kv_heads), (v_cache, "v_cache", cols):
+        if not least or not sizes["D"]:
+            raise ValueError(f"{name}: {counted} is {list(tensor.shape)}, expected at least one head and column")
+    if heads % kv_heads:
+        raise ValueError(
+            f"{name}: q has {heads} heads, expected a multiple of k_cache's {kv_heads}; a cache is "
+            "[blocks, block_size, kv_heads, D], a permuted view where memory has another order"
+        )
     _check_options(name, scale, causal, sliding_window, soft_cap)
     for scale_name, cache_scale in ("k_scale", k_scale), ("v_scale", v_scale):
-        check_cache_scale(name, q, scale_name, cache_scale, k_cache, kv_heads)
+        check_cache_scale(name, scale_name, cache_scale, f"{scale_name[0]}_cache", k_cache)
     check_sequences(name, q, k_cache, block_tables, seq_lens, query_start_loc, sliding_window)
-    if not sizes["D"] or not heads * cols:
-        raise ValueError(f"{name}: heads are of {sizes['D']} and {cols} columns, expected at least one")
     return heads * cols
 
 
@@ -189,8 +193,10 @@ def _check_options(op_name: str, scale: Any, causal: Any, sliding_window: Any, s
     boolean(op_name, causal=causal)
     if isinstance(sliding_window, bool) or not isinstance(sliding_window, (int, torch.SymInt)):
         raise TypeError(f"{op_name}: sliding_window is {type(sliding_window).__name__}, expected an int or None")
-    if not 0 <= sliding_window < 1 << 63 or (sliding_window and not causal):
-        raise ValueError(f"{op_name}: sliding_window is {sliding_window}, expected at least 1, with causal=True")
+    if not 0 <= sliding_window < 1 << 63:
+        raise ValueError(f"{op_name}: sliding_window is {sliding_window}, expected at least 1, or None")
+    if sliding_window and not causal:
+        raise ValueError(f"{op_name}: sliding_window is {sliding_window} with causal=False, expected None")
     number(op_name, soft_cap=soft_cap)
     if not 0 <= soft_cap <= FLOAT32_MAX:
         raise ValueError(f"{op_name}: soft_cap is {soft_cap}, expected a positive float32, or None")
@@ -202,24 +208,17 @@ def check_logits(op_name: str, scale: Any) -> None:
         raise ValueError(f"{op_name}: scale is {scale}, expected a finite float32")
 
 
-def check_cache_scale(op_name: str, q: Tensor, name: str, scale: Any, cache: Tensor, heads: int) -> None:
-    if cache.dtype not in CODES:
-        if scale is not None:
-            raise ValueError(f"{op_name}: {name} is given, but the cache is {cache.dtype}, which takes none")
-        return
-    check(op_name, q=(q, "T H D", FLOATS), **{name: (scale, "scales", torch.float32)})
-    if scale.shape[0] not in (1, heads):
-        raise ValueError(f"{op_name}: {name} is {list(scale.shape)}, expected one, or one for each of {heads} heads")
-
-
 def check_sequences(
     op_name: str, q: Tensor, cache: Tensor, block_tables, seq_lens, query_start_loc, sliding_window: int = 0
 ) -> None:
     """Raise where tensors don't name sequences, or, on the CPU, where their numbers are out of range."""
-    like = {"q": (q, "T H D", FLOATS)}
-    tables = {"block_tables": (block_tables, "S M", INDICES), "seq_lens": (seq_lens, "S", INDICES)}
+    like = {"q": (q, "T heads D", FLOATS)}
+    tables = {
+        "block_tables": (block_tables, "sequences columns", INDICES),
+        "seq_lens": (seq_lens, "sequences", INDICES),
+    }
     sizes = check(op_name, **like, **tables)
-    check(op_name, {"S+1": sizes["S"] + 1}, **like, query_start_loc=(query_start_loc, "S+1", INDICES))
+    check(op_name, {"S+1": sizes["sequences"] + 1}, **like, query_start_loc=(query_start_loc, "S+1", INDICES))
     if q.device.type != "cpu" or any(isinstance(t, FakeTensor) for t in (q, block_tables, seq_lens, query_start_loc)):
         return
     blocks, size = cache.shape[:2]
@@ -232,12 +231,21 @@ def check_sequences(
             raise ValueError(
                 f"{op_name}: query_start_loc goes from {start} to {end} at {i}, expected no less, up to {q.shape[0]}"
             )
-        most = min(sizes["M"] * size, MOST_TOKENS)
-        if not end - start <= length <= most:
-            raise ValueError(f"{op_name}: seq_lens has {length} at {i}, expected {end - start} to {most}")
-        used = table[used_blocks(first_seen(length, end - start, sliding_window), length, size)]
-        if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < blocks:
-            raise ValueError(f"{op_name}: block_tables has {used.tolist()} at {i}, expected 0 to {blocks - 1}")
+        if length < end - start:
+            raise ValueError(
+                f"{op_name}: seq_lens has {length} at {i}, expected at least its {end - start} queries, which count"
+            )
+        if length > min(sizes["columns"] * size, MOST_TOKENS):
+            room = f"block_tables' {sizes['columns']} columns x {size} tokens"
+            raise ValueError(f"{op_name}: seq_lens has {length} at {i}, expected at most {room}")
+        used = used_blocks(first_seen(length, end - start, sliding_window), length, size)
+        outside = (table[used] < 0) | (table[used] >= blocks)
+        if outside.any():
+            column = used.start + int(outside.int().argmax())
+            expected = f"0 to {blocks - 1}" if blocks else "none, since the cache has no blocks"
+            raise ValueError(
+                f"{op_name}: block_tables has {int(table[column])} at [{i}, {column}], expected {expected}"
+            )
 
 
 @_paged_attention.declares("empty")
@@ -272,14 +280,14 @@ def paged_attention(
         q: [T, heads, D] bfloat16, float16 or float32 (S), rotated; the queries of a sequence side by side.
         k_cache, v_cache: [blocks, block_size, kv_heads, D] and [.., Dv] in S, FP8 or int8, the queries' own keys and
             values included; in any memory order. kv_heads divides heads: head h reads h // (heads / kv_heads).
-        block_tables: int32 or int64 [sequences, most blocks]; entries behind a sequence's last block aren't read, nor
-            those whose keys lie before the sliding window of every query here: they may be anything, such as -1.
+        block_tables: int32 or int64 [sequences, columns], the blocks of each in order; entries behind its last block
+            aren't read, nor those whose keys lie before the sliding window of every query here: they may be anything.
         seq_lens: int32 or int64 [sequences], tokens of each, its queries included.
         query_start_loc: int32 or int64 [sequences + 1], ascending from 0: where each one's rows of q begin.
         scale: of the logits, usually 1 / sqrt(D).
         causal: whether a query sees the keys up to its own only. sliding_window: and of those the last so many.
         soft_cap: bound of the logits. sinks: [heads], one logit more a head, in any of the three dtypes.
-        k_scale, v_scale: float32 [1], or [kv_heads], of FP8 and int8 caches.
+        k_scale, v_scale: float32 [1], or [kv_heads], of FP8 and int8 caches; positive: their values aren't looked at.
         output_quant_key: how the rows of y are quantized; any key but FP8_DYNAMIC_TENSOR.
         **output: see `OutputOptions`.
 

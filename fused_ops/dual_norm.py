@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant import QuantizedActivation, QuantKey
 
-from ._check import FLOATS, check, check_key, number
+from ._check import FLOATS, check, check_eps, check_key
 from ._gradient import refuse_backward, refuse_backward_of
 from ._op import NO_KEY, OPS, op, refused
 from .norm import norm_flags
@@ -73,9 +73,9 @@ def _(
     q, kv, q_weight, kv_weight, q_eps, kv_eps, flags, q_key, kv_key, q_given, kv_given,
     q_zero_point=None, kv_zero_point=None, *, name,
 ):  # fmt: skip
-    check(name, q=(q, "... N", FLOATS), kv=(kv, "... M", "q"), kv_weight=(kv_weight, "M ?", FLOATS))
+    check(name, q=(q, "... N", FLOATS), kv=(kv, "... columns", "q"), kv_weight=(kv_weight, "columns ?", FLOATS))
     check(name, q=(q, "... N", FLOATS), q_weight=(q_weight, "N ?", FLOATS))
-    number(name, q_eps=q_eps, kv_eps=kv_eps)
+    check_eps(name, q_eps=q_eps, kv_eps=kv_eps)
     _rms_norm.check(q, q_weight, q_eps, flags, name=name)
     _rms_norm.check(kv, kv_weight, kv_eps, flags, name=name)
     for side, x, key, given, zero_point in (
@@ -83,7 +83,7 @@ def _(
         ("kv", kv, kv_key, kv_given, kv_zero_point),
     ):
         if key != NO_KEY:
-            check_key(f"{name}, {side}", key, x.shape[-1], given, x.device, zero_point)
+            check_key(f"{name}, {side}", key, x.shape[-1], given, x.device, zero_point, rows=side)
         elif given is not None or zero_point is not None:
             raise ValueError(f"{name}: a scale or zero point is given for {side}, which isn't quantized")
 

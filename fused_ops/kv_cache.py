@@ -126,28 +126,39 @@ def check_write(
 ) -> None:
     """Check slots, and caches given as name: (cache, its spec as `check` takes it, its scale's name, its scale).
 
-    sizes: of the letters in the specs. inputs: those of the operation, by name, of which the first has S.
+    sizes: of the words in the specs. inputs: those of the operation, by name, of which the first has S.
     """
     q = next(iter(inputs.values()))
-    like = {"q": (q, "T H D", FLOATS)}
+    like = {"q": (q, "T heads D", FLOATS)}
     check(name, **like, slot_mapping=(slots, "slots", INDICES))
     if slots.shape[0] > sizes["T"]:
         raise ValueError(f"{name}: slot_mapping is {list(slots.shape)}, expected at most {sizes['T']}, one a token")
     for cache_name, (cache, spec, scale_name, scale) in caches.items():
         check(name, sizes, **like, **{cache_name: (cache, spec, (q.dtype, *CODES))})
-        if cache.dtype not in CODES:
-            if scale is not None:
-                raise ValueError(f"{name}: {scale_name} is given, but {cache_name} is {cache.dtype}, which takes none")
-        else:
-            check(name, **like, **{scale_name: (scale, "scales", torch.float32)})
-            if scale.shape[0] not in (1, cache.shape[-2] if cache.ndim == 4 else 1):
-                raise ValueError(f"{name}: {scale_name} is {list(scale.shape)}, expected one, or one for each head")
+        check_cache_scale(name, scale_name, scale, cache_name, cache)
         if rows_overlap(cache):
             raise ValueError(f"{name}: {cache_name} has strides {cache.stride()}: its rows share memory")
         for input_name, tensor in {**inputs, "slot_mapping": slots, scale_name: scale}.items():
             if tensor is not None and overlap(cache, tensor):
                 raise ValueError(f"{name}: {cache_name} shares memory with {input_name}")
     check_indices(name, "slot_mapping", slots, -1, cache.shape[0] * cache.shape[1] - 1)
+
+
+def check_cache_scale(op_name: str, name: str, scale: Any, cache_name: str, cache: Tensor) -> None:
+    """Raise unless a cache of codes has a scale, or one for each of its heads, and another has none."""
+    if cache.dtype not in CODES:
+        if scale is not None:
+            raise ValueError(f"{op_name}: {name} is given, but {cache_name} is {cache.dtype}, which takes none")
+        return
+    heads = cache.shape[2] if cache.ndim == 4 else 1
+    expected = "float32 [1]" if heads == 1 else f"float32 [1] or [{heads}]"
+    if not isinstance(scale, Tensor):
+        got = "None" if scale is None else type(scale).__name__
+        raise TypeError(f"{op_name}: {name} is {got}, expected a Tensor, {expected}, for a cache of {cache.dtype}")
+    if scale.ndim != 1 or scale.shape[0] not in (1, heads):
+        raise ValueError(f"{op_name}: {name} is {list(scale.shape)}, expected {expected}")
+    caches = {cache_name: (cache, "... D", cache.dtype)}
+    check(op_name, **caches, **{name: (scale, str(scale.shape[0]), torch.float32)})
 
 
 @_rope_kv_cache_write.declares("check")
@@ -158,16 +169,17 @@ def _check(
     """`norms` are (q_weight, k_weight, eps) where the operation has them."""
     takes = ROTARY_FLAGS if norms is None else ROTARY_FLAGS | NORM_FLAGS | NORM_V
     more = {
-        "gate": (gate, "T H G ?", "q"),
-        "v": (v, "T K V", "q"),
-        "k_cache": (k_cache, "B P K D", (getattr(q, "dtype", None), *CODES)),
+        "gate": (gate, "T heads G ?", "q"),
+        "v": (v, "T kv_heads Dv", "q"),
+        "k_cache": (k_cache, "blocks block_size kv_heads D", (getattr(q, "dtype", None), *CODES)),
     }
     sizes = check_rope(q, k, positions, cos_sin_cache, flags, mrope, name=name, takes=takes, **more)
     if norms is not None:
         check_norms(name, sizes, q, *norms, flags)
     _check_q_key(name, q_key, q_given, q)
-    caches = {"k_cache": (k_cache, "B P K D", "k_scale", k_scale), "v_cache": (v_cache, "B P K V", "v_scale", v_scale)}
-    check(name, sizes, q=(q, "T H D", FLOATS), v_cache=(v_cache, "B P K V", (*FLOATS, *CODES)))
+    shapes = "blocks block_size kv_heads D", "blocks block_size kv_heads Dv"
+    caches = {"k_cache": (k_cache, shapes[0], "k_scale", k_scale), "v_cache": (v_cache, shapes[1], "v_scale", v_scale)}
+    check(name, sizes, q=(q, "T heads D", FLOATS), v_cache=(v_cache, shapes[1], (*FLOATS, *CODES)))
     if v_cache.dtype != k_cache.dtype:
         raise TypeError(f"{name}: v_cache is {v_cache.dtype}, expected {k_cache.dtype} as k_cache")
     inputs = {"q": q, "k": k, "v": v, "positions": positions, "cos_sin_cache": cos_sin_cache}
@@ -187,7 +199,7 @@ def _check_q_key(name: str, code: int, given: Tensor | None, q: Tensor) -> None:
             raise ValueError(f"{name}: q_quant_key is {got}, expected a symmetric key, static or with scales by head")
         if static and given is None:
             raise ValueError(f"{name}: q_scale is None, {key} takes a float32 tensor of one element")
-        check_key(name, code, q.shape[-1], given if static else None, q.device)
+        check_key(name, code, q.shape[-1], given if static else None, q.device, rows="q")
     if given is not None and not static:
         raise ValueError(f"{name}: q_scale is given, which only a static q_quant_key takes")
 
@@ -247,7 +259,7 @@ def rope_kv_cache_write(
         k_cache, v_cache: [blocks, block_size, kv_heads, D] and [.., Dv] in S, FP8 or int8; written. Rows of D elements
             are contiguous, whatever the order of the rest; the two may be views of one tensor.
         slot_mapping: int64 or int32, one for each of the first tokens; -1 writes nothing.
-        k_scale, v_scale: float32 [1], or [kv_heads], of FP8 and int8 caches.
+        k_scale, v_scale: float32 [1], or [kv_heads], of FP8 and int8 caches; positive: their values aren't looked at.
         q_quant_key: how q is quantized, rows being its heads: any symmetric key but FP8_DYNAMIC_TENSOR and NVFP4.
         q_scale: float32 [1], of a static q_quant_key.
         return_key: also return the rotated k, in S.

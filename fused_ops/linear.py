@@ -215,7 +215,7 @@ def _(
     if not takes(x_key):
         raise ValueError(_no_product("activation", x_key))
     codes = (torch.int8, FP8, torch.uint8)
-    sizes = check("scaled_linear", data=(data, "... K", x_key.storage_dtype), weight=(weight, "N J", codes))
+    sizes = check("scaled_linear", data=(data, "... K", x_key.storage_dtype), weight=(weight, "N columns", codes))
     cols = sizes["K"] * x_key.packing
     _check_scales(x_key, data.shape[:-1].numel(), cols, data.device, scale=scale, scale2=scale2, zero_point=zero_point)
     if not isinstance(weight_scale, Tensor):
@@ -225,7 +225,7 @@ def _(
         raise ValueError(_no_product("weight", w_key))
     rows = weight.shape[0]
     _check_storage(weight, w_key)
-    if sizes["J"] * w_key.packing != cols:
+    if sizes["columns"] * w_key.packing != cols:
         raise ValueError(
             f"scaled_linear: weight is {list(weight.shape)} of {w_key}, expected [N, {cols // w_key.packing}]"
         )
@@ -233,9 +233,12 @@ def _(
     if weight_sums is not None and x_key.symmetric:
         raise ValueError(f"scaled_linear: weight_sums is given, but {x_key} has no zero points")
     check(
-        "scaled_linear", data=(data, "... K", data.dtype), weight=(weight, "N J", codes), bias=(bias, "N ?", FLOATS),
+        "scaled_linear",
+        data=(data, "... K", data.dtype),
+        weight=(weight, "N columns", codes),
+        bias=(bias, "N ?", FLOATS),
         weight_sums=(weight_sums, "N ?", torch.int32),
-    )  # fmt: skip
+    )
     if out_dtype not in FLOATS:
         raise TypeError(f"scaled_linear: out_dtype is {out_dtype!r}, expected one of {FLOATS}")
 

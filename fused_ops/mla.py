@@ -27,14 +27,13 @@ from .attention import (
     OutputOptions,
     attended,
     cached,
-    check_cache_scale,
     check_logits,
     check_sequences,
     run_attention,
     sequences,
     visible,
 )
-from .kv_cache import CODES, _rope_kv_cache_write, check_write
+from .kv_cache import CODES, _rope_kv_cache_write, check_cache_scale, check_write
 from .quantize import quantizing
 from .rope import check_rope, rotary_code
 
@@ -64,10 +63,11 @@ def halves(kv_cache: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @_mla_rope_kv_cache_concat.declares("check")
 def _(q_pe, k_pe, kv_c, positions, cos_sin_cache, kv_cache, slot_mapping, kv_scale, flags, *, name):
-    check(name, q_pe=(q_pe, "T H D", FLOATS), k_pe=(k_pe, "T D", "q_pe"), kv_c=(kv_c, "T R", "q_pe"))
+    pe = {"q_pe": (q_pe, "T heads P", FLOATS), "k_pe": (k_pe, "T P", "q_pe")}
+    check(name, **pe, kv_c=(kv_c, "T kv_lora_rank", "q_pe"))
     sizes = check_rope(q_pe, k_pe.unsqueeze(1), positions, cos_sin_cache, flags, 0, name=name)
     sizes["C"] = kv_c.shape[1] + sizes["D"]
-    caches = {"kv_cache": (kv_cache, "B P C", "kv_scale", kv_scale)}
+    caches = {"kv_cache": (kv_cache, "blocks block_size C", "kv_scale", kv_scale)}
     inputs = {"q_pe": q_pe, "k_pe": k_pe, "kv_c": kv_c, "positions": positions, "cos_sin_cache": cos_sin_cache}
     check_write(name, sizes, caches, slot_mapping, inputs)
 
@@ -98,7 +98,7 @@ def mla_rope_kv_cache_concat(
         k_pe: [T, P] in S, the one rotated key of all heads. kv_c: [T, kv_lora_rank] in S, normed.
         positions, cos_sin_cache, round_products: as in `rope`; is_neox too, but pairs are interleaved by default.
         kv_cache: [blocks, block_size, kv_lora_rank + P] in S, FP8 or int8; written.
-        slot_mapping: as in `rope_kv_cache_write`. kv_scale: float32 [1], of an FP8 or int8 cache.
+        slot_mapping: as in `rope_kv_cache_write`. kv_scale: float32 [1], of an FP8 or int8 cache; positive.
         out: written instead of a fresh tensor; may be q_pe.
 
     Returns:
@@ -158,19 +158,20 @@ def _(
 ):  # fmt: skip
     sizes = check(
         name,
-        q_nope=(q_nope, "T H N", FLOATS),
-        q_pe=(q_pe, "T H P", "q_nope"),
-        w_uk=(w_uk, "H N R", "q_nope"),
-        w_uv=(w_uv, "H V R", "q_nope"),
+        q_nope=(q_nope, "T heads N", FLOATS),
+        q_pe=(q_pe, "T heads P", "q_nope"),
+        w_uk=(w_uk, "heads N kv_lora_rank", "q_nope"),
+        w_uv=(w_uv, "heads V kv_lora_rank", "q_nope"),
     )
-    held = (q_nope.dtype, *CODES)
-    check(name, {"C": sizes["R"] + sizes["P"]}, q_nope=(q_nope, "T H N", FLOATS), kv_cache=(kv_cache, "B S C", held))
+    rank, heads, cols = sizes["kv_lora_rank"], sizes["heads"], sizes["V"]
+    held = {"kv_cache": (kv_cache, "blocks block_size C", (q_nope.dtype, *CODES))}
+    check(name, {"C": rank + sizes["P"]}, q_nope=(q_nope, "T heads N", FLOATS), **held)
     check_logits(name, scale)
-    check_cache_scale(name, q_nope, "kv_scale", kv_scale, kv_cache, 1)
+    check_cache_scale(name, "kv_scale", kv_scale, "kv_cache", kv_cache)
     check_sequences(name, q_nope, kv_cache, block_tables, seq_lens, query_start_loc)
-    if not sizes["R"] or not sizes["H"] * sizes["V"]:
-        raise ValueError(f"{name}: w_uv is {list(w_uv.shape)}, expected at least one row and column")
-    return sizes["H"] * sizes["V"]
+    if not rank or not heads * cols:
+        raise ValueError(f"{name}: w_uv is {list(w_uv.shape)}, expected at least one head, row and column")
+    return heads * cols
 
 
 @_mla_attention.declares("empty")
@@ -204,7 +205,7 @@ def mla_attention(
         kv_cache: [blocks, block_size, kv_lora_rank + P] in S, FP8 or int8, as `mla_rope_kv_cache_concat` writes it.
         w_uk, w_uv: [heads, N, kv_lora_rank] and [heads, V, kv_lora_rank] in S: views of `kv_b_proj.weight`.
         block_tables, seq_lens, query_start_loc, scale: as in `paged_attention`.
-        kv_scale: float32 [1], of an FP8 or int8 cache.
+        kv_scale: float32 [1], of an FP8 or int8 cache; positive.
         output_quant_key, **output: as in `paged_attention`.
 
     On the CPU a row's bits also depend on how many queries its sequence has, by `absorbs`; Triton always absorbs.

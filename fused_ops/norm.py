@@ -21,7 +21,7 @@ from typing_extensions import Unpack
 
 from quant import QuantizedActivation, QuantKey
 
-from ._check import FLOAT32_MAX, FLOATS, check, number
+from ._check import FLOAT32_MAX, FLOATS, check, check_eps, number
 from ._op import invoke, op
 from .quantize import QuantOptions, plain_out, quantizing, run_quant
 
@@ -80,7 +80,7 @@ def _fused_add_rms_norm_pad(x: Tensor, residual: Tensor, weight: Tensor | None, 
 @_rms_norm.declares("check")
 def _check(x, weight, eps, flags, *, name, **more) -> int:
     sizes = check(name, x=(x, "... N", FLOATS), **more, weight=(weight, "N ?", FLOATS))
-    number(name, eps=eps)
+    check_eps(name, eps=eps)
     if flags not in _FLAGS.values():
         raise ValueError(f"{name}: flags is {flags}, expected one of {list(_FLAGS.values())}")
     return sizes["N"]

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from quant import QuantizedActivation, QuantKey
 
-from ._check import FLOATS, check, number
+from ._check import FLOATS, check, check_eps
 from ._op import OPS, invoke, op
 from .norm import both, norm_flags
 from .quantize import QuantOptions, plain_out, quantizing, run_quant
@@ -48,7 +48,7 @@ def _(x, residual, weight, eps, flags, *, name) -> int:
 @_rms_norm_add_rms_norm.declares("check")
 def _(x, residual, post_weight, weight, post_eps, eps, flags, *, name) -> int:
     check(name, x=(x, "... N", FLOATS), post_weight=(post_weight, "N ?", FLOATS))
-    number(name, post_eps=post_eps)
+    check_eps(name, post_eps=post_eps)
     return _fused_add_rms_norm.check(x, residual, weight, eps, flags, name=name)
 
 

@@ -133,6 +133,7 @@ def quantizing(plain: Op, prefix: str = "", *, one_scale: bool = True, case_ever
     dynamic scale for the tensor. case_every: each key's cases are every so many of `plain`'s, in turn.
     """
     required, (first, *others) = plain.required, plain.outputs
+    rows = "x" if plain.arguments[0] == "x" else "the result"
 
     def split(args: tuple) -> tuple[tuple, int, Tensor | None, Tensor | None]:
         code, given, *rest = args[required:]
@@ -162,7 +163,7 @@ def quantizing(plain: Op, prefix: str = "", *, one_scale: bool = True, case_ever
     def _(*args):
         inputs, code, given, zero_point = split(args)
         cols = plain.check(*inputs, name=fused.name)
-        key = check_key(fused.name, code, cols, given, args[0].device, zero_point, prefix)
+        key = check_key(fused.name, code, cols, given, args[0].device, zero_point, prefix, rows)
         if not serves(key):
             raise ValueError(f"{fused.name}: {prefix}quant_key is {key}, expected static scales, or one a row or group")
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import Unpack
 
-from ._check import FLOATS, INDICES, boolean, check, number
+from ._check import FLOATS, INDICES, boolean, check, check_eps
 from ._op import invoke, op
 from .norm import ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE, _rms_norm, norm_flags
 
@@ -132,14 +132,14 @@ def poisoned(x: Tensor, tokens: Tensor | None) -> Tensor:
 
 @_rope.declares("check")
 def check_rope(q, k, positions, cos_sin_cache, flags, mrope, *, name, takes=ROTARY_FLAGS, **more) -> dict[str, Any]:
-    """Sizes T, H, K and D; `takes` are the flags that the operation knows, `more` arguments as `check` takes them."""
+    """Sizes T, heads, kv_heads and D; `takes`: flags that the operation knows, `more`: arguments for `check`."""
     sizes = check(
         name,
-        q=(q, "T H D", FLOATS),
-        k=(k, "T K D", "q"),
+        q=(q, "T heads D", FLOATS),
+        k=(k, "T kv_heads D", "q"),
         **more,
         positions=(positions, "3 T ?" if mrope else "T ?", INDICES),
-        cos_sin_cache=(cos_sin_cache, "M R", torch.float32),
+        cos_sin_cache=(cos_sin_cache, "max_position rotary_dim", torch.float32),
     )
     for word, value, known in ("flags", flags, takes), ("mrope", mrope, INTERLEAVED * 2 - 1):
         if isinstance(value, bool) or not isinstance(value, int) or value & ~known:
@@ -175,18 +175,18 @@ def check_indices(op_name: str, name: str, indices: Tensor, low: int, high: int)
 @_qk_norm_rope.declares("check")
 def _(q, k, positions, cos_sin_cache, q_weight, k_weight, eps, flags, mrope, gate=None, *, name):
     takes = ROTARY_FLAGS | NORM_FLAGS
-    more = {"gate": (gate, "T H G ?", "q")}
+    more = {"gate": (gate, "T heads G ?", "q")}
     sizes = check_rope(q, k, positions, cos_sin_cache, flags, mrope, name=name, takes=takes, **more)
     check_norms(name, sizes, q, q_weight, k_weight, eps, flags)
 
 
 def check_norms(op_name: str, sizes: dict[str, Any], q: Tensor, q_weight, k_weight, eps, flags: int) -> None:
-    number(op_name, eps=eps)
-    for name, weight, heads in ("q_weight", q_weight, sizes["H"]), ("k_weight", k_weight, sizes["K"]):
+    check_eps(op_name, eps=eps)
+    for name, weight, heads in ("q_weight", q_weight, sizes["heads"]), ("k_weight", k_weight, sizes["kv_heads"]):
         cols = sizes["D"] * (heads if flags & WHOLE_VECTOR else 1)
         if not cols:
             raise ValueError(f"{op_name}: {name[0]} is [T, {heads}, {sizes['D']}], expected at least one column")
-        check(op_name, {"C": cols}, q=(q, "T H D", FLOATS), **{name: (weight, "C ?", FLOATS)})
+        check(op_name, {"C": cols}, q=(q, "T heads D", FLOATS), **{name: (weight, "C ?", FLOATS)})
 
 
 @_rope.declares("empty")

@@ -16,7 +16,7 @@ from .binding import changed_linear, replaced
 from .families import NORMS, computes, mismatch, version
 from .masks import windows
 from .roles import Attention, LatentAttention, Norm, Rotation, value_at
-from .source import formula, reads, statements
+from .source import formula, parsed, reads, statements
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _stock_attention(heads: Heads, rotates: Callable) -> str | None:
 def _without_options(forward: Callable) -> tuple[str | None, tuple[tuple[str, tuple[str, ...]], ...]]:
     """(the formula of an attention's forward without the options of the attention function, these options)"""
     text, options = formula(forward), dict[str, tuple[str, ...]]()
-    tree = ast.parse(text or "None", mode="eval")
+    tree = parsed(text or "None", mode="eval")
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and any(keyword.arg == "scaling" for keyword in call.keywords):
             for keyword in [keyword for keyword in call.keywords if keyword.arg not in _USUAL]:

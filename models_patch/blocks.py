@@ -86,13 +86,10 @@ class BlockTables:
         new = _Sequence()
         if prefix_of is None and length is not None:
             raise ValueError(f"add: length is {length!r}, but prefix_of is None: an empty sequence has no length")
-        if length is not None and type(length) is not int:
-            raise TypeError(f"add: length is {type(length).__name__}, expected an int or None")
         if prefix_of is not None:
             other = self._of(prefix_of)
             new.length = other.length if length is None else length
-            if not 0 <= new.length <= other.length:
-                raise ValueError(f"add: length is {length}, expected 0 to {other.length}, sequence {prefix_of}'s")
+            self.check_length("add", prefix_of, new.length)
             new.blocks = other.blocks[: self._blocks_for(new.length)]
             for block in new.blocks:
                 self._holders[block] += 1
@@ -102,18 +99,25 @@ class BlockTables:
 
     def free(self, sequence: int) -> None:
         """Forget the sequence; blocks that nobody else holds are free."""
-        self.crop(sequence, 0)
+        self.truncate(sequence, 0)
         del self._sequences[sequence]
 
-    def crop(self, sequence: int, length: int) -> None:
+    def truncate(self, sequence: int, length: int) -> None:
         """Keep the first `length` tokens."""
+        self.check_length("truncate", sequence, length)
         state = self._of(sequence)
-        if not 0 <= length <= state.length:
-            raise ValueError(f"crop: length is {length}, expected 0 to {state.length}, sequence {sequence}'s")
         for block in state.blocks[self._blocks_for(length) :]:
             self._release(block)
         del state.blocks[self._blocks_for(length) :]
         state.length = length
+
+    def check_length(self, name: str, sequence: int, length: int) -> None:
+        """Raise TypeError or ValueError where the sequence hasn't got so many tokens."""
+        most = self.length(sequence)
+        if type(length) is not int:
+            raise TypeError(f"{name}: length is {type(length).__name__}, expected an int")
+        if not 0 <= length <= most:
+            raise ValueError(f"{name}: length is {length}, expected 0 to {most}, sequence {sequence}'s")
 
     def grow(self, tokens: Mapping[int, int]) -> list[tuple[int, int]]:
         """Give each of these sequences so many more tokens.

@@ -96,15 +96,18 @@ class PagedKVCache(Cache):
         step = cache.step({first: 1, second: 20})  # block tables, lengths and slots, for all layers
         model(packed[None], past_key_values=cache)
 
-    The next call of the model writes this step. A patched model whose report names `paged_attention` knows by the step
-    which keys each token may see, and where it stands; it reads keys and values where they are. Any other model takes
-    `position_ids=step.positions[None]` and a mask [1, 1, tokens, all keys] that lets each token see its own sequence,
-    unless the step is of one sequence, or a batch of equals, one a row; it gets all keys and values gathered.
+    The next call of the model writes this step, and there is no other before it has. A patched model whose report names
+    `paged_attention` knows by the step which keys each token may see, and where it stands; it reads keys and values
+    where they are. Any other model takes `position_ids=step.positions[None]` and a mask [1, 1, tokens, all keys] that
+    lets each token see its own sequence, unless the step is of one sequence, or a batch of equals, one a row; it gets
+    all keys and values gathered.
 
-    A call that fails midway leaves its tokens counted: `truncate` takes them back. `set_rows` lets `generate` go on
-    from sequences, whose prefixes may be shared. `fused_ops`' cache writes and attentions take `layers[i].k_cache`,
-    `.v_cache` and a step's tensors as they are; models that aren't patched go through `update`. Layers with a sliding
-    window keep the whole past, and mask or attention do the sliding.
+    A step that isn't written, because a call failed or a request was cancelled, is dropped as a whole: `truncate` or
+    `free` of one of its sequences takes back the tokens of all. Once a sequence was added each call needs a step, until
+    `set_rows` or `reset` say that a batch follows; `set_rows` lets `generate` go on from sequences, whose prefixes may
+    be shared. `fused_ops`' cache writes and attentions take `layers[i].k_cache`, `.v_cache` and a step's tensors as
+    they are, after `slots` for each layer; models that aren't patched go through `update`. Layers with a sliding window
+    keep the whole past, and mask or attention do the sliding.
 
     Args:
         config: the model's; it says how many layers there are, and whether they hold latents (`kv_lora_rank`): the
@@ -127,6 +130,8 @@ class PagedKVCache(Cache):
         super().__init__(layers=[PagedLayer(num_blocks, block_size, latent) for _ in range(text.num_hidden_layers)])
         self.rows: list[int] = []  # the sequences of a batch
         self.current: Step | None = None
+        self._named = False  # whether sequences were added since a batch was announced: calls come with steps
+        self._dropped = ""  # why the last step can't be written any more
 
     # Sequences.
 
@@ -143,45 +148,74 @@ class PagedKVCache(Cache):
     def add(self, prefix_of: int | None = None, length: int | None = None) -> int:
         """The number of a new sequence, empty or with the first `length` tokens of another (None: all), shared.
 
-        Raises ValueError where the other doesn't exist or has fewer.
+        Raises ValueError where the other doesn't exist, has fewer, or has them from a step that is still to be written.
         """
-        return self.tables.add(prefix_of, length)
+        new = self.tables.add(prefix_of, length)
+        written = self._unwritten().get(prefix_of) if prefix_of is not None else None
+        if written is not None and self.tables.length(new) > written:
+            got = self.tables.length(new)
+            self.tables.free(new)
+            raise ValueError(
+                f"add: length is {got}, expected 0 to {written}: the other tokens of sequence {prefix_of} are still to "
+                "be written, by a call of the model"
+            )
+        self._named = True
+        return new
 
     def free(self, sequence: int) -> None:
         """Forget the sequence; its blocks are free where nobody shares them. A row of the batch is one no more.
 
         Raises ValueError where there is none.
         """
+        self.tables.length(sequence)  # that there is one
+        self._drop_step_of(sequence, "freed")
         self.tables.free(sequence)
-        self._left(sequence)
+        self.rows = [row for row in self.rows if row != sequence]
 
     def length(self, sequence: int) -> int:
         """Its tokens, those of a step that is still to be written included. Raises ValueError where there is none."""
         return self.tables.length(sequence)
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Keep its first `length` tokens: after rejected drafts, or a call of the model that failed midway.
+        """Keep its first `length` tokens, after rejected drafts, say.
 
-        Raises ValueError where it has fewer, or doesn't exist.
+        Where a step with this sequence is still to be written, it is dropped: none of its sequences gets its tokens.
+
+        Raises TypeError or ValueError where it has fewer, doesn't exist, or would keep some of those tokens.
         """
-        self.tables.crop(sequence, length)
-        self._left(sequence, keep_row=True)
+        self.tables.check_length("truncate", sequence, length)
+        before = self._unwritten().get(sequence)
+        if length == self.tables.length(sequence):
+            return
+        if before is not None and length > before:
+            raise ValueError(
+                f"truncate: length is {length}, expected 0 to {before}: the other tokens of sequence {sequence} are "
+                "still to be written, all or none"
+            )
+        self._drop_step_of(sequence, "truncated")
+        self.tables.truncate(sequence, length)
 
     def step(self, tokens: Mapping[int, int]) -> Step:
-        """Make room for so many more tokens of each sequence; the model's next call brings them.
+        """Make room for so many more tokens of each sequence; the model's next call brings them, in this order.
 
         Raises:
             OutOfBlocks: there are too few free blocks; no sequence has changed.
-            TypeError, ValueError: there is no such sequence, or one gets no token; no sequence has changed.
+            TypeError, ValueError: there is no such sequence, one gets no token, or the step before is still to be
+                written; no sequence has changed.
         """
-        copies = self.tables.grow(tokens)
-        for layer in self.layers:
-            layer.copy(copies)
-        self.current = self.tables.step(tokens, self.layers[0].device)
-        return self.current
+        step = self._taken("step", tokens)
+        self._named = True
+        return step
 
     def set_rows(self, sequences: Sequence[int]) -> None:
-        """Let these be the rows of the next batch. Raises ValueError where their lengths differ."""
+        """Let these be the rows of the next batch.
+
+        Raises TypeError or ValueError where their lengths differ, one is there twice or isn't there, or a step is still
+        to be written.
+        """
+        if not isinstance(sequences, Sequence) or isinstance(sequences, str):
+            raise TypeError(f"set_rows: sequences is {type(sequences).__name__}, expected a list of their numbers")
+        self._check_written("set_rows")
         lengths = [self.tables.length(sequence) for sequence in sequences]
         if len(set(lengths)) > 1:
             raise ValueError(f"set_rows: sequences have lengths {lengths}, expected one for all")
@@ -190,7 +224,7 @@ class PagedKVCache(Cache):
                 f"set_rows: sequences are {list(sequences)}, expected each once; add(prefix_of=) shares one"
             )
         self.rows = list(sequences)
-        self._forget_step()
+        self._expect_batch()
 
     # What a model calls, patched or not.
 
@@ -277,6 +311,8 @@ class PagedKVCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens of each row."""
+        if type(tokens_to_remove) is not int:
+            raise TypeError(f"crop: tokens_to_remove is {type(tokens_to_remove).__name__}, expected an int")
         if tokens_to_remove > 0:
             raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}, expected a negative int or 0")
         lengths = {row: self.tables.length(row) for row in self.rows}
@@ -284,26 +320,66 @@ class PagedKVCache(Cache):
             if length + tokens_to_remove < 0:
                 raise ValueError(f"crop: tokens_to_remove is {tokens_to_remove}, but row {row} has {length} tokens")
         for row, length in lengths.items():
-            self.tables.crop(row, length + tokens_to_remove)
+            self.tables.truncate(row, length + tokens_to_remove)
 
     def reset(self) -> None:
-        """Free the rows of the batch; other sequences stay."""
+        """Free the rows of the batch; other sequences stay, without the tokens of a step that isn't written."""
+        self._take_back()
         for row in self.rows:
             self.tables.free(row)
         self.rows = []
-        self._forget_step()
+        self._expect_batch()
 
     def _select(self, indices: list[int]) -> None:
         kept = [self.tables.add(prefix_of=self.rows[index]) for index in indices]
         self.reset()
         self.rows = kept
 
-    def _left(self, sequence: int, keep_row: bool = False) -> None:
-        """The sequence lost tokens: a step with it can't be written any more."""
-        if not keep_row:
-            self.rows = [row for row in self.rows if row != sequence]
+    # Steps.
+
+    def _taken(self, name: str, tokens: Mapping[int, int]) -> Step:
+        self._check_written(name)
+        copies = self.tables.grow(tokens)
+        for layer in self.layers:
+            layer.copy(copies)
+        self.current, self._dropped = self.tables.step(tokens, self.layers[0].device), ""
+        return self.current
+
+    def _unwritten(self) -> dict[int, int]:
+        """How many tokens the sequences of a step had before it, if a layer that has tokens is still to get the step.
+
+        There may be layers that never get any, so those that have none yet don't count beside one that has.
+        """
+        step = self.current
+        if step is None or (self.pending is None and all(_has(layer, step) for layer in self.layers)):
+            return {}
+        before = (length - count for length, count in zip(step.lengths, step.counts, strict=True))
+        return dict(zip(step.sequences, before, strict=True))
+
+    def _check_written(self, name: str) -> None:
+        unwritten = self._unwritten()
+        if unwritten:
+            sequence, before = next(iter(unwritten.items()))
+            raise ValueError(
+                f"{name}: the step before, of sequences {list(unwritten)}, is still to be written by a call of the "
+                f"model; truncate({sequence}, {before}) drops it and takes the tokens of all of them back"
+            )
+
+    def _drop_step_of(self, sequence: int, why: str) -> None:
+        """The sequence is about to lose tokens: a step with it can't be written any more."""
         if self.current is not None and sequence in self.current.sequences:
+            if self._unwritten():
+                self._dropped = f"sequence {sequence} was {why}"
+            self._take_back()
             self._forget_step()
+
+    def _take_back(self) -> None:
+        for sequence, before in self._unwritten().items():
+            self.tables.truncate(sequence, before)
+
+    def _expect_batch(self) -> None:
+        self._forget_step()
+        self._named, self._dropped = False, ""
 
     def _forget_step(self) -> None:
         self.current = None
@@ -311,13 +387,18 @@ class PagedKVCache(Cache):
             layer.written = None
 
     def _step_of_batch(self, batch: int, length: int) -> Step:
-        if self.current is not None and not self.rows:
+        if self._dropped:
+            raise ValueError(
+                f"PagedKVCache: the step was dropped when {self._dropped}; its other sequences have the tokens of "
+                "before, call step() anew"
+            )
+        if self._named and not self.rows:
             raise ValueError("PagedKVCache: called without a step; call step(), set_rows() or reset() first")
         if self.rows and len(self.rows) != batch:
             raise ValueError(f"PagedKVCache: keys are of {batch} rows, expected {len(self.rows)}; reset() forgets them")
         rows = self.rows or [self.tables.add() for _ in range(batch)]
         try:
-            step = self.step(dict.fromkeys(rows, length))
+            step = self._taken("PagedKVCache", dict.fromkeys(rows, length))
         except Exception:
             if not self.rows:
                 for row in rows:
@@ -325,3 +406,7 @@ class PagedKVCache(Cache):
             raise
         self.rows = rows
         return step
+
+
+def _has(layer: PagedLayer, step: Step) -> bool:
+    return layer.written is step or not layer.is_initialized

@@ -36,8 +36,9 @@ def model(
 ) -> Any:
     """The stock forward of a model without head; a step of a `PagedKVCache` needs neither mask nor positions."""
     x = inputs_embeds if input_ids is None else input_ids
-    if isinstance(past_key_values, PagedKVCache) and x is not None and _is_plain(self, kwargs) and _absorbs(self):
-        attention_mask, position_ids = _of_step(past_key_values, x, attention_mask, position_ids)
+    if isinstance(past_key_values, PagedKVCache) and x is not None:
+        kept = _why_the_models(self, kwargs)
+        attention_mask, position_ids = _of_step(past_key_values, x, attention_mask, position_ids, kept)
     inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
     return type(self).forward(self, *inputs, *args, **kwargs)
 
@@ -47,16 +48,18 @@ def is_paged(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.shape[-1] == 0
 
 
-def _is_plain(module: Any, options: dict[str, Any]) -> bool:
-    """Whether a call asks for nothing that only the attention function does."""
+def _why_the_models(module: Any, options: dict[str, Any]) -> str:
+    """What a call asks for that only the model's attention function does; "" where that is nothing."""
     config = module.config
-    return (
-        _is_stock(config._attn_implementation)
-        and getattr(config, "is_causal", True)
-        and not module.training
-        and not (options.get("output_attentions") or getattr(config, "output_attentions", False))
-        and options.get("is_causal") is None
-    )
+    if not _is_stock(config._attn_implementation):
+        return f"attention {config._attn_implementation!r} isn't transformers' own"
+    if module.training:
+        return "the model is in training mode; eval() ends it"
+    if options.get("output_attentions") or getattr(config, "output_attentions", False):
+        return "output_attentions asks for weights"
+    if options.get("is_causal") is not None or not getattr(config, "is_causal", True):
+        return "is_causal is given"
+    return "" if _absorbs(module) else "kv_b_proj is quantized or hooked"
 
 
 @torch.compiler.disable
@@ -80,14 +83,28 @@ def _absorbs(module: Any) -> bool:
 
 
 @torch.compiler.disable  # which tokens are whose is kept in Python
-def _of_step(cache: PagedKVCache, x: Tensor, mask: Any, positions: Tensor | None) -> tuple[Any, Tensor | None]:
-    """(the mask of no keys, or the one that was given; the positions of the step)"""
+def _of_step(
+    cache: PagedKVCache, x: Tensor, mask: Any, positions: Tensor | None, kept: str
+) -> tuple[Any, Tensor | None]:
+    """(the mask of no keys, or the one that was given; the positions of the step)
+
+    kept: why attention is the model's, if it is.
+    """
     step, (batch, length) = cache.pending, x.shape[:2]
-    if mask is not None:
+    packed = step is not None and not step.is_batch_of(length)
+    if mask is not None and not kept:
         whole = (batch, cache.get_seq_length() + length)
-        fits = (step is None or step.is_batch_of(length)) and isinstance(mask, Tensor) and tuple(mask.shape) == whole
+        fits = not packed and isinstance(mask, Tensor) and tuple(mask.shape) == whole
         if not fits or not mask.all():
-            return mask, positions
-    if positions is None and step is not None and step.positions.numel() == batch * length:
-        positions = step.positions.view(batch, length)
-    return torch.empty(1, 1, length, 0, dtype=torch.bool, device=x.device), positions
+            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            kept = f"attention_mask is {got}"
+    if not kept:
+        if positions is None and step is not None and step.positions.numel() == batch * length:
+            positions = step.positions.view(batch, length)
+        return torch.empty(1, 1, length, 0, dtype=torch.bool, device=x.device), positions
+    if packed and (mask is None or (isinstance(mask, Tensor) and mask.ndim < 4)):
+        raise ValueError(
+            f"PagedKVCache: {kept}, so attention is the model's, which takes tokens of several sequences in one row "
+            "with an attention_mask [1, 1, tokens, all keys] that lets each see its own sequence; otherwise pass none"
+        )
+    return mask, positions

@@ -6,7 +6,11 @@ import ast
 import functools
 import inspect
 import textwrap
+import threading
 from collections.abc import Callable
+from typing import Any
+
+_parsing = threading.Lock()
 
 
 @functools.cache
@@ -61,6 +65,12 @@ def first_argument(function: Callable) -> str | None:
     return definition.args.args[1].arg if definition is not None and len(definition.args.args) > 1 else None
 
 
+def parsed(text: str, mode: str = "exec") -> Any:
+    """`ast.parse`, by one thread at a time: Python 3.11's raises SystemError now and then where two are in it."""
+    with _parsing:
+        return ast.parse(text, mode=mode)
+
+
 def _definition(function: Callable) -> ast.FunctionDef | None:
     # Decorators of transformers and torch are known to leave the result alone; others may change it.
     while (wrapped := getattr(function, "__wrapped__", None)) is not None:
@@ -69,7 +79,7 @@ def _definition(function: Callable) -> ast.FunctionDef | None:
             return None
         function = wrapped
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = parsed(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):  # built in, compiled, or typed at a prompt
         return None
     return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None

@@ -309,14 +309,14 @@ def _split(rows: Tensor, key: QuantKey) -> Tensor:
 # --- checks ---
 
 
-def check_columns(caller: str, key: QuantKey, cols: int) -> None:
+def check_columns(caller: str, key: QuantKey, cols: int, rows: str = "x") -> None:
     """Raise ValueError unless rows of `cols` elements are quantized by this key."""
     group = key.scale.group_shape
     if not key.per_tensor and (key.scale.static or group.rows != 1):
         kind = "static " * key.scale.static
         raise ValueError(f"{caller}: {key} has {kind}groups {tuple(group)}, expected (1, n), or static per tensor")
     if key.scale.dtype != torch.float32 and cols % group.cols:
-        raise ValueError(f"{caller}: x has {cols} columns, {key} expects a multiple of {group.cols}")
+        raise ValueError(f"{caller}: {rows} has {cols} columns, {key} expects a multiple of {group.cols}")
 
 
 def _check_given(caller: str, key: QuantKey, name: str, tensor: Tensor | None, wanted: bool, one: bool = True) -> None:

@@ -1,7 +1,6 @@
 """Models cut over ranks, which are threads: that costs no process."""
 
 import copy
-import threading
 
 import torch
 from patching import tokens
@@ -11,7 +10,6 @@ import models_patch
 from fused_ops.workspace import AllReduceWorkspace
 
 SECONDS = 20  # that a rank waits for one that failed
-parsing = threading.Lock()
 
 
 def on_ranks(world, function):
@@ -28,13 +26,7 @@ def cut(model, group):
     """(this rank's part of a copy of the model, the report)"""
     model = copy.deepcopy(model)
     workspace = AllReduceWorkspace(group, 64, model.config.hidden_size, model.dtype, timeout=SECONDS)
-    with parsing:  # of sources, by which modules are recognised: Python 3.11's `ast` fails in two threads at once
-        return model, models_patch.shard(model, workspace)
-
-
-def patch(model):
-    with parsing:
-        return models_patch.patch(model)
+    return model, models_patch.shard(model, workspace)
 
 
 def stepwise(model, cache):

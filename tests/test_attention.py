@@ -213,21 +213,33 @@ def test_given_outputs_padded_rows_and_bounds():
 
 # --- errors ---
 
+CACHE = inputs()["k_cache"]
+NARROW = {"v_cache": CACHE[..., :33]}
 BAD = [
     ({"q": torch.zeros(3, 4, 64)}, TypeError, "k_cache is torch.bfloat16"),
     ({"q": torch.zeros(80, 4, 65).bfloat16()}, ValueError, "k_cache is"),
     ({"q": torch.zeros(80, 3, 64).bfloat16()}, ValueError, "q has 3 heads, expected a multiple of k_cache's 2"),
-    ({"q": None}, TypeError, "q is None"),
+    ({"q": None}, TypeError, r"q is None, expected a Tensor \[T, heads, D\]"),
+    ({"q": torch.zeros(79, 0, 64).bfloat16()}, ValueError, r"q is \[79, 0, 64\], expected at least one head"),
+    ({"k_cache": CACHE[:, :, :0], "v_cache": CACHE[:, :, :0]}, ValueError, "k_cache is .* expected at least one head"),
+    ({"v_cache": CACHE[..., :0]}, ValueError, "v_cache is .* expected at least one head and column"),
+    ({"k_cache": CACHE.flatten(2)}, ValueError, r"\[blocks, block_size, kv_heads, 64\], a permuted view"),
+    ({"k_cache": CACHE.transpose(1, 2), "v_cache": CACHE.transpose(1, 2)}, ValueError, "multiple of .* permuted view"),
+    ({"k_cache": CACHE[:0], "v_cache": CACHE[:0]}, ValueError, r"at \[0, 0\], expected none"),
+    ({"k_cache": CACHE.to(FP8), "v_cache": CACHE.to(FP8)}, TypeError, r"k_scale is None, .* \[1\] or \[2\]"),
+    ({"block_tables": torch.zeros(6, 0).int()}, ValueError, "seq_lens has 5 at 0, expected at most .* 0 columns x 16"),
+    ({"output_quant_key": MXFP8, **NARROW}, ValueError, "the result has 132 columns, MXFP8 expects a multiple of 32"),
     ({"scale": math.inf}, ValueError, "scale is inf"),
     ({"scale": "1"}, (TypeError, ValueError), "scale"),
     ({"soft_cap": -1.0}, ValueError, "soft_cap is -1.0"),
     ({"soft_cap": 0.0}, ValueError, "soft_cap is 0.0"),
     ({"sliding_window": 0}, ValueError, "sliding_window is 0"),
-    ({"sliding_window": 3, "causal": False}, ValueError, "sliding_window is 3"),
+    ({"sliding_window": 3, "causal": False}, ValueError, "sliding_window is 3 with causal=False"),
+    ({"sliding_window": -1}, ValueError, "sliding_window is -1, expected at least 1, or None"),
     ({"sinks": torch.zeros(3)}, ValueError, "sinks is"),
     ({"k_scale": torch.ones(1)}, ValueError, "k_scale is given"),
-    ({"seq_lens": torch.tensor([5, 300, 9, 530, 1, 1])}, ValueError, "seq_lens has 1 at 5, expected 2 to"),
-    ({"seq_lens": torch.tensor([5, 300, 9, 530, 1, 10**6])}, ValueError, "seq_lens has 1000000 at 5"),
+    ({"seq_lens": torch.tensor([5, 300, 9, 530, 1, 1])}, ValueError, "has 1 at 5, expected at least its 2 queries"),
+    ({"seq_lens": torch.tensor([5, 300, 9, 530, 1, 10**6])}, ValueError, "has 1000000 at 5, .* 35 columns x 16 tokens"),
     ({"seq_lens": torch.tensor([5.0, 300, 9, 530, 1, 257])}, TypeError, "seq_lens is torch.float32"),
     ({"query_start_loc": torch.tensor([1, 5, 6, 6, 76, 77, 79])}, ValueError, "query_start_loc starts with 1"),
     ({"query_start_loc": torch.tensor([0, 5, 4, 6, 76, 77, 79])}, ValueError, "goes from 5 to 4 at 1"),
@@ -260,16 +272,16 @@ def test_blocks_outside_the_cache_are_refused_before_anything_is_written(backend
         tables = call["block_tables"].clone()
         tables[3, 33] = block
         out = torch.full((79, 256), 7.0).bfloat16()
-        with fused_ops.use_backend(backend), pytest.raises(ValueError, match=r"block_tables has .* at 3"):
+        with fused_ops.use_backend(backend), pytest.raises(ValueError, match=rf"has {block} at \[3, 33\]"):
             paged_attention(**{**call, "block_tables": tables}, out=out)
         assert (out == 7).all()
 
 
-@needs_kernels
-def test_outputs_lie_over_no_input():
+@every_backend
+def test_outputs_lie_over_no_input(backend):
     call = inputs()
     for name, tensor in ("q", call["q"].flatten(1)), ("k_cache", call["k_cache"].flatten()[: 79 * 256].view(79, 256)):
         before = raw(call[name]).clone()
-        with pytest.raises(ValueError, match="paged_attention: out: overlaps another argument"):
+        with fused_ops.use_backend(backend), pytest.raises(ValueError, match=r"out:? overlaps another argument"):
             paged_attention(**call, out=tensor)
         assert torch.equal(raw(call[name]), before)

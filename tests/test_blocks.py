@@ -86,7 +86,7 @@ class Simulation:
         if self.expected:
             sequence = self.random.choice(list(self.expected))
             length = self.random.randint(0, len(self.expected[sequence]))
-            self.tables.crop(sequence, length)
+            self.tables.truncate(sequence, length)
             self.expected[sequence] = self.expected[sequence][:length]
 
     def state(self):

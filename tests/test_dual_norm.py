@@ -93,11 +93,12 @@ def test_the_public_function_is_two_calls_of_rms_norm_quant(q_key, q_options):
 @pytest.mark.parametrize(
     ("position", "value", "error", "message"),
     [
-        (1, INPUTS[1][:3], ValueError, r"kv is \[3, 256\], expected \[7, M\]"),
+        (1, INPUTS[1][:3], ValueError, r"kv is \[3, 256\], expected \[7, columns\]"),
         (1, INPUTS[1].half(), TypeError, "kv is torch.float16, expected torch.bfloat16 as q"),
         (2, INPUTS[2][:5], ValueError, r"q_weight is \[5\], expected \[768\]"),
         (3, INPUTS[3][:5], ValueError, r"kv_weight is \[5\], expected \[256\]"),
         (4, "small", TypeError, "q_eps is str"),
+        (5, float("nan"), ValueError, "kv_eps is nan, expected at least 0"),
     ],
 )
 def test_errors_name_argument_got_and_expected(position, value, error, message):

@@ -1,3 +1,4 @@
+import math
 import subprocess
 
 import pytest
@@ -200,6 +201,8 @@ GOOD = {"x": X, "residual": R, "weight": W, "eps": 1e-6, "quant_key": INT8_DYNAM
         ({"weight": W[:7]}, ValueError, r"weight is \[7\], expected \[64\]"),
         ({"weight": X.to("meta")[0]}, ValueError, "weight is on meta, expected cpu as x"),
         ({"eps": "small"}, TypeError, "eps is str, expected a number"),
+        ({"eps": -1e-6}, ValueError, "eps is -1e-06, expected at least 0"),
+        ({"eps": math.nan}, ValueError, "eps is nan, expected at least 0"),
         ({"weight_bias": 0.5}, ValueError, "weight_bias is 0.5"),
         ({"scale": torch.ones(1)}, ValueError, "scale is given, but INT8_DYNAMIC_TOKEN takes none"),
         ({"quant_key": FP8_STATIC_TENSOR}, ValueError, "scale is None, FP8_STATIC_TENSOR takes"),

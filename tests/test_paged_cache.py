@@ -216,8 +216,39 @@ def _cache():
 
 
 def _started():
+    """A step of two sequences is still to be written."""
     cache = _cache()
     cache.step({cache.add(): 3, cache.add(): 3})
+    return cache
+
+
+def _write(cache, length: int, layers: int = 2):
+    for layer in range(layers):
+        cache.update(_keys(1, length), _keys(1, length), layer)
+    return cache
+
+
+def _written():
+    """Two sequences of three tokens."""
+    return _write(_started(), 6)
+
+
+def _half_written():
+    """A call that failed in its second layer."""
+    cache = _written()
+    cache.step({0: 2, 1: 1})
+    return _write(cache, 3, layers=1)
+
+
+def _added():
+    cache = _cache()
+    cache.add()
+    return cache
+
+
+def _dropped():
+    cache = _started()
+    cache.free(0)
     return cache
 
 
@@ -237,7 +268,15 @@ def _other_rows(cache):
 
 def _uneven_rows(cache):
     cache.step({0: 1})
+    _write(cache, 1)
     cache.set_rows([0, 1])
+
+
+def _without_the_others(cache):
+    """The last of the sequences is freed: the next call may not be a batch of its own."""
+    cache.free(0)
+    cache.free(1)
+    _write(cache, 1)
 
 
 @pytest.mark.parametrize(
@@ -246,13 +285,23 @@ def _uneven_rows(cache):
         (tiny, lambda model: PagedKVCache(model.config, 0), "num_blocks is 0, expected a positive int"),
         (tiny, lambda model: PagedKVCache(model.config, 1, 2.0), "block_size is 2.0, expected a positive int"),
         (_cache, lambda cache: cache.free(3), r"there is no sequence 3; there are \[\]"),
-        (_started, lambda cache: cache.step({1: 0}), "sequence 1 gets 0 tokens, expected at least one"),
-        (_started, lambda cache: cache.add(prefix_of=0, length=4), "length is 4, expected 0 to 3, sequence 0's"),
-        (_started, lambda cache: cache.tables.crop(0, 4), "length is 4, expected 0 to 3, sequence 0's"),
+        (_written, lambda cache: cache.step({1: 0}), "sequence 1 gets 0 tokens, expected at least one"),
+        (_written, lambda cache: cache.add(prefix_of=0, length=4), "add: length is 4, expected 0 to 3, sequence 0's"),
+        (_started, lambda cache: cache.add(prefix_of=0), "add: length is 3, expected 0 to 0: .* still to be written"),
+        (_half_written, lambda cache: cache.add(prefix_of=1, length=4), "add: length is 4, expected 0 to 3: the other"),
+        (_written, lambda cache: cache.truncate(0, 4), "truncate: length is 4, expected 0 to 3, sequence 0's"),
+        (_written, lambda cache: cache.truncate(0, -1), "truncate: length is -1, expected 0 to 3, sequence 0's"),
+        (_started, lambda cache: cache.truncate(0, 2), "truncate: length is 2, expected 0 to 0: .* all or none"),
+        (_started, lambda cache: cache.step({0: 1}), r"the step before, of .* \[0, 1\], .* truncate\(0, 0\) drops"),
+        (_half_written, lambda cache: cache.step({0: 1}), r"still to be written .* truncate\(0, 3\) drops it"),
+        (_started, lambda cache: cache.set_rows([0, 1]), "set_rows: the step before"),
+        (_added, lambda cache: _write(cache, 3), r"called without a step; call step\(\), set_rows\(\)"),
+        (_written, _without_the_others, "called without a step"),
+        (_dropped, lambda cache: _write(cache, 3), "step was dropped when sequence 0 was freed; its other sequences"),
         (_started, lambda cache: cache.update(_keys(1, 5), _keys(1, 5), 0), r"1 x 5 tokens, .* 3 \+ 3 in one row"),
         (_started, lambda cache: cache.update(_keys(3, 2), _keys(3, 2), 0), r"3 x 2 tokens, .* 3 \+ 3 in one row"),
-        (_started, _again, r"called without a step; call step\(\), set_rows\(\) or reset\(\) first"),
-        (_started, _uneven_rows, r"sequences have lengths \[4, 3\], expected one for all"),
+        (_started, _again, r"called without a step; call step\(\), set_rows\(\)"),
+        (_written, _uneven_rows, r"sequences have lengths \[4, 3\], expected one for all"),
         (_cache, _other_rows, r"keys are of 3 rows, expected 2; reset\(\) forgets them"),
         (_cache, lambda cache: cache.update(_keys(1, 2), _keys(1, 2), 2), "keys of layer 2, .* has 2 layers"),
         (_cache, lambda cache: cache.crop(2), "tokens_to_remove is 2, expected a negative int or 0"),
@@ -262,6 +311,60 @@ def test_mistakes_raise_by_name(make, use, message):
     made = make()
     with pytest.raises(ValueError, match=message):
         use(made)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda cache: cache.truncate(0, 2.0), "truncate: length is float, expected an int"),
+        (lambda cache: cache.truncate(0, None), "truncate: length is NoneType, expected an int"),
+        (lambda cache: cache.add(prefix_of=0, length=2.0), "add: length is float, expected an int"),
+        (lambda cache: cache.set_rows(5), "set_rows: sequences is int, expected a list"),
+        (lambda cache: cache.crop(-1.0), "crop: tokens_to_remove is float, expected an int"),
+    ],
+)
+def test_types_are_checked(use, message):
+    with pytest.raises(TypeError, match=message):
+        use(_written())
+
+
+@pytest.mark.parametrize("make", [_started, _half_written])
+@pytest.mark.parametrize("drop", ["free", "truncate", "reset"])
+def test_a_step_is_dropped_as_a_whole(make, drop):
+    cache = make()
+    counts = dict(zip(cache.current.sequences, cache.current.counts, strict=True))
+    before = {sequence: cache.length(sequence) - count for sequence, count in counts.items()}
+    {
+        "free": lambda: cache.free(0),
+        "truncate": lambda: cache.truncate(0, before[0]),
+        "reset": lambda: cache.reset(),
+    }[drop]()
+    assert cache.length(1) == before[1]
+    if drop == "free":
+        assert cache.free_blocks == 64 - (before[1] > 0)
+        counts.pop(0)
+    else:
+        assert cache.length(0) == before[0]
+    if drop != "reset":
+        with pytest.raises(ValueError, match=r"dropped when sequence 0 was .* call step\(\) anew"):
+            _write(cache, sum(counts.values()))
+        assert cache.length(1) == before[1]
+    cache.step(counts)
+    _write(cache, sum(counts.values()))
+    assert cache.length(1) == before[1] + counts[1]
+
+
+def test_sequences_that_have_their_tokens_change_freely():
+    cache = _written()
+    third = cache.add(prefix_of=0, length=2)
+    cache.step({third: 2})
+    cache.truncate(0, 1)  # which isn't in the step
+    cache.truncate(third, 4)  # as it is
+    cache.free(1)
+    _write(cache, 2)
+    assert (cache.length(0), cache.length(third)) == (1, 4)
+    cache.step({0: 1})
+    _write(cache, 1)
 
 
 @pytest.mark.parametrize(

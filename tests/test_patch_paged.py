@@ -1,5 +1,6 @@
 """Patched models with a `PagedKVCache`: what stock computes, from blocks in place, and for o_proj as it wants it."""
 
+import copy
 import functools
 
 import pytest
@@ -342,17 +343,27 @@ def test_packed_steps_raise_where_a_mask_would_be_needed(name, patched, counts):
     model = model_of(name, attn_implementation="eager")
     if patched:
         models_patch.patch(model)
-        _packed_step_raises(model, counts, attention_mask=torch.ones(1, sum(counts)))  # says nothing of sequences
-        _packed_step_raises(model, counts, output_attentions=True)
-        _packed_step_raises(model, counts, is_causal=True)
-        model.train()
-    _packed_step_raises(model, counts)
+        length = sum(counts)
+        ones = torch.ones(1, length)  # says nothing of sequences
+        _packed_step_raises(model, counts, rf"attention_mask is \[1, {length}\], so", attention_mask=ones)
+        _packed_step_raises(model, counts, "output_attentions asks for weights, so", output_attentions=True)
+        _packed_step_raises(model, counts, "is_causal is given, so", is_causal=True)
+        if name == "DeepseekV3":
+            changed = copy.deepcopy(model)
+            changed.model.layers[1].self_attn.kv_b_proj.register_forward_hook(lambda *_: None)
+            _packed_step_raises(changed, counts, "kv_b_proj is quantized or hooked, so")
+        _packed_step_raises(model.train(), counts, r"the model is in training mode; eval\(\) ends it, so")
+        model.eval().config._attn_implementation = "both_ways"
+        _packed_step_raises(model, counts, "attention 'both_ways' isn't transformers' own, so")
+    else:
+        _packed_step_raises(model, counts)
 
 
-def _packed_step_raises(model, counts=(2, 1), **options):
+def _packed_step_raises(model, counts=(2, 1), reason=None, **options):
     cache = paged(model)
     cache.step({cache.add(): count for count in counts})
-    with pytest.raises(ValueError, match=r"take an attention_mask .* or no mask at all, where `patch` reports"):
+    message = r"take an attention_mask .* or no mask at all, where `patch` reports"
+    with pytest.raises(ValueError, match=message if reason is None else reason):
         model(tokens(sum(counts), batch=1), past_key_values=cache, **options)
 
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 import fused_ops
 import models_patch
 from fused_ops.workspace import AllReduceWorkspace
+from models_patch import patch
 from models_patch.paged_cache import PagedKVCache
 from models_patch.pending import Pending
 from quant import FP8_DYNAMIC_TENSOR

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_as_near, assert_predicts_alike
-from tensor_parallel import cut, on_ranks, patch
+from tensor_parallel import cut, on_ranks
 from torch.nn.functional import linear
 
 from bench import demo_tp, models
+from models_patch import patch
 from quant.methods import quantize_model
 
 

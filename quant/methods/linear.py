@@ -15,6 +15,8 @@ from ..activation import QuantizedActivation
 from ..key import FP8, QuantKey
 from .scheme import Scheme, served_by
 
+_PREFIXES = ("", "output_")  # that operations have
+
 
 class QuantMethod:
     """What a `QuantLinear` does with its weight and its input.
@@ -198,8 +200,10 @@ class QuantLinear(nn.Module):
         """What a producer needs: `fused_add_rms_norm_quant(x, r, w, eps, **layer.input_quant())`.
 
         prefix: of the names, for a producer whose own arguments would clash: attention, which has a scale of its own,
-        takes `**o_proj.input_quant("output_")`.
+        takes `**o_proj.input_quant("output_")`. Raises ValueError for any other.
         """
+        if prefix not in _PREFIXES:
+            raise ValueError(f'{self.name}: prefix is {prefix!r}, expected "output_" (for attention) or none')
         options = {
             "quant_key": self.method.input_quant_key,
             "scale": self._buffers.get("input_scale"),
