@@ -10,7 +10,7 @@ import pytest
 import torch
 from compare import assert_as_near, assert_logits_close
 from patching import FAMILIES, assert_equal, count, generate, quantize, tiny, tiny_model, tokens, without_blocks
-from tensor_parallel import cut, on_ranks, patch, stepwise
+from tensor_parallel import cut, on_ranks, stepwise
 from torch import nn
 from transformers import DynamicCache
 
