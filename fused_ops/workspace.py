@@ -32,7 +32,7 @@ TWO_SHOT_ABOVE = 1 << 22
 # As in csrc/collective.h.
 _MAGIC = 0x31736F7073667573
 _HEADER = struct.Struct("=7q")  # magic, bytes, ranks, bytes of a slot, timeout in ns, two_shot_above, nonce
-_BROKEN = struct.Struct("=q")  # ranks that were waited for | rank that gave up << 32 | 1 << 62
+_BROKEN = struct.Struct("=q")  # ranks waited for (or that failed) | rank that gave up << 32 | 1 << 62
 _RANK = struct.Struct("=q56xqqq")  # turns; in a call; process; its address of the memory
 _BROKEN_AT, _RANKS_AT, _RANK_BYTES = 64, 128, 384
 
@@ -168,10 +168,12 @@ def raise_if_broken(name: str, buffer: Tensor) -> None:
     (broken,) = _BROKEN.unpack_from(header, _BROKEN_AT)
     if magic != _MAGIC or size != buffer.numel() or not broken:
         return
-    waited = [rank for rank in range(world) if broken >> rank & 1]
+    waited, by = [rank for rank in range(world) if broken >> rank & 1], broken >> 32 & 15
+    if waited == [by]:
+        raise TimeoutError(f"{name}: rank {by} failed in a call; the workspace is broken on all ranks: make a new one")
     absent = ", ".join(f"rank {rank} ({_process(buffer, rank)})" for rank in waited)
     raise TimeoutError(
-        f"{name}: rank {broken >> 32 & 15} waited {timeout / 1e9:g} s for {absent}; the workspace is broken on all "
+        f"{name}: rank {by} waited {timeout / 1e9:g} s for {absent}; the workspace is broken on all "
         "ranks: make a new one"
     )
 

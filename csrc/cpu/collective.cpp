@@ -19,7 +19,10 @@ void copy_rows(const Rows& from, int64_t begin, int64_t count, int64_t row_bytes
 // How many rows a slot holds. Throws where these are fewer than `least`, which all ranks then do.
 int64_t rows_of_slot(Meeting& meeting, int64_t row_bytes, int64_t least) {
   const int64_t fit = meeting.slot_bytes() / std::max<int64_t>(row_bytes, 1);
-  if (fit < least) meeting.meet();
+  if (fit < least) {
+    meeting.meet();
+    meeting.all_throw();
+  }
   STD_TORCH_CHECK(fit >= least, "workspace: a row of ", row_bytes, " bytes doesn't fit into it, expected at most ",
                   meeting.slot_bytes() / least);
   return fit;

@@ -63,7 +63,13 @@ Meeting::Meeting(const Collective& of, const Call& call)
   turn_ = mine_->turns.load(std::memory_order_relaxed) / 2;
 }
 
-Meeting::~Meeting() { mine_->calling.store(0, std::memory_order_release); }
+// A call that fails on one rank when the others count on it would be taken for the next one there.
+Meeting::~Meeting() {
+  int64_t none = 0;
+  if (compared_ && alone_ && std::uncaught_exceptions() > exceptions_)
+    broken_->compare_exchange_strong(none, kIsBroken | rank_ << 32 | int64_t{1} << rank_);
+  mine_->calling.store(0, std::memory_order_release);
+}
 
 void Meeting::meet(bool half) {
   const int64_t turns = 2 * turn_ + (half ? 1 : 2);
@@ -71,8 +77,8 @@ void Meeting::meet(bool half) {
   mine_->turns.store(turns, std::memory_order_release);
   wait_for(turns);
   if (compared_) return;
-  compared_ = true;
   compare();
+  compared_ = true;
 }
 
 void Meeting::wait_for(int64_t turns) {
@@ -105,9 +111,11 @@ void Meeting::compare() const {
 }
 
 void Meeting::give_up(int64_t turns) {
-  int64_t why = kIsBroken | rank_ << 32, none = 0;
+  int64_t late = 0, none = 0;
   for (int64_t rank = 0; rank < header_.ranks; ++rank)
-    why |= int64_t{each_[rank].turns.load(std::memory_order_relaxed) < turns} << rank;
+    late |= int64_t{each_[rank].turns.load(std::memory_order_acquire) < turns} << rank;
+  if (!late) return;  // it has come just now
+  const int64_t why = kIsBroken | rank_ << 32 | late;
   broken_->compare_exchange_strong(none, why);
   STD_TORCH_CHECK(false, "workspace: a rank has given up waiting");
 }

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <atomic>
+#include <exception>
 
 #include "../collective.h"
 
@@ -55,11 +56,13 @@ class Meeting {
   void meet(bool half = false);
   // Behind meet(), when the slots have been read: begins the next turn.
   void next() { ++turn_; }
+  // What is thrown from here on, every rank throws.
+  void all_throw() { alone_ = false; }
 
  private:
   void wait_for(int64_t turns);
   void compare() const;
-  [[noreturn]] void give_up(int64_t turns);
+  void give_up(int64_t turns);
 
   Call call_;
   Header header_;
@@ -67,7 +70,8 @@ class Meeting {
   Rank *each_, *mine_;
   char* slots_;
   int64_t rank_, turn_;
-  bool compared_ = false;
+  bool compared_ = false, alone_ = true;
+  const int exceptions_ = std::uncaught_exceptions();
 };
 
 }  // namespace fused_ops
