@@ -3,18 +3,79 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
+from patching import tiny, tokens
 
+import models_patch
+from models_patch.paged_cache import OutOfBlocks, PagedKVCache
 from quant import QuantizedActivation
 
 
-def test_attention():
+def blocks() -> list[str]:
     page = Path(__file__).parents[1] / "docs" / "attention.md"
-    first, second = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_attention():
+    first, engine, second = blocks()
     names: dict = {}
     exec(first, names)
     assert isinstance(names["y"], QuantizedActivation)
     assert names["hidden"].shape == (21, 256)
+    exec(engine, names)
     exec(second, names)
     assert (names["y"].shape, names["y"].dtype) == ((21, 128), torch.bfloat16)
     assert names["y"].isfinite().all()
+
+
+def test_the_engine_gives_every_request_what_it_gets_alone():
+    """Where blocks run out, prompts come in chunks, and begin alike."""
+    code = next(block for block in blocks() if "def serve" in block)
+    names = {"torch": torch}
+    exec(code, names)
+    model = tiny(dtype=torch.float32, num_hidden_layers=2)
+    begin = tokens(11, batch=1)[0].tolist()
+    prompts = [[*begin, i, 7, i + 3] for i in range(6)] + [[5, 6], begin[:3]]
+    alone = [greedily(model, prompt, 9) for prompt in prompts]
+    assert any(entry.operation == "paged_attention" for entry in models_patch.patch(model))
+    for num_blocks, refusals in (64, False), (9, True):
+        cache = Watched(model.config, num_blocks, 4)
+        assert names["serve"](model, cache, prompts, 9, chunk=5) == alone
+        assert cache.free_blocks == num_blocks
+        assert cache.shared > 0
+        assert (cache.refused > 0) is refusals
+    model.model.layers[1].mlp.register_forward_pre_hook(_fail)
+    cache = PagedKVCache(model.config, 64, 4)
+    with pytest.raises(RuntimeError, match="midway"):
+        names["serve"](model, cache, prompts, 9)
+    assert (cache.length(0), cache.free_blocks) == (0, 64)
+
+
+def greedily(model, prompt: list[int], count: int) -> list[int]:
+    text = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+class Watched(PagedKVCache):
+    """Counts tokens that are shared, and refused steps."""
+
+    shared = refused = 0
+
+    def add(self, prefix_of=None, length=None):
+        self.shared += length or 0
+        return super().add(prefix_of, length)
+
+    def step(self, tokens):
+        try:
+            return super().step(tokens)
+        except OutOfBlocks:
+            self.refused += 1
+            raise
+
+
+def _fail(*_):
+    raise RuntimeError("midway")

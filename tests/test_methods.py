@@ -291,6 +291,14 @@ def test_what_the_calibration_may_meet():
     assert subject.seldom.input_scale == x[:2].abs().max() / 448
 
 
+def test_a_prefix_that_no_operation_has_is_refused():
+    layer = quantize_model(nn.Sequential(nn.Linear(64, 64)), "int8_token")[0]
+    assert set(layer.input_quant("output_")) == {f"output_{name}" for name in layer.input_quant()}
+    for wrong in "output", "out_", None:
+        with pytest.raises(ValueError, match=rf'0: prefix is {wrong!r}, expected "output_"'):
+            layer.input_quant(wrong)
+
+
 def test_names_to_ignore():
     subject = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with pytest.raises(ValueError, match="ignore names 'lm_haed', and model has no module of that name"):

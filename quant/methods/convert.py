@@ -28,6 +28,7 @@ def quantize_model(
         calibration: batches for the schemes that are calibrated (the static ones and nvfp4): what `model(batch)` takes,
             or keyword arguments. Each layer's scale comes from the least and the largest value of its input over them.
         ignore: layers left alone, by path or last part of it; a name that fits no module raises, but for "lm_head".
+            Models with latents (MLA) want ("lm_head", "kv_b_proj"): attention over blocks takes that weight itself.
 
     Returns:
         model.
