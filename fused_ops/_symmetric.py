@@ -8,6 +8,7 @@ A workspace that failed is of no use any more, to any rank: kernels that are on 
 from __future__ import annotations
 
 import ctypes
+import weakref
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class Failure(ctypes.Structure):
 
 
 class _Memory(ctypes.Structure):
-    """`Memory` of csrc/cuda_collective.cpp."""
+    """`Workspace` of csrc/cuda_collective.cpp."""
 
     _fields_ = (
         ("memory", ctypes.c_void_p * MOST_RANKS),
@@ -107,10 +108,12 @@ class Memory:
         self, buffer: Tensor, addresses: list[int], rank: int, timeout: float, above: int, failure: Tensor, keep=None
     ):
         self.buffer, self.addresses, self.rank, self.timeout, self.above = buffer, addresses, rank, timeout, above
-        self.failure, self._keep, self.open = failure, keep, True
+        self.failure, self._keep = failure, keep
         self._record = Failure.from_address(failure.data_ptr())
         _open[buffer.data_ptr()] = self
         _tell_cuda(self)
+        self._forget = weakref.finalize(self, _forget, buffer.data_ptr())  # which comes before the buffer goes
+        self._forget.atexit = False
 
     def check(self, name: str = "AllReduceWorkspace") -> None:
         """Raise what a call of this rank met on the device: TimeoutError or ValueError."""
@@ -128,15 +131,18 @@ class Memory:
 
     def close(self) -> None:
         """Forget it; the memory goes with the tensor, and stays where another rank still has it open."""
-        if self.open:
-            self.open = False
-            del _open[self.buffer.data_ptr()]
-            if (library := _cuda_library()) is not None:
-                library.fused_ops_close_workspace(ctypes.c_void_p(self.buffer.data_ptr()))
+        self._forget()
 
 
 TIMED_OUT, OTHER_CALL = 1, 2
-_open: dict[int, Memory] = {}  # by address: operations take a tensor, and refuse one that isn't here
+# By address: operations take a tensor, and refuse one that isn't here. What nobody holds is closed by that.
+_open: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+
+
+def _forget(address: int) -> None:
+    _open.pop(address, None)
+    if (library := _cuda_library()) is not None:
+        library.fused_ops_close_workspace(ctypes.c_void_p(address))
 
 
 def raise_if_failed(name: str, buffer: Tensor) -> None:
@@ -182,21 +188,34 @@ def bytes_for(max_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
     return MAILBOX + 2 * max_tokens * -(-hidden_size * dtype.itemsize // 16) * 16
 
 
-def allocate(group: ProcessGroup, size: int, timeout: float, above: int | None, device: torch.device) -> Memory:
-    """A rank's memory of `size` bytes on its GPU, zeroed; every rank of the group calls this, then meets the others.
+class UnreachableError(RuntimeError):
+    """The group's GPUs don't reach each other's memory."""
+
+
+def empty(size: int, device: torch.device) -> Tensor:
+    """Memory of `size` bytes that other GPUs may be let into."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    return symmetric.empty(size, dtype=torch.uint8, device=device)
+
+
+def opened(buffer: Tensor, group: ProcessGroup, timeout: float, above: int | None) -> Memory:
+    """A rank's memory, of `empty`, zeroed; every rank of the group calls this, then meets the others.
 
     Torch's symmetric memory gives it, and maps that of the others. What torch signals by isn't used: its signals are
     set and taken back, so that a call that gave up would leave one; flags here count calls.
 
-    Raises RuntimeError where the group's GPUs don't reach each other's memory.
+    Raises UnreachableError where the ranks' memory can't be mapped.
     """
     import torch.distributed._symmetric_memory as symmetric
 
-    buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
-    handle = symmetric.rendezvous(buffer, group)
+    try:
+        handle = symmetric.rendezvous(buffer, group)
+    except RuntimeError as error:
+        raise UnreachableError(f"AllReduceWorkspace: {error}") from error
     buffer.zero_()
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(buffer.device)
     if above is None:
-        above = two_shot_above(torch.cuda.get_device_capability(device), group.size())
+        above = two_shot_above(torch.cuda.get_device_capability(buffer.device), group.size())
     failure = torch.zeros(ctypes.sizeof(Failure), dtype=torch.uint8, pin_memory=True)
     return Memory(buffer, list(handle.buffer_ptrs), group.rank(), timeout, above, failure, handle)

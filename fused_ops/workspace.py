@@ -6,12 +6,14 @@ however they end. csrc/collective.h says what lies in it.
 
 from __future__ import annotations
 
-import math
+import errno
 import os
+import platform
 import secrets
 import stat
 import struct
-from contextlib import suppress
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +60,18 @@ class AllReduceWorkspace:
         dtype: of the widest row: bfloat16, float16 or float32. Calls may be of another; what counts is a row's bytes.
         timeout: seconds after which a rank that waits for another raises TimeoutError; the same on all ranks.
         device: "cpu" or a CUDA device; by default the current CUDA device where the group serves one, else "cpu".
-        two_shot_above: bytes of a rank's rows above which ranks share the summing; None: what was measured.
+        two_shot_above: bytes of a rank's rows above which ranks share the summing; None: on CPUs what was
+            measured here, on GPUs what others report.
 
     Attributes:
         rank, world_size, group_name: of the group.
-        buffer: uint8, what operations take for it; None when closed.
+        buffer: uint8, what operations take for it; empty where it isn't shared, None when closed.
         shared: whether the ranks share memory; if not, because they are on several hosts, operations run the group's
             own collective, then the fused norm: same formula, but the sum's order is the group's.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or differs between the ranks.
+        OSError: a rank can't have the memory, or, though all are on one host, not map it; on all ranks.
     """
 
     def __init__(
@@ -96,26 +100,29 @@ class AllReduceWorkspace:
             _check_arguments(max_tokens, hidden_size, dtype, timeout, above)
             self.device = _device(group, device)
             on_cpu = self.device.type == "cpu"
+            # A call that scatters rows exchanges at least one for each rank.
+            most = max(max_tokens, self.world_size)
+            slot = -(-most * hidden_size * dtype.itemsize // 64) * 64
+            if 2 * slot * self.world_size >= 1 << 62:
+                raise ValueError(f"AllReduceWorkspace: max_tokens is {max_tokens}, too many of {hidden_size} {dtype}")
             settings = [max_tokens, hidden_size, FLOATS.index(dtype), round(timeout * 1e9), above, on_cpu]
-        except (TypeError, ValueError) as error:  # raised when the other ranks know, since they would wait
+        except Exception as error:  # raised when the other ranks know, since they would wait
             refusal = error
         every = _from_all(group, [refusal is None, *settings])
         if refusal is not None:
             raise refusal
         _check_alike(every)
-        # A call that scatters rows exchanges at least one for each rank.
-        slot = -(-max(max_tokens, self.world_size) * hidden_size * dtype.itemsize // 64) * 64
         header = [self.world_size, slot, round(timeout * 1e9), above]
         self._memory: _symmetric.Memory | None = None
         if on_cpu:
             self.buffer = _shared_memory(group, header)
         else:
-            size = _symmetric.bytes_for(max(max_tokens, self.world_size), hidden_size, dtype)
-            with suppress(RuntimeError):
-                self._memory = _symmetric.allocate(group, size, timeout, two_shot_above, self.device)
-            everywhere = all(have for (have,) in _from_all(group, [self._memory is not None]))
-            self.buffer = self._memory.buffer if self._memory is not None and everywhere else None
+            size = _symmetric.bytes_for(most, hidden_size, dtype)
+            self._memory = _memory_of_gpus(group, size, timeout, two_shot_above, self.device)
+            self.buffer = None if self._memory is None else self._memory.buffer
         self.shared = self.buffer is not None
+        if self.buffer is None:
+            self.buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
 
     def rows(self, tokens: int) -> slice:
         """The rows of `tokens` that are this rank's where a result is scattered: ceil(tokens / world_size) a rank."""
@@ -144,11 +151,11 @@ class AllReduceWorkspace:
 
 
 def ranks_of(workspace: AllReduceWorkspace) -> tuple[Tensor, int, str]:
-    """A workspace as operations take it."""
+    """A workspace as operations take it; kernels refuse one that isn't shared."""
     if not isinstance(workspace, AllReduceWorkspace):
         raise TypeError(f"workspace is {type(workspace).__name__}, expected an AllReduceWorkspace")
     if workspace.buffer is None:
-        raise ValueError("workspace is closed" if workspace.shared else "workspace is not shared by its ranks")
+        raise ValueError("workspace is closed")
     return workspace.buffer, workspace.rank, workspace.group_name
 
 
@@ -195,13 +202,13 @@ def _check_arguments(max_tokens: Any, hidden_size: Any, dtype: Any, timeout: Any
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"AllReduceWorkspace: {name} is {type(value).__name__}, expected an int")
         if not low <= value < 1 << 40:
-            raise ValueError(f"AllReduceWorkspace: {name} is {value}, expected {low} to 2^40")
+            raise ValueError(f"AllReduceWorkspace: {name} is {value}, expected at least {low}, below 2^40")
     if dtype not in FLOATS:
         raise TypeError(f"AllReduceWorkspace: dtype is {dtype}, expected one of {FLOATS}")
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
         raise TypeError(f"AllReduceWorkspace: timeout is {type(timeout).__name__}, expected seconds")
-    if not (math.isfinite(timeout) and 0 < timeout <= 1e9):
-        raise ValueError(f"AllReduceWorkspace: timeout is {timeout!r}, expected more than 0 seconds, up to 10^9")
+    if not 1e-9 <= timeout <= 1e9:
+        raise ValueError(f"AllReduceWorkspace: timeout is {timeout!r}, expected 10^-9 to 10^9 seconds")
 
 
 def _device(group: ProcessGroup, device: Any) -> torch.device:
@@ -240,47 +247,97 @@ def _from_all(group: ProcessGroup, values: list[int]) -> list[list[int]]:
     return every.view(group.size(), -1).tolist()
 
 
+def _everywhere(group: ProcessGroup, make: Callable[[], Any]) -> Any:
+    """What `make` returns; where it raises on a rank, all ranks raise."""
+    made, failure = None, None
+    try:
+        made = make()
+    except Exception as error:  # raised when the other ranks know, since they would wait
+        failure = error
+    mine = 0 if failure is None else getattr(failure, "errno", None) or errno.EIO
+    codes = [code for (code,) in _from_all(group, [mine])]
+    if failure is not None:
+        raise failure
+    rank = next((rank for rank, code in enumerate(codes) if code), None)
+    if rank is not None:
+        raise OSError(codes[rank], f"AllReduceWorkspace: rank {rank} has no memory: {os.strerror(codes[rank])}")
+    return made
+
+
+def _memory_of_gpus(
+    group: ProcessGroup, size: int, timeout: float, above: int | None, device: torch.device
+) -> _symmetric.Memory | None:
+    """This rank's memory; None where the ranks' GPUs don't reach each other's."""
+    buffer = _everywhere(group, lambda: _symmetric.empty(size, device))
+
+    def reached() -> _symmetric.Memory | None:
+        try:
+            return _symmetric.opened(buffer, group, timeout, above)
+        except _symmetric.UnreachableError:
+            return None
+
+    memory = _everywhere(group, reached)
+    return memory if all(have for (have,) in _from_all(group, [memory is not None])) else None
+
+
+def _host() -> int:
+    """A number of this machine, as it runs now."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        name = platform.node()
+    return int.from_bytes(sha256(name.encode()).digest()[:8], "little", signed=True)
+
+
 def _shared_memory(group: ProcessGroup, header: list[int]) -> Tensor | None:
-    """Memory that all ranks map, with the header in it; None where a rank can't map it."""
+    """Memory that all ranks map, with the header in it; None where they are on several hosts."""
     world, slot, *_ = header
     size = -(-(_RANKS_AT + world * _RANK_BYTES) // 4096) * 4096 + world * 2 * slot
     nonce, fd = secrets.randbits(62), -1
-    try:
-        buffer = None
-        if group.rank() == 0 and hasattr(os, "memfd_create"):
-            try:
-                fd = os.memfd_create("fused_ops")
-                os.ftruncate(fd, size)
-                buffer = _mapped(os.getpid(), fd, size)
-            except OSError:
-                buffer = None
-            if buffer is not None:
-                _put(buffer, 0, _HEADER.pack(_MAGIC, size, *header, nonce))
-        pid, theirs, nonce = _from_all(group, [os.getpid(), fd, nonce])[0]
+    every = _from_all(group, [_host()])
+    if any(host != every[0] for host in every):
+        return None
+
+    def create() -> Tensor | None:
+        nonlocal fd
         if group.rank() != 0:
-            buffer = _mapped(pid, theirs, size)
-        if buffer is not None and _HEADER.unpack(bytes(buffer[: _HEADER.size].tolist()))[-1] != nonce:
-            buffer = None  # of another host's process that has the same number
-        if buffer is not None:
+            return None
+        if not hasattr(os, "memfd_create"):
+            raise OSError(errno.ENOSYS, "AllReduceWorkspace: this system has no memory without a name")
+        fd = os.memfd_create("fused_ops")
+        os.ftruncate(fd, size)
+        created = _mapped(os.getpid(), fd, size)
+        _put(created, 0, _HEADER.pack(_MAGIC, size, *header, nonce))
+        return created
+
+    try:
+        mine = _everywhere(group, create)
+        pid, theirs, known = _from_all(group, [os.getpid(), fd, nonce])[0]
+
+        def join() -> Tensor:
+            buffer = _mapped(pid, theirs, size) if mine is None else mine
+            if _HEADER.unpack(bytes(buffer[: _HEADER.size].tolist()))[-1] != known:
+                raise OSError(errno.ESRCH, f"AllReduceWorkspace: process {pid}, rank 0, is another one here")
             at = _RANKS_AT + group.rank() * _RANK_BYTES
             _put(buffer, at, _RANK.pack(0, 0, os.getpid(), buffer.data_ptr()))
-        all_have = all(have for (have,) in _from_all(group, [buffer is not None]))
+            return buffer
+
+        return _everywhere(group, join)
     finally:
         if fd >= 0:
             os.close(fd)  # the mapping stays
-    return buffer if all_have else None
 
 
-def _mapped(pid: int, fd: int, size: int) -> Tensor | None:
-    """The memory behind another process's file descriptor; None where there is no such memory of that size."""
+def _mapped(pid: int, fd: int, size: int) -> Tensor:
+    """The memory behind another process's file descriptor; OSError where there is no such memory of that size."""
     path = f"/proc/{pid}/fd/{fd}"
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        raise OSError(errno.ESRCH, f"AllReduceWorkspace: {path} is not rank 0's memory here")
     try:
-        status = os.stat(path)
-        if fd < 0 or not stat.S_ISREG(status.st_mode) or status.st_size != size:
-            return None
         return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    except (OSError, RuntimeError):
-        return None
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"AllReduceWorkspace: {size} bytes can't be mapped: {error}") from error
 
 
 def _put(buffer: Tensor, at: int, data: bytes) -> None:

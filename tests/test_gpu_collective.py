@@ -70,7 +70,7 @@ def work(rank: int, port: int, backend: str) -> None:
     torch.cuda.set_device(0)
     try:
         with fused_ops.use_backend(backend):
-            for above in 1 << 40, 0:
+            for above in 1 << 39, 0:
                 check_calls(dist.group.WORLD, rank, above)
             check_absence(dist.group.WORLD, rank)
     finally:

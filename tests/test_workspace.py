@@ -269,7 +269,7 @@ def test_one_thread_at_a_time_is_a_rank():
 
 
 def test_ranks_that_share_no_memory_use_the_groups_own_sum(monkeypatch):
-    monkeypatch.setattr("fused_ops.workspace._mapped", lambda pid, fd, size: None)
+    monkeypatch.setattr("fused_ops.workspace._host", iter(range(99)).__next__)
     made = workspaces(2, 4, 64)
     assert not any(w.shared for w in made)
     x, residual, weight = [torch.randn(5, 64) for _ in made], torch.randn(5, 64), torch.randn(64)
