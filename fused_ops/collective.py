@@ -16,6 +16,7 @@ Source: Shoeybi et al., "Megatron-LM", 2019.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ from quant import QuantizedActivation, QuantKey
 
 from . import norm
 from ._check import FLOATS, check
-from ._op import Shared, invoke, op
+from ._gradient import refuse_backward_of
+from ._memory import check_inputs_survive, check_outputs
+from ._op import Op, Shared, invoke, op
 from .norm import _fused_add_rms_norm, _rms_norm, both, fused_add_rms_norm_quant, norm_flags, normed, rms_norm_quant
-from .quantize import QuantOptions, plain_out, quantizing, run_quant
+from .quantize import QuantOptions, asked, given_tensor, plain_out, quantizing, run_quant, target
 from .workspace import AllReduceWorkspace, raise_if_broken, ranks_of
 
 
@@ -171,15 +174,60 @@ _all_reduce_rms_norm_quant = quantizing(_all_reduce_rms_norm, one_scale=False)
 _all_reduce_fused_add_rms_norm_quant = quantizing(_all_reduce_fused_add_rms_norm, one_scale=False)
 
 
-def by_group(x: Tensor, workspace: AllReduceWorkspace) -> Tensor:
-    """The group's own sum of every rank's x, where they share no memory."""
+def by_group(name: str, x: Tensor, workspace: AllReduceWorkspace) -> Tensor:
+    """The group's own sum of every rank's x, where they share no memory, for the operation `name`."""
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", workspace.group_name))
+    total = ops.wait_tensor(ops.all_reduce(x.detach().contiguous(), "sum", workspace.group_name))
+    refuse_backward_of(name, (x,), (total,))
+    return total
 
 
 def apart(workspace: Any) -> bool:
     """Whether this is a workspace whose ranks share no memory."""
     return isinstance(workspace, AllReduceWorkspace) and not workspace.shared
+
+
+def _check_apart(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
+    """Raise what the operation refuses, before ranks that share no memory exchange anything."""
+    op.check(*args)
+    if not torch.compiler.is_compiling():  # tensors of a graph have no addresses
+        check_outputs(op, args, outs)
+        check_inputs_survive(op, args, {name: out for name, out in outs.items() if out is not None})
+
+
+def invoke_apart(op: Op, args: tuple, make: Callable[[], Any], outs: tuple | None = None) -> Any:
+    """`invoke` where ranks share no memory: the same refusals, then the results of `make`."""
+    outs = (None,) * op.returns if outs is None else outs
+    _check_apart(op, args, {f"{name}_out": out for name, out in zip(op.outputs, outs, strict=False)})
+    with torch.no_grad():
+        made = make()
+        made = made if isinstance(made, tuple) else (made,)
+        made = tuple(y if out is None else out.copy_(y) for y, out in zip(made, outs, strict=True))
+    refuse_backward_of(op.name, args, made)
+    return made[0] if len(made) == 1 else made
+
+
+def check_quant_apart(
+    plain: Op,
+    fused: Op,
+    args: tuple,
+    key: QuantKey | None,
+    quant: QuantOptions,
+    residual_out: Tensor | None = None,
+    optional: tuple = (),
+) -> None:
+    """The refusals of `plain`, or of `fused` where there is a key, as `run_quant` takes its arguments."""
+    outs: dict[str, Tensor | None] = {} if residual_out is None else {"residual_out": residual_out}
+    if key is None:
+        return _check_apart(plain, (*args, *optional), {"y_out": plain_out(fused.name, quant), **outs})
+    if type(key) is not QuantKey:
+        raise TypeError(f"{fused.name}: quant_key is {type(key).__name__}, expected a QuantKey")
+    asked(fused.name, quant)
+    args = (*args, key.code, given_tensor(fused.name, key, quant), quant.get("zero_point"), *optional)
+    fused.check(*args)
+    fresh = dict(zip(fused.outputs, fused.empty(*args), strict=True))
+    _, written = target(fused.name, key, quant, fresh, args[0].dtype)
+    _check_apart(fused, args, written | outs)
 
 
 def all_reduce(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | None = None) -> Tensor:
@@ -199,11 +247,10 @@ def all_reduce(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | None =
             call; nothing is written.
         TimeoutError: another rank did not come within the workspace's limit, now or in an earlier call.
     """
+    args, outs = (x, *ranks_of(workspace)), None if out is None else (out,)
     if apart(workspace):
-        check("all_reduce", x=(x, "... N", FLOATS))
-        total = by_group(x, workspace)
-        return total if out is None else out.copy_(total)
-    return invoke(_all_reduce, (x, *ranks_of(workspace)), None if out is None else (out,))
+        return invoke_apart(_all_reduce, args, lambda: by_group("all_reduce", x, workspace), outs)
+    return invoke(_all_reduce, args, outs)
 
 
 def all_reduce_rms_norm_quant(
@@ -231,10 +278,11 @@ def all_reduce_rms_norm_quant(
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
     name = "all_reduce_rms_norm_quant"
-    if apart(workspace):
-        options: Any = {"weight_bias": weight_bias, "round_before_weight": round_before_weight, **quant}
-        return rms_norm_quant(by_group(x, workspace), weight, eps, one_row_key(name, quant_key), **options)
     args = (x, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
+    if apart(workspace):
+        check_quant_apart(_all_reduce_rms_norm, _all_reduce_rms_norm_quant, args, quant_key, quant)
+        options: Any = {"weight_bias": weight_bias, "round_before_weight": round_before_weight, **quant}
+        return rms_norm_quant(by_group(name, x, workspace), weight, eps, quant_key, **options)
     if quant_key is None:
         out = plain_out(name, quant)
         return invoke(_all_reduce_rms_norm, args, None if out is None else (out,))
@@ -270,13 +318,14 @@ def all_reduce_fused_add_rms_norm_quant(
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
     name = "all_reduce_fused_add_rms_norm_quant"
-    if apart(workspace):
-        options: Any = {"x_multiplier": x_multiplier, "weight_bias": weight_bias, "residual_out": residual_out, **quant}
-        options["round_before_weight"] = round_before_weight
-        key = one_row_key(name, quant_key)
-        return fused_add_rms_norm_quant(by_group(x, workspace), residual, weight, eps, key, **options)
     args = (x, residual, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
     optional = () if x_multiplier == 1.0 else (x_multiplier,)
+    if apart(workspace):
+        ops = _all_reduce_fused_add_rms_norm, _all_reduce_fused_add_rms_norm_quant
+        check_quant_apart(*ops, args, quant_key, quant, residual_out, optional)
+        options: Any = {"x_multiplier": x_multiplier, "weight_bias": weight_bias, "residual_out": residual_out, **quant}
+        options["round_before_weight"] = round_before_weight
+        return fused_add_rms_norm_quant(by_group(name, x, workspace), residual, weight, eps, quant_key, **options)
     if quant_key is None:
         return invoke(_all_reduce_fused_add_rms_norm, args, both(plain_out(name, quant), residual_out), optional)
     outs = None if residual_out is None else {"residual": residual_out}
@@ -324,10 +373,14 @@ def qk_all_reduce_rms_norm(
     """
     name = "qk_all_reduce_rms_norm"
     flags = norm_flags(name, weight_bias, round_before_weight)
-    if apart(workspace):
-        squares = by_group(sums_of_squares(q, k), workspace)
-        made = _normed_both(q, k, q_weight, k_weight, eps, flags, squares, workspace.world_size)
-        return made if out is None else (out[0].copy_(made[0]), out[1].copy_(made[1]))
+    args = (q, k, q_weight, k_weight, eps, flags, *ranks_of(workspace))
     if out is not None and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"{name}: out is {type(out).__name__}, expected a tuple of two tensors")
-    return invoke(_qk_all_reduce_rms_norm, (q, k, q_weight, k_weight, eps, flags, *ranks_of(workspace)), out)
+    if apart(workspace):
+
+        def make() -> tuple:
+            squares = by_group(name, sums_of_squares(q, k), workspace)
+            return _normed_both(q, k, q_weight, k_weight, eps, flags, squares, workspace.world_size)
+
+        return invoke_apart(_qk_all_reduce_rms_norm, args, make, out)
+    return invoke(_qk_all_reduce_rms_norm, args, out)

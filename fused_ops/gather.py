@@ -16,7 +16,7 @@ from quant import QuantizedActivation, QuantKey, ScaleLayout, formats
 
 from ._check import check
 from ._op import Shared, invoke, op, refuse_backward, refused
-from .collective import apart, check_workspace, gathered, one_row_key, world_of
+from .collective import apart, check_workspace, gathered, invoke_apart, one_row_key, world_of
 from .workspace import AllReduceWorkspace, ranks_of, share_of
 
 
@@ -147,13 +147,11 @@ def all_gather(
     Raises:
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
-    mine = workspace if apart(workspace) else None
-    ranks = () if mine is not None else ranks_of(workspace)
-    total = _all_rows(x, workspace, rows)
-    if mine is not None:
-        made = _all_gather.reference(x, total, None, mine.rank, mine.group_name)
-        return made if out is None else out.copy_(made)
-    return invoke(_all_gather, (x, total, *ranks), None if out is None else (out,))
+    ranks, outs = ranks_of(workspace), None if out is None else (out,)
+    args = (x, _all_rows(x, workspace, rows), *ranks)
+    if apart(workspace):
+        return invoke_apart(_all_gather, args, lambda: _all_gather.reference(*args), outs)
+    return invoke(_all_gather, args, outs)
 
 
 def all_gather_quantized(
@@ -182,13 +180,15 @@ def all_gather_quantized(
     if key.scale.static:
         data = all_gather(q.data, workspace, rows=rows)
         return QuantizedActivation(data, q.scale, key, q.orig_dtype, q.scale2, q.zero_point)
-    if apart(workspace):
-        total = _all_rows(q.data, workspace, rows)
-        args: tuple = (q.data, q.scale, key.code, total, None, workspace.rank, workspace.group_name)
-        data, scale, zero_point = _all_gather_quantized.reference(*args, q.zero_point)
-        return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2, zero_point)
     ranks = ranks_of(workspace)
-    args = (q.data, q.scale, key.code, _all_rows(q.data, workspace, rows), *ranks)
+    args: tuple = (q.data, q.scale, key.code, _all_rows(q.data, workspace, rows), *ranks)
+    if apart(workspace):
+        whole = (*args, q.zero_point)
+        made = invoke_apart(
+            _all_gather_quantized, whole, lambda: _all_gather_quantized.reference(*whole), (None, None, None)
+        )
+        data, scale, zero_point = made
+        return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2, zero_point)
     if q.zero_point is None:
         data, scale = invoke(_all_gather_quantized, args)
         return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2)

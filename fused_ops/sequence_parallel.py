@@ -23,7 +23,7 @@ from quant.key import FP8, PER_TOKEN
 from . import norm
 from ._check import FLOATS, check
 from ._op import Shared, invoke, op
-from .collective import apart, by_group, check_workspace, gathered, one_row_key, summed
+from .collective import apart, by_group, check_quant_apart, check_workspace, gathered, invoke_apart, summed
 from .gather import all_gather, all_gather_quantized, own
 from .linear import scaled_linear
 from .norm import _fused_add_rms_norm, _rms_norm, both, fused_add_rms_norm_quant, norm_flags, rms_norm_quant
@@ -98,9 +98,8 @@ _reduce_scatter_rms_norm_quant = quantizing(_reduce_scatter_rms_norm, one_scale=
 _reduce_scatter_fused_add_rms_norm_quant = quantizing(_reduce_scatter_fused_add_rms_norm, one_scale=False)
 
 
-def _scattered_by_group(x: Tensor, workspace: AllReduceWorkspace) -> Tensor:
-    check("reduce_scatter", x=(x, "T N", FLOATS))
-    return by_group(x, workspace)[workspace.rows(x.shape[0])]
+def _scattered_by_group(name: str, x: Tensor, workspace: AllReduceWorkspace) -> Tensor:
+    return by_group(name, x, workspace)[workspace.rows(x.shape[0])]
 
 
 def reduce_scatter(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | None = None) -> Tensor:
@@ -117,10 +116,12 @@ def reduce_scatter(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | No
     Raises:
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
+    args, outs = (x, *ranks_of(workspace)), None if out is None else (out,)
     if apart(workspace):
-        mine = _scattered_by_group(x, workspace)
-        return mine.clone() if out is None else out.copy_(mine)
-    return invoke(_reduce_scatter, (x, *ranks_of(workspace)), None if out is None else (out,))
+        return invoke_apart(
+            _reduce_scatter, args, lambda: _scattered_by_group("reduce_scatter", x, workspace).clone(), outs
+        )
+    return invoke(_reduce_scatter, args, outs)
 
 
 def reduce_scatter_rms_norm_quant(
@@ -147,10 +148,11 @@ def reduce_scatter_rms_norm_quant(
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
     name = "reduce_scatter_rms_norm_quant"
-    if apart(workspace):
-        options: Any = {"weight_bias": weight_bias, "round_before_weight": round_before_weight, **quant}
-        return rms_norm_quant(_scattered_by_group(x, workspace), weight, eps, one_row_key(name, quant_key), **options)
     args = (x, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
+    if apart(workspace):
+        check_quant_apart(_reduce_scatter_rms_norm, _reduce_scatter_rms_norm_quant, args, quant_key, quant)
+        options: Any = {"weight_bias": weight_bias, "round_before_weight": round_before_weight, **quant}
+        return rms_norm_quant(_scattered_by_group(name, x, workspace), weight, eps, quant_key, **options)
     if quant_key is None:
         out = plain_out(name, quant)
         return invoke(_reduce_scatter_rms_norm, args, None if out is None else (out,))
@@ -186,13 +188,15 @@ def reduce_scatter_fused_add_rms_norm_quant(
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
     name = "reduce_scatter_fused_add_rms_norm_quant"
-    if apart(workspace):
-        options: Any = {"x_multiplier": x_multiplier, "weight_bias": weight_bias, "residual_out": residual_out, **quant}
-        options["round_before_weight"] = round_before_weight
-        mine, key = _scattered_by_group(x, workspace), one_row_key(name, quant_key)
-        return fused_add_rms_norm_quant(mine, residual, weight, eps, key, **options)
     args = (x, residual, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
     optional = () if x_multiplier == 1.0 else (x_multiplier,)
+    if apart(workspace):
+        ops = _reduce_scatter_fused_add_rms_norm, _reduce_scatter_fused_add_rms_norm_quant
+        check_quant_apart(*ops, args, quant_key, quant, residual_out, optional)
+        options: Any = {"x_multiplier": x_multiplier, "weight_bias": weight_bias, "residual_out": residual_out, **quant}
+        options["round_before_weight"] = round_before_weight
+        mine = _scattered_by_group(name, x, workspace)
+        return fused_add_rms_norm_quant(mine, residual, weight, eps, quant_key, **options)
     if quant_key is None:
         return invoke(_reduce_scatter_fused_add_rms_norm, args, both(plain_out(name, quant), residual_out), optional)
     outs = None if residual_out is None else {"residual": residual_out}
@@ -282,7 +286,10 @@ def matmul_reduce_scatter(
 
 def _overlaps(x: Tensor, workspace: AllReduceWorkspace) -> bool:
     """Whether torch's symmetric-memory operations serve these rows."""
-    return x.is_cuda and not apart(workspace) and x.ndim == 2 and x.is_contiguous()
+    if not x.is_cuda or apart(workspace):
+        return False
+    ranks_of(workspace)  # which raises where it is closed
+    return x.ndim == 2 and x.is_contiguous()
 
 
 def _by_token(key: QuantKey) -> bool:

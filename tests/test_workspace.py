@@ -15,7 +15,7 @@ from fused_ops import OPS, AllReduceWorkspace
 from fused_ops.collective import summed
 from fused_ops.collective_inputs import group_of
 from fused_ops.workspace import share_of
-from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+from quant import FP8_DYNAMIC_TENSOR, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
 
 pytestmark = pytest.mark.skipif("cpu" not in OPS["all_reduce"].backends, reason="no compiled kernels on this machine")
 
@@ -291,6 +291,95 @@ def test_ranks_that_share_no_memory_use_the_groups_own_sum(monkeypatch):
             assert_same(a, e)
         assert_same(got[3].data, fused_ops.quantize(y, FP8_DYNAMIC_TOKEN).data)
         assert_same(got[5].data, fused_ops.rms_norm_quant(total, weight, 1e-6, FP8_DYNAMIC_TOKEN).data)
+
+
+def test_ranks_that_share_no_memory_refuse_what_others_do(monkeypatch):
+    """Before they exchange anything, and no result is a constant to a backward pass."""
+    monkeypatch.setattr("fused_ops.workspace._host", iter(range(99)).__next__)
+    made = workspaces(2, 4, 64)
+    x, q = torch.randn(4, 8), fused_ops.quantize(torch.randn(2, 8), FP8_DYNAMIC_TOKEN)
+    out = torch.full((3, 4, 8), 7.0)
+    ops = fused_ops
+    for call, error, message in (
+        (lambda w: ops.all_reduce(x, w, out=x.to(torch.int8)), TypeError, "all_reduce: out is torch.int8"),
+        (lambda w: ops.all_reduce(x, w, out=out), ValueError, r"all_reduce: out is \[3, 4, 8\]"),
+        (lambda w: ops.reduce_scatter(x, w, out=out), ValueError, r"reduce_scatter: out is \[3, 4, 8\]"),
+        (lambda w: ops.reduce_scatter(x[0], w), ValueError, r"reduce_scatter: x is \[8\]"),
+        (lambda w: ops.all_gather(x, w, rows=4), ValueError, "expected 2 rows, rank"),
+        (lambda w: ops.all_gather(x, w, rows=-3), ValueError, "rows is -3"),
+        (lambda w: ops.all_gather(x, w, out=out), ValueError, r"all_gather: out is \[3, 4, 8\]"),
+        (lambda w: ops.all_gather_quantized(q, w, rows=2), ValueError, "expected 1 rows, rank"),
+        (lambda w: ops.qk_all_reduce_rms_norm(x.long(), x, None, None, 1e-6, w), TypeError, "q is torch.int64"),
+        (lambda w: ops.qk_all_reduce_rms_norm(x, x, None, None, -1.0, w), ValueError, "eps is -1.0"),
+        (lambda w: usual(w, weight=WEIGHT[:3]), ValueError, r"weight is \[3\]"),
+        (lambda w: usual(w, residual_out=out), ValueError, r"residual_out is \[3, 4, 8\]"),
+        (lambda w: ops.all_reduce_rms_norm_quant(x, None, 1e-6, None, w, out=out), ValueError, "out is"),
+        (
+            lambda w: ops.all_reduce_rms_norm_quant(x, None, 1e-6, FP8_DYNAMIC_TOKEN, w, out=q),
+            ValueError,
+            "out.data is",
+        ),
+        (lambda w: ops.reduce_scatter_rms_norm_quant(x, None, 1e-6, FP8_DYNAMIC_TENSOR, w), ValueError, "quant_key is"),
+    ):
+        with pytest.raises(error, match=message):  # of one rank alone, which would wait if it exchanged
+            call(made[0])
+    assert (out == 7).all()
+    learnt = x.clone().requires_grad_()
+    for op in (
+        lambda w: ops.all_reduce(learnt, w),
+        lambda w: ops.reduce_scatter(learnt, w),
+        lambda w: ops.all_gather(learnt, w),
+        lambda w: ops.qk_all_reduce_rms_norm(learnt, learnt, None, None, 1e-6, w)[1],
+        lambda w: ops.all_reduce_rms_norm_quant(learnt, None, 1e-6, None, w),
+    ):
+        for y in everywhere(made, op):
+            with pytest.raises(RuntimeError, match="is for inference only"):
+                y.sum().backward()
+    compiled = [torch.compile(two_of_them, fullgraph=True) for _ in made]
+    rows = torch.randn(3, 64)
+    expected = everywhere(made, lambda w: two_of_them(rows, w))
+    for actual in everywhere(made, lambda w: compiled[w.rank](rows, w)):
+        assert_same(actual[-1], expected[0][-1])
+    made[0].close()
+    with pytest.raises(ValueError, match="workspace is closed"):
+        fused_ops.all_reduce(x, made[0])
+
+
+def test_what_one_rank_cannot_make_ends_all(monkeypatch):
+    """No rank waits for one that raised, and ranks of one host share memory or say why not."""
+
+    def make(group: ProcessGroup, each) -> str:
+        with pytest.raises((RuntimeError, AssertionError, ValueError, OSError)) as error:
+            AllReduceWorkspace(
+                group, each["max_tokens"][group.rank()], 1 << 20, torch.float32, **each["of"][group.rank()]
+            )
+        return f"{error.type.__name__}: {error.value}"
+
+    usual = {"timeout": 5, "device": "cpu"}
+    for tokens, options, said in (
+        (4, usual | {"device": "bogus"}, "RuntimeError"),
+        (1 << 39, usual, "ValueError: AllReduceWorkspace: max_tokens is 549755813888, too many of 1048576"),
+        (4, usual | {"timeout": 1e-10}, "ValueError: AllReduceWorkspace: timeout is 1e-10, expected 10^-9"),
+    ):
+        results = threads(2, make, {"max_tokens": (4, tokens), "of": (usual, options)}, wait=20)
+        assert results[1].startswith(said), results
+        assert "rank 1 refuses its arguments" in results[0]
+    for result in threads(2, make, {"max_tokens": (1 << 30, 1 << 30), "of": (usual, usual)}, wait=20):
+        assert result.startswith("OSError: [Errno 12]"), result
+
+    from fused_ops import workspace
+
+    mapped, calls = workspace._mapped, iter(range(9))
+
+    def once(*where):
+        if next(calls):
+            raise OSError(13, "not for you")
+        return mapped(*where)
+
+    monkeypatch.setattr(workspace, "_mapped", once)
+    results = threads(2, make, {"max_tokens": (4, 4), "of": (usual, usual)}, wait=20)
+    assert "rank 1 has no memory: Permission denied" in results[0]
+    assert results[1] == "PermissionError: [Errno 13] not for you"
 
 
 def test_shares_cover_all_rows_once():
