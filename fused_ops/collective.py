@@ -36,6 +36,7 @@ from .quantize import QuantOptions, asked, given_tensor, plain_out, quantizing, 
 from .workspace import AllReduceWorkspace, raise_if_broken, ranks_of
 
 
+@torch.compiler.assume_constant_result  # Dynamo can't trace what it calls
 def world_of(group: str) -> int:
     """How many ranks the group of this name has."""
     return _resolve_process_group(group).size()  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
 """Collectives of the CUDA backend: its kernels on the host, a device for each rank of this process."""
 
+import gc
 import re
+import weakref
 
 import host_cuda
 import pytest
@@ -166,3 +168,14 @@ def test_what_is_no_workspace_is_refused():
             OPS["all_reduce"].default(torch.randn(1, 1000), whole, 0, group)
     with host_cuda.on_host(), pytest.raises(RuntimeError, match="workspace: expected"):
         OPS["all_reduce"].default(x, whole, 0, group)
+
+
+def test_memory_that_nobody_holds_is_closed():
+    (memory,) = virtual_ranks.memories(1, 4, 64, torch.float32)
+    buffer, held = memory.buffer, weakref.ref(memory)
+    assert _symmetric.memory_of(buffer, 0) is memory
+    del memory
+    gc.collect()
+    assert held() is None
+    with pytest.raises(ValueError, match="expected the buffer of an AllReduceWorkspace that is open"):
+        _symmetric.memory_of(buffer, 0)
