@@ -82,7 +82,14 @@ for _op, _inputs, _cases, _workload in (
 
 @_qk_all_reduce_rms_norm.declares("cases")
 def _(device: str) -> Iterator[tuple]:
-    for shape, cols in ((1, 8), 2), ((7, 576), 192), ((2, 3, 768), 128), ((0, 64), 16), ((33, 1000), 333), ((2, 1), 1):
+    for shape, cols in (
+        ((1, 8), 2),
+        ((7, 576), 192),
+        ((2, 3, 6144), 1024),
+        ((0, 64), 16),
+        ((33, 1000), 333),
+        ((2, 1), 1),
+    ):
         for dtype in FLOATS:
             q, k = (torch.randn(*shape[:-1], n, device=device).to(dtype) for n in (shape[-1], cols))
             q_weight, k_weight = (torch.randn(n, device=device) for n in (shape[-1], cols))

@@ -33,6 +33,12 @@ def triton_interpreter():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    yield
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    assert dtype == torch.float32, (
+        "a model was made in a thread: transformers sets the default dtype meanwhile, for all"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -277,6 +277,21 @@ def test_blocks_outside_the_cache_are_refused_before_anything_is_written(backend
         assert (out == 7).all()
 
 
+@needs_kernels
+def test_a_kernel_alone_says_what_it_got():
+    """As in a compiled graph, where nobody looks at the arguments again."""
+    call = inputs(((3, 3), (1, 40)))
+    wrong = {
+        "block_tables": (torch.tensor([[0, 0, 0], [1, 99, 2]]), r"has 99 at \[1, 1\], expected a block of"),
+        "seq_lens": (torch.tensor([3, 99]), "has 99 at 1, .* at least the 1 queries, and no more than 4 blocks of 16"),
+        "query_start_loc": (torch.tensor([0, 3, 5]), "goes from 3 to 5 at 1, expected no less, up to 4"),
+    }
+    for name, (tensor, says) in wrong.items():
+        first = list({**call, name: tensor}.values())[:7]  # up to the scale
+        with pytest.raises(RuntimeError, match=f"{name}: {says}"):
+            fused_ops.OPS["paged_attention"].call(*first, True, 0, 0.0, None, None, None)
+
+
 @every_backend
 def test_outputs_lie_over_no_input(backend):
     call = inputs()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import assert_close, assert_same
 from promises import DEVICE, on_device
-from test_ops import ALL, ATTENTION, HEADS, cases, results
+from test_ops import ALL, ATTENTION, COLLECTIVES, HEADS, cases, results
 
 import fused_ops
 from fused_ops import OPS
@@ -25,7 +25,8 @@ from quant import (
     ScaleLayout,
 )
 
-ROW_OPS = [p for p in ALL if p.id not in (*HEADS, *ATTENTION, "scaled_linear")]  # heads are in test_cuda_rope.py
+ELSEWHERE = (*HEADS, *ATTENTION, *COLLECTIVES, "scaled_linear")  # which have files of their own
+ROW_OPS = [p for p in ALL if p.id not in ELSEWHERE]
 PER_OP = 6 if DEVICE == "cpu" else 60  # kernels to compile take a third of a second each
 
 

@@ -24,6 +24,7 @@ MOVES = ("all_reduce", "reduce_scatter", "all_gather", "all_gather_quantized")
 BITWISE = ("quantize", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat", *MOVES)
 HEADS = [name for name in OPS if "rope" in name]  # more in their own files
 ATTENTION = [name for name in OPS if "attention" in name]
+COLLECTIVES = [name for name, op in OPS.items() if op.argument("workspace") is not None]
 GATHERS = ("all_gather", "all_gather_quantized")
 OTHER_ROWS = (
     *HEADS,

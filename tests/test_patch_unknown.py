@@ -1,6 +1,9 @@
 """What a patch doesn't know it leaves alone, and says so by name."""
 
 import functools
+import gc
+import threading
+import time
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from transformers.models.llama import modeling_llama as llama
 import fused_ops
 import models_patch
 from models_patch.families import PRE_NORM
-from models_patch.source import first_argument, formula, reads
+from models_patch.source import first_argument, formula, parsed, reads
 
 
 @pytest.fixture
@@ -197,3 +200,31 @@ def test_source_comparison():
     assert reads(Norm.branching, "x") == ("x.dim", "x[None]", "self.weight * x")
     assert first_argument(llama.LlamaMLP.forward) == "x"
     assert reads(llama.LlamaMLP.forward, "x") == ("self.gate_proj(x)", "self.up_proj(x)")
+
+
+def test_sources_are_parsed_in_threads_at_once():
+    """Python 3.11's parser counts its depth for all threads together, and fails where they come between each other."""
+    text, failed = "x = [a, (b, c), f(d)]\n" * 300, []
+
+    def parse() -> None:
+        try:
+            for _ in range(3):
+                parsed(text)
+        except SystemError as error:
+            failed.append(error)
+
+    def let_others_run(*_) -> None:
+        time.sleep(0)
+
+    threads, threshold = [threading.Thread(target=parse) for _ in range(4)], gc.get_threshold()
+    gc.callbacks.append(let_others_run)
+    gc.set_threshold(50)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        gc.callbacks.remove(let_others_run)
+        gc.set_threshold(*threshold)
+    assert not failed

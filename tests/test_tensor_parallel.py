@@ -225,8 +225,10 @@ def test_scales_over_columns_are_those_of_a_ranks_own():
 def test_one_dynamic_scale_for_the_tensor_is_left_to_the_layer(reference):
     """A norm that sums over ranks has rows, never the whole tensor; one after that may quantize so."""
 
+    model = tiny(num_hidden_layers=1)
+
     def run(group):
-        part, _ = cut(tiny(num_hidden_layers=1), group)
+        part, _ = cut(model, group)
         for layer in part.model.layers:
             for linears in layer.self_attn, layer.mlp:
                 for child in linears.children():
@@ -298,8 +300,10 @@ def test_refusals_name_the_argument():
 
 
 def test_a_model_is_cut_once():
+    model = tiny()
+
     def run(group):
-        part, _ = cut(tiny(), group)
+        part, _ = cut(model, group)
         with pytest.raises(ValueError, match=r"shard: model is cut already, at model\.layers\.0\.self_attn"):
             models_patch.shard(part, AllReduceWorkspace(group, 4, 64, torch.bfloat16))
 
@@ -335,11 +339,11 @@ def test_layers_that_are_more_than_a_product_are_left_by_name(reference):
 
 
 def test_experts_and_unknown_attentions_are_left_by_name():
+    experts, other = tiny_model("Qwen3Moe"), tiny()
+    other.model.layers[1].self_attn.forward = lambda *args, **kwargs: None
+
     def run(group):
-        _, report = cut(tiny_model("Qwen3Moe"), group)
-        other = tiny()
-        other.model.layers[1].self_attn.forward = lambda *args, **kwargs: None
-        return report, cut(other, group)[1]
+        return cut(experts, group)[1], cut(other, group)[1]
 
     moe, unknown = on_ranks(2, run)[0]
     assert {entry.note for entry in moe.left} == {"router and experts stay whole on every rank"}

@@ -9,7 +9,7 @@ import torch
 from compare import assert_close, assert_same
 from keys import EVERY_KEY, given_tensors, layouts
 from promises import DEVICE, on_device
-from test_ops import ALL, ATTENTION, as_tuple, cases, fresh, functional, results, spread
+from test_ops import ALL, ATTENTION, COLLECTIVES, as_tuple, cases, fresh, functional, results, spread
 from torch import Tensor
 
 import fused_ops
@@ -29,7 +29,8 @@ from quant import (
 pytest.importorskip("triton", reason="Triton is not installed")
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
-SERVED = [p for p in ALL if "triton" in p.values[0].backends and p.id not in ATTENTION]  # which has its own file
+ELSEWHERE = (*ATTENTION, *COLLECTIVES)  # which have files of their own
+SERVED = [p for p in ALL if "triton" in p.values[0].backends and p.id not in ELSEWHERE]
 PER_OP = 4  # the interpreter takes hundredths of a second for a block of rows
 
 
@@ -50,7 +51,8 @@ def by_triton(op, args) -> dict[str, Tensor]:
 
 
 def test_it_serves_every_operation_but_products_of_matrices():
-    assert {p.id for p in ALL if "triton" not in p.values[0].backends} == {"scaled_linear"}
+    others = {p.id for p in ALL if "triton" not in p.values[0].backends}
+    assert others == {"scaled_linear", "qk_all_reduce_rms_norm", "all_gather", "all_gather_quantized"}
 
 
 @pytest.mark.parametrize("op", [p for p in SERVED if "qk_norm" not in p.id])
