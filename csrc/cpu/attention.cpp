@@ -20,7 +20,8 @@ constexpr int64_t kLatentFloats = 1 << 22;  // queries that are projected at onc
 constexpr int64_t kStateFloats = 1 << 24;   // states of queries for which keys and values are projected once,
 constexpr int64_t kLeastExpanded = 1024;    // or of so many queries a thread: for fewer, projecting takes most
 
-constexpr double kMultiplied = 16;  // so many products are the unit of kSerial
+constexpr int64_t kLeastGroups = 4;  // of tiles a thread, for none to wait for another one for long
+constexpr double kMultiplied = 16;   // so many products are the unit of kSerial
 
 struct alignas(64) Line {
   float v[16];
@@ -66,9 +67,29 @@ std::vector<Tile> tiles_of(const Attention& p) {
   return tiles;
 }
 
-// Blocks [first, first + count) of a tile.
+// Those that are worked on together: as many as have the rows of one tile.
+std::vector<Tiles> side_by_side(const std::vector<Tile>& tiles) {
+  std::vector<Tiles> groups;
+  int64_t rows = kTileRows;
+  const Tile* last = nullptr;
+  for (const Tile& tile : tiles) {
+    const int64_t more = round_up(tile.rows(), 4);
+    const bool together = last && tile.sequence == last->sequence && tile.token == last->token;
+    if (together && rows + more <= kTileRows) {
+      ++groups.back().count;
+      rows += more;
+    } else {
+      groups.push_back({&tile, 1});
+      rows = more;
+    }
+    last = &tile;
+  }
+  return groups;
+}
+
+// Blocks [first, first + count) of tiles.
 struct Piece {
-  const Tile* tile;
+  Tiles tiles;
   int64_t first, count;
 };
 
@@ -79,42 +100,44 @@ double work_of(const Attention& p, const Tile& tile) {
   return static_cast<double>(keys) * static_cast<double>(tile.rows() * (p.k.cols + p.v.cols)) / kMultiplied;
 }
 
-// Where there are fewer tiles than threads, these share the blocks of a tile, and merge their parts afterwards.
+// Where there are too few groups of tiles for the threads, these share the blocks of a tile, and merge their parts
+// afterwards.
 void run_tiles(const Attention& p) {
   std::vector<Tile> tiles = tiles_of(p);
-  const int64_t stride = round_up(p.v.cols, 8), count = static_cast<int64_t>(tiles.size());
-  int64_t rows = 1, blocks = 0, part = 0;
+  const std::vector<Tiles> groups = side_by_side(tiles);
+  const int64_t stride = round_up(p.v.cols, 8), count = static_cast<int64_t>(groups.size());
+  int64_t blocks = 0, part = 0;
   double work = 0;
   for (const Tile& tile : tiles) {
     work += work_of(p, tile);
-    rows = std::max<int64_t>(rows, tile.rows());
-    blocks += tile.blocks;
     part += tile.blocks * part_floats(tile, stride);
   }
+  for (const Tiles& group : groups) blocks += group[0].blocks;
 
   const int64_t threads = torch::stable::get_num_threads();
-  const bool spread = count < threads && blocks > count && part <= kPartFloats && work >= kSerial;
+  const bool spread =
+      threads > 1 && count < kLeastGroups * threads && blocks > count && part <= kPartFloats && work >= kSerial;
   const auto parts = floats(spread ? part : 0);
-  std::vector<Piece> pieces;
   float* next = parts[0].v;
-  for (Tile& tile : tiles) {
-    int64_t at_once = tile.blocks;
-    if (spread) {
+  if (spread)
+    for (Tile& tile : tiles) {
       tile.parts = next;
       next += tile.blocks * part_floats(tile, stride);
-      at_once = std::max<int64_t>(1, blocks / (2 * threads));
     }
-    for (int64_t b = 0; b < tile.blocks; b += at_once)
-      pieces.push_back({&tile, tile.first + b, std::min(at_once, tile.blocks - b)});
+  const int64_t most = spread ? std::max<int64_t>(1, blocks / (kLeastGroups * threads)) : blocks;
+  std::vector<Piece> pieces;
+  for (const Tiles& group : groups) {
+    const auto& [first, all] = std::pair(group[0].first, group[0].blocks);
+    for (int64_t b = 0; b < all; b += most) pieces.push_back({group, first + b, std::min(most, all - b)});
   }
 
-  const auto desk = [&](float* memory) { return Desk(memory, rows, p.k.cols, kKeys, p.v.cols); };
-  const int64_t size = Desk::floats(rows, p.k.cols, kKeys, p.v.cols);
+  const auto desk = [&](float* memory) { return Desk(memory, kTileRows, p.k.cols, kKeys, p.v.cols); };
+  const int64_t size = Desk::floats(kTileRows, p.k.cols, kKeys, p.v.cols);
   for_each(static_cast<int64_t>(pieces.size()), size, work, [&](int64_t i, float* memory) {
-    PICK_ISA(attend)(p, *pieces[i].tile, pieces[i].first, pieces[i].count, desk(memory));
+    PICK_ISA(attend)(p, pieces[i].tiles, pieces[i].first, pieces[i].count, desk(memory));
   });
   if (!spread) return;
-  for_each(count, size, static_cast<double>(part),
+  for_each(static_cast<int64_t>(tiles.size()), size, static_cast<double>(part),
            [&](int64_t i, float* memory) { PICK_ISA(merge_parts)(p, tiles[i], desk(memory)); });
 }
 

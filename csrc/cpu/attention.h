@@ -21,6 +21,15 @@ struct Tile {
   int rows() const { return static_cast<int>(tokens * heads); }
 };
 
+// Tiles of the same tokens, for kv_heads that lie side by side in the cache: a block of keys is worked on for one after
+// the other, as memory is read best in order.
+struct Tiles {
+  const Tile* data;
+  int64_t count;
+
+  const Tile& operator[](int64_t i) const { return data[i]; }
+};
+
 // Matrices of float32 whose rows are padded for whole vectors; see attention_products.inc.
 struct Matrix {
   float* data;
@@ -74,6 +83,16 @@ class Desk {
 
   static int64_t floats(int64_t rows, int64_t x_cols, int64_t count, int64_t y_cols) {
     return Desk(nullptr, rows, x_cols, count, y_cols).used_;
+  }
+
+  // The same for rows of x and y, and their states, from `row` on.
+  Desk at(int64_t row) const {
+    Desk d = *this;
+    d.x.data = x[row];
+    d.y.data = y[row];
+    d.most += row;
+    d.sum += row;
+    return d;
   }
 
   // The same with what is made of block b of a tile in its place there.
