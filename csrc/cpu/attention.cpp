@@ -20,8 +20,9 @@ constexpr int64_t kLatentFloats = 1 << 22;  // queries that are projected at onc
 constexpr int64_t kStateFloats = 1 << 24;   // states of queries for which keys and values are projected once,
 constexpr int64_t kLeastExpanded = 1024;    // or of so many queries a thread: for fewer, projecting takes most
 
-constexpr int64_t kLeastGroups = 4;  // of tiles a thread, for none to wait for another one for long
-constexpr double kMultiplied = 16;   // so many products are the unit of kSerial
+constexpr int64_t kSideBySide = 128;  // rows at most of tiles that are worked on together
+constexpr int64_t kLeastGroups = 4;   // of tiles a thread, for none to wait for another one for long
+constexpr double kMultiplied = 16;    // so many products are the unit of kSerial
 
 struct alignas(64) Line {
   float v[16];
@@ -67,15 +68,15 @@ std::vector<Tile> tiles_of(const Attention& p) {
   return tiles;
 }
 
-// Those that are worked on together: as many as have the rows of one tile.
+// Those that are worked on together.
 std::vector<Tiles> side_by_side(const std::vector<Tile>& tiles) {
   std::vector<Tiles> groups;
-  int64_t rows = kTileRows;
+  int64_t rows = kSideBySide;
   const Tile* last = nullptr;
   for (const Tile& tile : tiles) {
     const int64_t more = round_up(tile.rows(), 4);
     const bool together = last && tile.sequence == last->sequence && tile.token == last->token;
-    if (together && rows + more <= kTileRows) {
+    if (together && rows + more <= kSideBySide) {
       ++groups.back().count;
       rows += more;
     } else {
@@ -131,8 +132,8 @@ void run_tiles(const Attention& p) {
     for (int64_t b = 0; b < all; b += most) pieces.push_back({group, first + b, std::min(most, all - b)});
   }
 
-  const auto desk = [&](float* memory) { return Desk(memory, kTileRows, p.k.cols, kKeys, p.v.cols); };
-  const int64_t size = Desk::floats(kTileRows, p.k.cols, kKeys, p.v.cols);
+  const auto desk = [&](float* memory) { return Desk(memory, kSideBySide, p.k.cols, kKeys, p.v.cols); };
+  const int64_t size = Desk::floats(kSideBySide, p.k.cols, kKeys, p.v.cols);
   for_each(static_cast<int64_t>(pieces.size()), size, work, [&](int64_t i, float* memory) {
     PICK_ISA(attend)(p, pieces[i].tiles, pieces[i].first, pieces[i].count, desk(memory));
   });
