@@ -19,7 +19,7 @@ demo-tp: .venv/models
 
 # In two processes, a file in one; each with one thread, but for the tests of threads.
 test: .venv/models .venv/tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests examples
 
 # Every combination of arguments, where `make test` takes every pair of two.
 test-full: .venv/models .venv/tests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -17,19 +18,22 @@ def directory() -> Path:
 def cached(name: str, make: Callable[[Path], None]) -> Path:
     """The directory `name` of the cache, filled by `make(directory)` the first time.
 
-    It appears under its name whole or not at all: it is filled under another name, then renamed.
+    It appears under its name whole or not at all: it is filled under another name, then renamed. Of several processes
+    one fills it, and the others wait.
     """
     root, target = directory(), directory() / name
-    if not target.exists():
-        root.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, or the process ends
+        if target.exists():
+            return target
         fresh = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=root))
         try:
             make(fresh)
             fresh.chmod(0o755)  # mkdtemp's is private
             fresh.rename(target)
-        except OSError:
-            if not target.exists():  # otherwise another process was faster
-                raise
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return target

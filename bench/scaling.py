@@ -1,143 +1,17 @@
 """What collectives cost on 2 to 64 ranks: `python -m bench.scaling` prints the tables of docs/scaling.md.
 
-A collective is a program for each rank: work on a core, bytes over a link, flags that others wait for. `simulate` runs
-the programs of all ranks against each other, on as many cores and links as a `Machine` has: ranks that share cores, or
-wait for a slow neighbour, are seen, which a formula hides.
+Here are the programs of ranks that have a GPU each; bench/scaling_cpu.py has those of ranks that share cores.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from . import scaling_cpu
+from .simulate import Link, Machine, Program, Send, Wait, Work, exchange, simulate
 from .table import table
-
-
-@dataclass(frozen=True)
-class Link:
-    """latency: seconds from one rank's store to another's seeing it. bandwidth: bytes a second each way, a rank."""
-
-    latency: float
-    bandwidth: float
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Hosts of `ranks_per_host` ranks each.
-
-    inside, between: links of ranks on one host, and on two. memory: bytes a second that a rank reads or writes.
-    launch: seconds to begin an operation. cores: that the ranks of a host share; 0: every rank has its own device.
-    switch: seconds until a core works for another rank.
-    """
-
-    name: str
-    inside: Link
-    between: Link | None
-    memory: float
-    launch: float
-    ranks_per_host: int = 8
-    cores: int = 0
-    switch: float = 0.0
-
-    def link(self, a: int, b: int) -> Link:
-        same = a // self.ranks_per_host == b // self.ranks_per_host
-        return self.inside if same or self.between is None else self.between
-
-
-class Work(NamedTuple):
-    """So long on a core."""
-
-    seconds: float
-
-
-class Send(NamedTuple):
-    """Bytes to another rank, one message after the other; it sees `tag` once they are there."""
-
-    to: int
-    bytes: float
-    tag: object
-
-
-class Wait(NamedTuple):
-    """Until `count` messages of `tag` have come."""
-
-    tag: object
-    count: int
-
-
-Program = list[Work | Send | Wait]
-WORKED, WOKEN = object(), object()  # events of a rank of its own
-
-
-def simulate(programs: list[Program], machine: Machine) -> list[float]:
-    """Seconds after which each rank has ended."""
-    ranks = range(len(programs))
-    host = [rank // machine.ranks_per_host for rank in ranks]
-    free = [machine.cores or math.inf] * (max(host) + 1)  # cores of each host
-    queue: list[deque[int]] = [deque() for _ in free]  # ranks that could work
-    place, arrived = [0] * len(programs), [defaultdict(int) for _ in ranks]
-    waits: dict[int, Wait] = {}
-    sent = [0.0] * len(programs)  # when a rank's link is free again
-    ended = [0.0] * len(programs)
-    shared = [bool(machine.cores) and host.count(host[rank]) > machine.cores for rank in ranks]
-    order, events = 0, []
-
-    def at(time: float, rank: int, what: object) -> None:
-        nonlocal order
-        order += 1  # of events of one time, the earlier made
-        heapq.heappush(events, (time, order, rank, what))
-
-    def ready(time: float, rank: int) -> None:
-        queue[host[rank]].append(rank)
-        start(time, host[rank])
-
-    def start(time: float, h: int) -> None:
-        while free[h] > 0 and queue[h]:
-            free[h] -= 1
-            run(time, queue[h].popleft())
-
-    def run(time: float, rank: int) -> None:
-        """On a core, until it works, waits or ends."""
-        program = programs[rank]
-        while place[rank] < len(program):
-            step = program[place[rank]]
-            place[rank] += 1
-            if isinstance(step, Work):
-                return at(time + step.seconds, rank, WORKED)
-            if isinstance(step, Send):
-                link = machine.link(rank, step.to)
-                sent[rank] = max(time, sent[rank]) + step.bytes / link.bandwidth
-                at(sent[rank] + link.latency, step.to, step.tag)
-            elif arrived[rank][step.tag] < step.count:
-                waits[rank] = step
-                break
-        else:
-            ended[rank] = time
-        free[host[rank]] += 1
-        start(time, host[rank])
-
-    for rank in ranks:
-        ready(0.0, rank)
-    while events:
-        time, _, rank, what = heapq.heappop(events)
-        if what is WORKED:
-            run(time, rank)
-            continue
-        if what is not WOKEN:
-            arrived[rank][what] += 1
-            wait = waits.get(rank)
-            if wait is None or arrived[rank][wait.tag] < wait.count:
-                continue
-            del waits[rank]
-            if shared[rank]:
-                at(time + machine.switch, rank, WOKEN)
-                continue
-        ready(time, rank)
-    return ended
 
 
 @dataclass(frozen=True)
@@ -177,8 +51,7 @@ def one_shot(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
     return [
         [
             Work(stage),
-            *_to_others(rank, range(ranks), layer.bytes, "in"),
-            Wait("in", ranks - 1),
+            *exchange(rank, range(ranks), layer.bytes, "in"),
             Work(layer.bytes / machine.memory + layer.norm(machine, reads_sum=False)),
         ]
         for rank in range(ranks)
@@ -191,11 +64,9 @@ def two_shot(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
     return [
         [
             Work(machine.launch + 2 * layer.bytes / machine.memory),
-            *_to_others(rank, range(ranks), share, "in"),
-            Wait("in", ranks - 1),
+            *exchange(rank, range(ranks), share, "in"),
             Work(2 * share / machine.memory),
-            *_to_others(rank, range(ranks), share, "sums"),
-            Wait("sums", ranks - 1),
+            *exchange(rank, range(ranks), share, "sums"),
             Work(layer.norm(machine, reads_sum=True)),
         ]
         for rank in range(ranks)
@@ -208,12 +79,10 @@ def scattered(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
     return [
         [
             Work(machine.launch + 2 * layer.bytes / machine.memory),
-            *_to_others(rank, range(ranks), share, "in"),
-            Wait("in", ranks - 1),
+            *exchange(rank, range(ranks), share, "in"),
             Work(share / machine.memory + layer.norm(machine, reads_sum=False, bytes_=share)),
             Work(machine.launch),
-            *_to_others(rank, range(ranks), share * layer.coded, "codes"),
-            Wait("codes", ranks - 1),
+            *exchange(rank, range(ranks), share * layer.coded, "codes"),
             Work(2 * layer.bytes * layer.coded / machine.memory),
         ]
         for rank in range(ranks)
@@ -248,20 +117,13 @@ def by_hosts(layer: Layer, ranks: int, machine: Machine) -> list[Program]:
     for rank in range(ranks):
         first = rank // inside * inside
         near = range(first, first + inside)
-        steps: Program = [Work(machine.launch), *_to_others(rank, near, share, "in"), Wait("in", inside - 1)]
+        steps: Program = [Work(machine.launch), *exchange(rank, near, share, "in")]
         steps += [Work(2 * share / machine.memory)]
         for step in range(2 * (hosts - 1)):
             steps += [Send((rank + inside) % ranks, share / hosts, step), Wait(step, 1)]
-        steps += [*_to_others(rank, near, share, "sums"), Wait("sums", inside - 1)]
+        steps += [*exchange(rank, near, share, "sums")]
         programs.append([*steps, Work(machine.launch + layer.norm(machine, reads_sum=True))])
     return programs
-
-
-def _to_others(rank: int, ranks: Iterable[int], bytes_: float, tag: object) -> list[Send]:
-    """To the next rank first, so that no link has all at once."""
-    every = list(ranks)
-    place = every.index(rank)
-    return [Send(to, bytes_, tag) for to in every[place + 1 :] + every[:place]]
 
 
 ALGORITHMS: dict[str, Callable[[Layer, int, Machine], list[Program]]] = {
@@ -304,4 +166,4 @@ def _fits(name: str, ranks: int) -> bool:
 
 
 if __name__ == "__main__":
-    print(tables())
+    print(f"{tables()}\n\n{scaling_cpu.tables()}")

@@ -1,5 +1,7 @@
 #include "collective.h"
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <sstream>
 
@@ -20,6 +22,7 @@ Collective collective_of(const char* name, const Tensor& workspace, int64_t rank
   of.bytes = rows.cols;
   of.rank = rank;
   of.ranks = header.ranks;
+  count_attempt(of);
   return of;
 }
 
@@ -45,6 +48,20 @@ Call call_of(const Pipeline& p) {
   return call;
 }
 
+namespace {
+
+// As few digits as say which float32 it is, as which kernels have it.
+std::string text_of(double value) {
+  char text[32];
+  for (int digits = 6; digits <= 9; ++digits) {
+    std::snprintf(text, sizeof(text), "%.*g", digits, value);
+    if (std::strtof(text, nullptr) == static_cast<float>(value)) break;
+  }
+  return text;
+}
+
+}  // namespace
+
 std::string text_of(const Call& call) {
   std::ostringstream text;
   const auto dtype = [&](int64_t code) {
@@ -58,10 +75,10 @@ std::string text_of(const Call& call) {
     text << ", weight ";
     dtype(call.weight);
     if (call.other_cols) text << " and ", dtype(call.other_weight);
-    text << ", eps " << call.eps << ", weight_bias " << (call.flags >> 1 & 1) << ", round_before_weight "
+    text << ", eps " << text_of(call.eps) << ", weight_bias " << (call.flags >> 1 & 1) << ", round_before_weight "
          << (call.flags & 1);
   }
-  if (call.x_multiplier != 1) text << ", x_multiplier " << call.x_multiplier;
+  if (call.x_multiplier != 1) text << ", x_multiplier " << text_of(call.x_multiplier);
   if (call.key >= 0) text << ", quant_key of code " << call.key;
   text << ")";
   return text.str();
@@ -124,12 +141,14 @@ struct Pair {
 };
 
 Pair pair_of(T q, T k, OptionalT q_weight, OptionalT k_weight, double eps, int64_t flags, T workspace, int64_t rank) {
-  Pair p{pipeline_of(q), pipeline_of(k)};
+  Pair p{pipeline_of(q), {}};
+  p.q.collective = collective_of("qk_all_reduce_rms_norm", workspace, rank, p.q.x.device);
+  p.k = pipeline_of(k);
   STD_TORCH_CHECK(p.q.dtype == p.k.dtype, "k: expected q's dtype");
   rows_like(k, "k", q, p.k.cols, p.q.dtype);
   p.q.norm = norm_of(p.q, Norm::kRms, q_weight, {}, eps, flags);
   p.k.norm = norm_of(p.k, Norm::kRms, k_weight, {}, eps, flags);
-  p.q.collective = p.k.collective = collective_of("qk_all_reduce_rms_norm", workspace, rank, p.q.x.device);
+  p.k.collective = p.q.collective;
   return p;
 }
 

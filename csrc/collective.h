@@ -11,9 +11,10 @@ constexpr int kMostRanks = 16;
 
 // What a rank calls: all that must be the same on all of them.
 struct Call {
-  char name[48] = {};
+  char name[40] = {};
   int64_t rows = 0, cols = 0, other_cols = 0, dtype = -1, key = -1, flags = -1, weight = -1, other_weight = -1;
   double eps = 0, x_multiplier = 1;
+  int64_t attempt = 0;  // which of the rank's calls
 };
 static_assert(sizeof(Call) == 128, "no padding: calls are compared by their bytes");
 

@@ -95,10 +95,16 @@ inline int32_t dtype_code(ScalarType dtype) {
   STD_TORCH_CHECK(false, "no kernel writes this dtype");
 }
 
-// Tensor::scalar_type asks for every dtype's number in turn; this is seven times faster.
-inline ScalarType dtype_of(const Tensor& tensor) {
+// Of any tensor, also of dtypes that no kernel sees.
+inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
+}
+
+// Tensor::scalar_type asks for every dtype's number in turn; this is seven times faster.
+inline ScalarType dtype_of(const Tensor& tensor) {
+  const int32_t code = dtype_code(tensor);
   for (const DtypeCode& known : kDtypes)
     if (known.code == code) return known.dtype;
   return ScalarType::Undefined;
@@ -217,13 +223,13 @@ inline void check_overlap(const Rows& out, int64_t out_bytes, const Rows& in, in
                   ": overlaps another argument in memory");
 }
 
-// A contiguous tensor as one row, for check_overlap.
-inline Rows whole(const Tensor& tensor) {
+// Contiguous memory as one row, for check_overlap.
+inline Rows one_row(void* data, int64_t cols) {
   Rows rows;
-  rows.data = static_cast<char*>(tensor.data_ptr());
+  rows.data = static_cast<char*>(data);
   rows.count = 1;
   rows.stride[0] = 0;
-  rows.cols = tensor.numel();
+  rows.cols = cols;
   return rows;
 }
 
@@ -240,12 +246,15 @@ inline void check_output(const Rows& out, int64_t out_bytes, const char* name) {
 }
 
 // One C call, no dispatcher: a third of the cost of torch::stable::empty.
-inline Tensor empty_strided(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType dtype, int device) {
+inline Tensor empty_strided(int64_t dims, const int64_t* size, const int64_t* stride, int32_t dtype, int device) {
   AtenTensorHandle handle;
   const int32_t type = device == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, size, stride, dtype_code(dtype), type, device == kCpu ? 0 : device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, size, stride, dtype, type, std::max(device, 0), &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_strided(int64_t dims, const int64_t* size, const int64_t* stride, ScalarType dtype, int device) {
+  return empty_strided(dims, size, stride, dtype_code(dtype), device);
 }
 
 // Contiguous, with the leading sizes of `like` and `cols` columns; `rows` becomes its rows.

@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "collective.h"
+#include "memory.h"
 #include "row_op.h"
 
 namespace fused_ops {
@@ -17,57 +18,32 @@ Rows bytes_of(T tensor, const char* name) {
   return rows;
 }
 
-int32_t code_of(T tensor) {
-  int32_t code;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
-  return code;
-}
-
 // Contiguous [rows, columns of x] in x's dtype, whichever it is.
 Tensor empty_like_rows(T x, int64_t rows) {
   const int64_t size[2] = {rows, x.size(1)}, stride[2] = {std::max<int64_t>(x.size(1), 1), 1};
-  AtenTensorHandle handle;
-  const int device = device_of(x, "x");
-  const int32_t type = device == kCpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, size, stride, code_of(x), type, std::max(device, 0), &handle));
-  return Tensor(handle);
+  return empty_strided(2, size, stride, dtype_code(x), device_of(x, "x"));
 }
 
-void check_share(const Collective& of, int64_t have, int64_t rows, const char* name) {
+Collective collective_for(const char* op, T x, const char* name, int64_t rows, T workspace, int64_t rank) {
+  STD_TORCH_CHECK(x.dim() == 2, name, ": expected two dimensions");
   STD_TORCH_CHECK(rows >= 0 && rows < int64_t{1} << 48, "rows: expected 0 to 2^48");
+  Collective of = collective_of(op, workspace, rank, device_of(x, name));
   const Share own = share_of(rows, of.ranks, of.rank);
-  STD_TORCH_CHECK(have == own.end - own.begin, name, ": has ", have, " rows, but ", own.end - own.begin, " of ", rows,
-                  " are rank ", of.rank, "'s");
+  STD_TORCH_CHECK(x.size(0) == own.end - own.begin, name, ": has ", x.size(0), " rows, but ", own.end - own.begin,
+                  " of ", rows, " are rank ", of.rank, "'s");
+  return of;
 }
 
 void check_memory(const Collective& of, const Gather& g) {
-  struct Named {
-    Rows rows;
-    bool written;
-    const char* name;
-  };
-  const auto bytes = [](char* data, int64_t count) {
-    Rows rows;
-    rows.data = data;
-    rows.count = 1;
-    rows.stride[0] = 0;
-    rows.cols = count;
-    return rows;
-  };
-  const auto scale = [&](const ScaleOut& s) { return bytes(s.data, s.extent); };
-  const Named all[] = {{g.x, false, ""},
-                       {scale(g.scale[0]), false, ""},
-                       {scale(g.scale[1]), false, ""},
-                       {g.y, true, "data_out"},
-                       {scale(g.result[0]), true, "scale_out"},
-                       {scale(g.result[1]), true, "zero_point_out"},
-                       {bytes(of.memory, of.bytes), true, "workspace"}};
-  for (const Named& out : all) {
-    if (!out.written) continue;
-    if (out.rows) check_output(out.rows, 1, out.name);
-    for (const Named& other : all)
-      if (&other != &out) check_overlap(out.rows, 1, other.rows, 1, false, out.name);
-  }
+  const auto bytes = [](const ScaleOut& scale) { return one_row(scale.data, scale.extent); };
+  Memory memory;
+  memory.reads(g.x, 1, "");
+  for (const ScaleOut& scale : g.scale) memory.reads(bytes(scale), 1, "");
+  memory.writes(one_row(of.memory, of.bytes), 1, "workspace");
+  memory.writes(g.y, 1, "data_out");
+  memory.writes(bytes(g.result[0]), 1, "scale_out");
+  memory.writes(bytes(g.result[1]), 1, "zero_point_out");
+  memory.check();
 }
 
 Call gather_call(const Collective& of, const Gather& g, int64_t rows, int64_t dtype, int64_t key) {
@@ -80,33 +56,27 @@ Call gather_call(const Collective& of, const Gather& g, int64_t rows, int64_t dt
   return call;
 }
 
-void gather_into(T x, int64_t rows, T workspace, int64_t rank, T y) {
+void gather_into(const Collective& of, T x, int64_t rows, T y) {
   Gather g;
   g.x = bytes_of(x, "x");
-  const Collective of = collective_of("all_gather", workspace, rank, g.x.device);
-  check_share(of, x.size(0), rows, "x");
   g.y = bytes_of(y, "y_out");
-  STD_TORCH_CHECK(y.size(0) == rows && y.size(1) == x.size(1) && code_of(y) == code_of(x) && g.y.device == g.x.device,
-                  "y_out: unexpected shape, dtype or device");
+  STD_TORCH_CHECK(y.size(0) == rows && y.size(1) == x.size(1) && dtype_code(y) == dtype_code(x),
+                  "y_out: unexpected shape or dtype");
+  STD_TORCH_CHECK(g.y.device == g.x.device, "y_out: unexpected device");
   check_memory(of, g);
-  run_gather(of, gather_call(of, g, rows, code_of(x), -1), g);
-}
-
-void check_rows_fit(T x, int64_t rows, T workspace, int64_t rank, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2, name, ": expected two dimensions");
-  check_share(collective_of(name, workspace, rank, device_of(x, name)), x.size(0), rows, name);
+  run_gather(of, gather_call(of, g, rows, dtype_code(x), -1), g);
 }
 
 Tensor all_gather(T x, int64_t rows, T workspace, int64_t rank, Group) {
-  check_rows_fit(x, rows, workspace, rank, "x");
+  const Collective of = collective_for("all_gather", x, "x", rows, workspace, rank);
   Tensor y = empty_like_rows(x, rows);
-  gather_into(x, rows, workspace, rank, y);
+  gather_into(of, x, rows, y);
   return y;
 }
 
 void all_gather_out(T x, int64_t rows, T workspace, int64_t rank, Group, OptionalT y) {
-  check_rows_fit(x, rows, workspace, rank, "x");
-  gather_into(x, rows, workspace, rank, y ? *y : empty_like_rows(x, rows));
+  const Collective of = collective_for("all_gather", x, "x", rows, workspace, rank);
+  gather_into(of, x, rows, y ? *y : empty_like_rows(x, rows));
 }
 
 // Whose absent results are made, since ranks must meet whatever each wants.
@@ -119,10 +89,9 @@ Quantized gather_quantized(T data, T scale, int64_t code, int64_t rows, T worksp
   const Key key = key_of(code, "key");
   STD_TORCH_CHECK(!key.is_static() && !key.per_tensor(), "key: expected scales that are made by row or group");
   STD_TORCH_CHECK(zero.has_value() == key.asymmetric(), "zero_point: an asymmetric key has one, and no other");
-  check_rows_fit(data, rows, workspace, rank, "data");
+  const Collective of = collective_for("all_gather_quantized", data, "data", rows, workspace, rank);
   Gather g;
   g.x = bytes_of(data, "data");
-  const Collective of = collective_of("all_gather_quantized", workspace, rank, g.x.device);
   STD_TORCH_CHECK(dtype_of(data) == storage_of(key), "data: unexpected dtype");
   const int64_t have = data.size(0), cols = data.size(1) * key.codes_per_byte();
   STD_TORCH_CHECK(cols > 0, "data: expected at least one column");

@@ -12,6 +12,7 @@ class Memory {
   void reads(const OptionalTensor& tensor, const char* name) {
     if (tensor) reads(*tensor, name);
   }
+  void reads(const Rows& rows, int64_t bytes, const char* name) { put({rows, bytes, name, nullptr, nullptr, false}); }
   // `in_place_of`: the argument, named before, that may be the output; no other that begins where it does may.
   void writes(const Tensor& tensor, const char* name, const Tensor* in_place_of = nullptr) {
     add(tensor, name, in_place_of, true);

@@ -74,12 +74,7 @@ struct Named {
 };
 
 Named memory(const void* data, int64_t count, int64_t bytes, const char* name) {
-  Rows rows;
-  rows.data = static_cast<char*>(const_cast<void*>(data));
-  rows.count = 1;
-  rows.cols = count;
-  rows.stride[0] = 0;
-  return {rows, bytes, name};
+  return {one_row(const_cast<void*>(data), count), bytes, name};
 }
 
 Named memory(const ScaleOut& out, const char* name) { return memory(out.data, out.extent, 1, name); }

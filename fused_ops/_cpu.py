@@ -25,9 +25,24 @@ def load() -> None:
         )
     else:
         torch.ops.load_library(str(library))
+        _check_complete(library)
     for op in OPS.values():
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op.name}", "CPU"):
+        if _has_kernel(op):
             op.backend(Backend("cpu", None, ("CPU",), _supports(op), LIMITS))
+
+
+def _has_kernel(op: Op) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op.name}", "CPU")
+
+
+def _check_complete(library: Path) -> None:
+    """Raise ImportError unless the library has every operation: an older build would leave some to the reference."""
+    absent = [op.name for op in OPS.values() if not _has_kernel(op)]
+    if absent:
+        raise ImportError(
+            f"fused_ops: {library} was built from other sources, it has no {', '.join(absent)}; build it again: "
+            "`make build` in a checkout, else `pip install --no-build-isolation --force-reinstall --no-deps .`"
+        )
 
 
 def library_path() -> Path | None:

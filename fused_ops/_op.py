@@ -257,7 +257,8 @@ def refused(op: Op, args: tuple, error: Exception, outs: dict[str, Tensor | None
         if not backend.supports(*args):
             raise ValueError(backend.refusal(op, args)) from error
     if refusal := re.search(r"csrc\S*:\d+, (.*)", str(error)):
-        argument, colon, rest = refusal[1].partition(":")
+        said = re.sub(r"of code (\d+)", lambda code: str(QuantKey.from_code(int(code[1]))), refusal[1])
+        argument, colon, rest = said.partition(":")
         raise ValueError(f"{op.name}: {as_callers_know(argument)}{colon}{rest}") from error
 
 

@@ -55,11 +55,11 @@ class Call(ctypes.Structure):
         dtypes = {number: str(dtype).removeprefix("torch.") for dtype, number in NUMBER_OF.items()}
         said = [f"{rows} rows of {f'{cols} and {code}' if options & SQUARES else cols} {dtypes.get(dtype, dtype)}"]
         if options & NORMS:
-            said += [f"eps {_float(eps):g}", "a weight" if options & WEIGHT else "no weight"]
+            said += [f"eps {_text(eps)}", "a weight" if options & WEIGHT else "no weight"]
             said += ["round_before_weight"] * bool(options & ROUND_BEFORE) + ["weight_bias 1"] * bool(
                 options & PLUS_ONE
             )
-        said += [f"x_multiplier {_float(multiplier):g}"] * (_float(multiplier) != 1.0)
+        said += [f"x_multiplier {_text(multiplier)}"] * (_float(multiplier) != 1.0)
         said += [str(QuantKey.from_code(code))] if code >= 0 and not options & SQUARES else []
         return f"{name} of {', '.join(said)}, {('one', 'two')[part & 1]}-shot, by {by}"
 
@@ -75,6 +75,12 @@ def bits_of(value: float | None) -> int:
 
 def _float(bits: int) -> float:
     return ctypes.c_float.from_buffer(ctypes.c_uint32(bits)).value
+
+
+def _text(bits: int) -> str:
+    """As few digits as say which float32 these bits are."""
+    texts = (f"{_float(bits):.{digits}g}" for digits in range(6, 10))
+    return next(text for text in texts if bits_of(float(text)) == bits or "n" in text)
 
 
 class Failure(ctypes.Structure):

@@ -16,9 +16,6 @@ Source: Shoeybi et al., "Megatron-LM", 2019.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -28,12 +25,18 @@ from quant import QuantizedActivation, QuantKey
 
 from . import norm
 from ._check import FLOATS, check
-from ._gradient import refuse_backward_of
-from ._memory import check_inputs_survive, check_outputs
-from ._op import Op, Shared, invoke, op
-from .norm import _fused_add_rms_norm, _rms_norm, both, fused_add_rms_norm_quant, norm_flags, normed, rms_norm_quant
-from .quantize import QuantOptions, asked, given_tensor, plain_out, quantizing, run_quant, target
-from .workspace import AllReduceWorkspace, raise_if_broken, ranks_of
+from ._op import Shared, invoke, op
+from .apart import FusedNorm, apart, by_group, invoke_apart, run_norm
+from .norm import (
+    _fused_add_rms_norm,
+    _fused_add_rms_norm_quant,
+    _rms_norm,
+    _rms_norm_quant,
+    norm_flags,
+    normed,
+)
+from .quantize import QuantOptions, quantizing
+from .workspace import AllReduceWorkspace, counted, raise_if_broken, ranks_of
 
 
 @torch.compiler.assume_constant_result  # Dynamo can't trace what it calls
@@ -175,62 +178,16 @@ _all_reduce_rms_norm_quant = quantizing(_all_reduce_rms_norm, one_scale=False)
 _all_reduce_fused_add_rms_norm_quant = quantizing(_all_reduce_fused_add_rms_norm, one_scale=False)
 
 
-def by_group(name: str, x: Tensor, workspace: AllReduceWorkspace) -> Tensor:
-    """The group's own sum of every rank's x, where they share no memory, for the operation `name`."""
-    ops = torch.ops._c10d_functional
-    total = ops.wait_tensor(ops.all_reduce(x.detach().contiguous(), "sum", workspace.group_name))
-    refuse_backward_of(name, (x,), (total,))
-    return total
+_ALL_REDUCE_NORM = FusedNorm(_all_reduce_rms_norm, _all_reduce_rms_norm_quant, _rms_norm, _rms_norm_quant)
+_ALL_REDUCE_ADD_NORM = FusedNorm(
+    _all_reduce_fused_add_rms_norm,
+    _all_reduce_fused_add_rms_norm_quant,
+    _fused_add_rms_norm,
+    _fused_add_rms_norm_quant,
+)
 
 
-def apart(workspace: Any) -> bool:
-    """Whether this is a workspace whose ranks share no memory."""
-    return isinstance(workspace, AllReduceWorkspace) and not workspace.shared
-
-
-def _check_apart(op: Op, args: tuple, outs: dict[str, Tensor | None]) -> None:
-    """Raise what the operation refuses, before ranks that share no memory exchange anything."""
-    op.check(*args)
-    if not torch.compiler.is_compiling():  # tensors of a graph have no addresses
-        check_outputs(op, args, outs)
-        check_inputs_survive(op, args, {name: out for name, out in outs.items() if out is not None})
-
-
-def invoke_apart(op: Op, args: tuple, make: Callable[[], Any], outs: tuple | None = None) -> Any:
-    """`invoke` where ranks share no memory: the same refusals, then the results of `make`."""
-    outs = (None,) * op.returns if outs is None else outs
-    _check_apart(op, args, {f"{name}_out": out for name, out in zip(op.outputs, outs, strict=False)})
-    with torch.no_grad():
-        made = make()
-        made = made if isinstance(made, tuple) else (made,)
-        made = tuple(y if out is None else out.copy_(y) for y, out in zip(made, outs, strict=True))
-    refuse_backward_of(op.name, args, made)
-    return made[0] if len(made) == 1 else made
-
-
-def check_quant_apart(
-    plain: Op,
-    fused: Op,
-    args: tuple,
-    key: QuantKey | None,
-    quant: QuantOptions,
-    residual_out: Tensor | None = None,
-    optional: tuple = (),
-) -> None:
-    """The refusals of `plain`, or of `fused` where there is a key, as `run_quant` takes its arguments."""
-    outs: dict[str, Tensor | None] = {} if residual_out is None else {"residual_out": residual_out}
-    if key is None:
-        return _check_apart(plain, (*args, *optional), {"y_out": plain_out(fused.name, quant), **outs})
-    if type(key) is not QuantKey:
-        raise TypeError(f"{fused.name}: quant_key is {type(key).__name__}, expected a QuantKey")
-    asked(fused.name, quant)
-    args = (*args, key.code, given_tensor(fused.name, key, quant), quant.get("zero_point"), *optional)
-    fused.check(*args)
-    fresh = dict(zip(fused.outputs, fused.empty(*args), strict=True))
-    _, written = target(fused.name, key, quant, fresh, args[0].dtype)
-    _check_apart(fused, args, written | outs)
-
-
+@counted
 def all_reduce(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | None = None) -> Tensor:
     """The sum of every rank's x, in float32 in the order of ranks, rounded once to S.
 
@@ -254,6 +211,7 @@ def all_reduce(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | None =
     return invoke(_all_reduce, args, outs)
 
 
+@counted
 def all_reduce_rms_norm_quant(
     x: Tensor,
     weight: Tensor | None,
@@ -278,18 +236,11 @@ def all_reduce_rms_norm_quant(
     Raises:
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
-    name = "all_reduce_rms_norm_quant"
-    args = (x, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
-    if apart(workspace):
-        check_quant_apart(_all_reduce_rms_norm, _all_reduce_rms_norm_quant, args, quant_key, quant)
-        options: Any = {"weight_bias": weight_bias, "round_before_weight": round_before_weight, **quant}
-        return rms_norm_quant(by_group(name, x, workspace), weight, eps, quant_key, **options)
-    if quant_key is None:
-        out = plain_out(name, quant)
-        return invoke(_all_reduce_rms_norm, args, None if out is None else (out,))
-    return run_quant(_all_reduce_rms_norm_quant, args, quant_key, quant)
+    flags = norm_flags("all_reduce_rms_norm_quant", weight_bias, round_before_weight)
+    return run_norm(_ALL_REDUCE_NORM, (x, weight, eps, flags, *ranks_of(workspace)), workspace, quant_key, quant)
 
 
+@counted
 def all_reduce_fused_add_rms_norm_quant(
     x: Tensor,
     residual: Tensor,
@@ -318,28 +269,13 @@ def all_reduce_fused_add_rms_norm_quant(
     Raises:
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
-    name = "all_reduce_fused_add_rms_norm_quant"
-    args = (x, residual, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
+    flags = norm_flags("all_reduce_fused_add_rms_norm_quant", weight_bias, round_before_weight)
+    args = (x, residual, weight, eps, flags, *ranks_of(workspace))
     optional = () if x_multiplier == 1.0 else (x_multiplier,)
-    if apart(workspace):
-        ops = _all_reduce_fused_add_rms_norm, _all_reduce_fused_add_rms_norm_quant
-        check_quant_apart(*ops, args, quant_key, quant, residual_out, optional)
-        options: Any = {"x_multiplier": x_multiplier, "weight_bias": weight_bias, "residual_out": residual_out, **quant}
-        options["round_before_weight"] = round_before_weight
-        return fused_add_rms_norm_quant(by_group(name, x, workspace), residual, weight, eps, quant_key, **options)
-    if quant_key is None:
-        return invoke(_all_reduce_fused_add_rms_norm, args, both(plain_out(name, quant), residual_out), optional)
-    outs = None if residual_out is None else {"residual": residual_out}
-    return run_quant(_all_reduce_fused_add_rms_norm_quant, args, quant_key, quant, outs, optional)
+    return run_norm(_ALL_REDUCE_ADD_NORM, args, workspace, quant_key, quant, residual_out, optional)
 
 
-def one_row_key(name: str, quant_key: QuantKey | None) -> QuantKey | None:
-    """The key, unless it has one dynamic scale for the tensor."""
-    if isinstance(quant_key, QuantKey) and quant_key.per_tensor and not quant_key.scale.static:
-        raise ValueError(f"{name}: quant_key is {quant_key}, expected static scales, or one a row or group")
-    return quant_key
-
-
+@counted
 def qk_all_reduce_rms_norm(
     q: Tensor,
     k: Tensor,

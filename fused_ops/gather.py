@@ -6,6 +6,7 @@ whose layout doesn't concatenate are laid out anew. Errors are as in `fused_ops.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.nn.functional import pad
 from quant import QuantizedActivation, QuantKey, ScaleLayout, formats
 
 from ._check import check
-from ._op import Shared, invoke, op, refuse_backward, refused
-from .collective import apart, check_workspace, gathered, invoke_apart, one_row_key, world_of
-from .workspace import AllReduceWorkspace, ranks_of, share_of
+from ._op import Shared, invoke, op
+from .apart import apart, invoke_apart
+from .collective import check_workspace, gathered, world_of
+from .workspace import AllReduceWorkspace, counted, ranks_of, share_of
 
 
 def own(tokens: Any, rank: int, group: str) -> slice:
@@ -78,7 +80,7 @@ def _(x, rows, workspace, rank, group, *, name) -> None:
     check_workspace(name, x, workspace, rank, group)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: x is {type(x).__name__}, expected a Tensor [R, N]")
-    check(name, x=(x, "R N", x.dtype))
+    check(name, x=(x, "R columns", x.dtype))
     _check_rows(name, x, rows, rank, group)
 
 
@@ -129,6 +131,7 @@ def _all_rows(tensor: Any, workspace: AllReduceWorkspace, rows: int | None) -> A
     return tensor.shape[0] * workspace.world_size
 
 
+@counted
 def all_gather(
     x: Tensor, workspace: AllReduceWorkspace, *, rows: int | None = None, out: Tensor | None = None
 ) -> Tensor:
@@ -150,10 +153,11 @@ def all_gather(
     ranks, outs = ranks_of(workspace), None if out is None else (out,)
     args = (x, _all_rows(x, workspace, rows), *ranks)
     if apart(workspace):
-        return invoke_apart(_all_gather, args, lambda: _all_gather.reference(*args), outs)
+        return invoke_apart(_all_gather, args, partial(_all_gather.reference, *args), outs)
     return invoke(_all_gather, args, outs)
 
 
+@counted
 def all_gather_quantized(
     activation: QuantizedActivation, workspace: AllReduceWorkspace, *, rows: int | None = None
 ) -> QuantizedActivation:
@@ -176,30 +180,21 @@ def all_gather_quantized(
         raise TypeError(f"{name}: activation is {type(q).__name__}, expected a QuantizedActivation")
     if type(q.quant_key) is not QuantKey:
         raise TypeError(f"{name}: quant_key is {type(q.quant_key).__name__}, expected a QuantKey")
-    key: Any = one_row_key(name, q.quant_key)
+    key = q.quant_key
+    if key.per_tensor and not key.scale.static:
+        raise ValueError(f"{name}: quant_key is {key}, expected static scales, or one a row or group")
     if key.scale.static:
         data = all_gather(q.data, workspace, rows=rows)
         return QuantizedActivation(data, q.scale, key, q.orig_dtype, q.scale2, q.zero_point)
-    ranks = ranks_of(workspace)
-    args: tuple = (q.data, q.scale, key.code, _all_rows(q.data, workspace, rows), *ranks)
+    args = (q.data, q.scale, key.code, _all_rows(q.data, workspace, rows), *ranks_of(workspace))
+    made: Any
     if apart(workspace):
         whole = (*args, q.zero_point)
-        made = invoke_apart(
-            _all_gather_quantized, whole, lambda: _all_gather_quantized.reference(*whole), (None, None, None)
-        )
-        data, scale, zero_point = made
-        return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2, zero_point)
-    if q.zero_point is None:
-        data, scale = invoke(_all_gather_quantized, args)
-        return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2)
-    args = (*args, q.zero_point)
-    outs: dict[str, Tensor | None] = {}
-    try:
-        data, scale, zero_point = _all_gather_quantized.empty(*args)
-        outs = {"data_out": data, "scale_out": scale, "zero_point_out": zero_point}
-        _all_gather_quantized.out(*args, **outs)
-    except Exception as error:
-        refused(_all_gather_quantized, args, error, outs)
-        raise
-    refuse_backward(name, data, scale)
+        make = partial(_all_gather_quantized.reference, *whole)
+        made = invoke_apart(_all_gather_quantized, whole, make, (None,) * 3)
+    elif q.zero_point is None:
+        made = *invoke(_all_gather_quantized, args), None
+    else:
+        made = invoke(_all_gather_quantized, args, (None,) * 3, (q.zero_point,))
+    data, scale, zero_point = made
     return QuantizedActivation(data, scale, key, q.orig_dtype, q.scale2, zero_point)

@@ -23,12 +23,13 @@ from quant.key import FP8, PER_TOKEN
 from . import norm
 from ._check import FLOATS, check
 from ._op import Shared, invoke, op
-from .collective import apart, by_group, check_quant_apart, check_workspace, gathered, invoke_apart, summed
+from .apart import FusedNorm, apart, by_group, invoke_apart, run_norm
+from .collective import check_workspace, gathered, summed
 from .gather import all_gather, all_gather_quantized, own
-from .linear import scaled_linear
-from .norm import _fused_add_rms_norm, _rms_norm, both, fused_add_rms_norm_quant, norm_flags, rms_norm_quant
-from .quantize import QuantOptions, plain_out, quantizing, run_quant
-from .workspace import AllReduceWorkspace, ranks_of
+from .linear import _scaled_linear, scaled_linear
+from .norm import _fused_add_rms_norm, _fused_add_rms_norm_quant, _rms_norm, _rms_norm_quant, norm_flags
+from .quantize import QuantOptions, quantizing
+from .workspace import AllReduceWorkspace, counted, ranks_of
 
 
 @op("y")
@@ -98,10 +99,20 @@ _reduce_scatter_rms_norm_quant = quantizing(_reduce_scatter_rms_norm, one_scale=
 _reduce_scatter_fused_add_rms_norm_quant = quantizing(_reduce_scatter_fused_add_rms_norm, one_scale=False)
 
 
+_REDUCE_SCATTER_NORM = FusedNorm(_reduce_scatter_rms_norm, _reduce_scatter_rms_norm_quant, _rms_norm, _rms_norm_quant)
+_REDUCE_SCATTER_ADD_NORM = FusedNorm(
+    _reduce_scatter_fused_add_rms_norm,
+    _reduce_scatter_fused_add_rms_norm_quant,
+    _fused_add_rms_norm,
+    _fused_add_rms_norm_quant,
+)
+
+
 def _scattered_by_group(name: str, x: Tensor, workspace: AllReduceWorkspace) -> Tensor:
     return by_group(name, x, workspace)[workspace.rows(x.shape[0])]
 
 
+@counted
 def reduce_scatter(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | None = None) -> Tensor:
     """This rank's rows of `all_reduce`, the same bits.
 
@@ -124,6 +135,7 @@ def reduce_scatter(x: Tensor, workspace: AllReduceWorkspace, *, out: Tensor | No
     return invoke(_reduce_scatter, args, outs)
 
 
+@counted
 def reduce_scatter_rms_norm_quant(
     x: Tensor,
     weight: Tensor | None,
@@ -147,18 +159,12 @@ def reduce_scatter_rms_norm_quant(
     Raises:
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
-    name = "reduce_scatter_rms_norm_quant"
-    args = (x, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
-    if apart(workspace):
-        check_quant_apart(_reduce_scatter_rms_norm, _reduce_scatter_rms_norm_quant, args, quant_key, quant)
-        options: Any = {"weight_bias": weight_bias, "round_before_weight": round_before_weight, **quant}
-        return rms_norm_quant(_scattered_by_group(name, x, workspace), weight, eps, quant_key, **options)
-    if quant_key is None:
-        out = plain_out(name, quant)
-        return invoke(_reduce_scatter_rms_norm, args, None if out is None else (out,))
-    return run_quant(_reduce_scatter_rms_norm_quant, args, quant_key, quant)
+    flags = norm_flags("reduce_scatter_rms_norm_quant", weight_bias, round_before_weight)
+    args = (x, weight, eps, flags, *ranks_of(workspace))
+    return run_norm(_REDUCE_SCATTER_NORM, args, workspace, quant_key, quant, total=_scattered_by_group)
 
 
+@counted
 def reduce_scatter_fused_add_rms_norm_quant(
     x: Tensor,
     residual: Tensor,
@@ -187,22 +193,15 @@ def reduce_scatter_fused_add_rms_norm_quant(
     Raises:
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
-    name = "reduce_scatter_fused_add_rms_norm_quant"
-    args = (x, residual, weight, eps, norm_flags(name, weight_bias, round_before_weight), *ranks_of(workspace))
+    flags = norm_flags("reduce_scatter_fused_add_rms_norm_quant", weight_bias, round_before_weight)
+    args = (x, residual, weight, eps, flags, *ranks_of(workspace))
     optional = () if x_multiplier == 1.0 else (x_multiplier,)
-    if apart(workspace):
-        ops = _reduce_scatter_fused_add_rms_norm, _reduce_scatter_fused_add_rms_norm_quant
-        check_quant_apart(*ops, args, quant_key, quant, residual_out, optional)
-        options: Any = {"x_multiplier": x_multiplier, "weight_bias": weight_bias, "residual_out": residual_out, **quant}
-        options["round_before_weight"] = round_before_weight
-        mine = _scattered_by_group(name, x, workspace)
-        return fused_add_rms_norm_quant(mine, residual, weight, eps, quant_key, **options)
-    if quant_key is None:
-        return invoke(_reduce_scatter_fused_add_rms_norm, args, both(plain_out(name, quant), residual_out), optional)
-    outs = None if residual_out is None else {"residual": residual_out}
-    return run_quant(_reduce_scatter_fused_add_rms_norm_quant, args, quant_key, quant, outs, optional)
+    return run_norm(
+        _REDUCE_SCATTER_ADD_NORM, args, workspace, quant_key, quant, residual_out, optional, _scattered_by_group
+    )
 
 
+@counted
 def all_gather_matmul(
     x: Tensor | QuantizedActivation,
     weight: Tensor,
@@ -218,11 +217,11 @@ def all_gather_matmul(
     or is FP8 by token; else one after the other.
 
     Args:
-        x: [R, K], this rank's rows, or an activation of that logical shape.
-        weight: [N, K], this rank's columns, in x's dtype; or codes, as `scaled_linear` takes them.
+        x: [R, K] bfloat16, float16 or float32 (S), this rank's rows, or an activation of that logical shape.
+        weight: [N, K], this rank's columns, in S; or codes, as `scaled_linear` takes them.
         workspace: of the group.
         weight_scale: as `scaled_linear` takes it, where x is quantized.
-        bias: [N] or None.
+        bias: [N] in S, where x is quantized in any of these dtypes; or None.
         rows: as in `all_gather`.
 
     Returns:
@@ -231,9 +230,9 @@ def all_gather_matmul(
     Raises:
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
+    _check_product("all_gather_matmul", x, weight, workspace, weight_scale, bias)
     if isinstance(x, QuantizedActivation):
-        if weight_scale is None:
-            raise ValueError("all_gather_matmul: weight_scale is None, but x is quantized")
+        assert weight_scale is not None  # as was checked
         if rows is None and _overlaps(x.data, workspace) and _by_token(x.quant_key):
             _, (y,) = torch.ops.symm_mem.fused_all_gather_scaled_matmul(
                 *(x.data, [weight.t()], x.scale, [weight_scale.t()], 0, workspace.group_name),
@@ -242,13 +241,12 @@ def all_gather_matmul(
             return y
         every = all_gather_quantized(x, workspace, rows=rows)
         return scaled_linear(every, weight, weight_scale, bias, out_dtype=x.orig_dtype)
-    if weight_scale is not None:
-        raise ValueError("all_gather_matmul: weight_scale is given, but x isn't quantized")
     if rows is None and bias is None and _overlaps(x, workspace):
         return torch.ops.symm_mem.fused_all_gather_matmul(x, [weight.t()], 0, workspace.group_name)[1][0]
     return linear(all_gather(x, workspace, rows=rows), weight, bias)
 
 
+@counted
 def matmul_reduce_scatter(
     x: Tensor | QuantizedActivation,
     weight: Tensor,
@@ -262,8 +260,9 @@ def matmul_reduce_scatter(
     ranks, and sums in S; else one after the other.
 
     Args:
-        x: [T, K], this rank's columns of all tokens, or an activation of that logical shape.
-        weight: [N, K], this rank's columns, in x's dtype; or codes, as `scaled_linear` takes them.
+        x: [T, K] bfloat16, float16 or float32 (S), this rank's columns of all tokens, or an activation of that logical
+            shape.
+        weight: [N, K], this rank's columns, in S; or codes, as `scaled_linear` takes them.
         workspace: of the group.
         weight_scale: as `scaled_linear` takes it, where x is quantized.
 
@@ -273,15 +272,54 @@ def matmul_reduce_scatter(
     Raises:
         TypeError, ValueError, TimeoutError: as in `all_reduce`.
     """
+    _check_product("matmul_reduce_scatter", x, weight, workspace, weight_scale)
     if isinstance(x, QuantizedActivation):
-        if weight_scale is None:
-            raise ValueError("matmul_reduce_scatter: weight_scale is None, but x is quantized")
+        assert weight_scale is not None  # as was checked
         return reduce_scatter(scaled_linear(x, weight, weight_scale, out_dtype=x.orig_dtype), workspace)
-    if weight_scale is not None:
-        raise ValueError("matmul_reduce_scatter: weight_scale is given, but x isn't quantized")
     if _overlaps(x, workspace) and x.shape[0] % workspace.world_size == 0:
         return torch.ops.symm_mem.fused_matmul_reduce_scatter(x, weight.t(), "sum", 0, workspace.group_name)
     return reduce_scatter(linear(x, weight), workspace)
+
+
+def _check_product(name: str, x: Any, weight: Any, workspace: Any, weight_scale: Any, bias: Any = None) -> None:
+    """Raise unless x [..., K], weight [N, K] and bias [N] have a product, before ranks exchange anything for it."""
+    device = ranks_of(workspace)[0].device
+    if isinstance(x, QuantizedActivation):
+        if weight_scale is None:
+            raise ValueError(f"{name}: weight_scale is None, but x is quantized")
+        if type(x.quant_key) is not QuantKey:
+            raise TypeError(f"{name}: quant_key is {type(x.quant_key).__name__}, expected a QuantKey")
+        factors = x.data, x.scale, x.quant_key.code, weight, weight_scale, bias, x.orig_dtype, x.scale2, x.zero_point
+        try:
+            _scaled_linear.check(*factors)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("scaled_linear", name, 1)) from error
+        x = x.data
+    else:
+        if weight_scale is not None:
+            raise ValueError(f"{name}: weight_scale is given, but x isn't quantized")
+        sizes: dict[str, int] = {}
+        for what, tensor, words in ("x", x, "T K"), ("weight", weight, "N K"), ("bias", bias, "N"):
+            if tensor is None and what == "bias":
+                continue
+            shape = [sizes.get(word, word) for word in words.split()]
+            expected = f"[{', '.join(map(str, shape))}]"
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: {what} is {type(tensor).__name__}, expected a Tensor {expected}")
+            if tensor.dtype not in ((x.dtype,) if what != "x" else FLOATS):
+                raise TypeError(f"{name}: {what} is {tensor.dtype}, expected {FLOATS if what == 'x' else x.dtype}")
+            if tensor.layout != torch.strided:
+                raise TypeError(f"{name}: {what} is {tensor.layout}, expected {torch.strided}")
+            fits = tensor.ndim == len(shape) and all(
+                w in (n, s) for n, s, w in zip(tensor.shape, words.split(), shape, strict=True)
+            )
+            if not fits or tensor.shape[-1] == 0:
+                raise ValueError(f"{name}: {what} is {list(tensor.shape)}, expected {expected}")
+            if tensor.device != x.device:
+                raise ValueError(f"{name}: {what} is on {tensor.device}, expected {x.device} as x")
+            sizes.update(zip(words.split(), tensor.shape, strict=True))
+    if x.device != device:
+        raise ValueError(f"{name}: workspace is on {device}, expected {x.device}")
 
 
 def _overlaps(x: Tensor, workspace: AllReduceWorkspace) -> bool:

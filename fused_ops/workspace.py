@@ -6,7 +6,10 @@ however they end. csrc/collective.h says what lies in it.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
+import inspect
 import os
 import platform
 import secrets
@@ -15,7 +18,7 @@ import struct
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +27,6 @@ from torch.distributed import ProcessGroup
 from . import _symmetric
 from ._check import FLOATS
 
-MOST_RANKS = 16
 DEFAULT_TIMEOUT = 60.0  # seconds
 # Bytes of a rank's rows from which on each rank sums its share of them and all read the sums, rather than everyone
 # summing all. On two cores, of 4096 columns of bfloat16: 2 MiB are faster in one shot with 2, 3 and 4 ranks, 8 MiB in
@@ -32,11 +34,14 @@ DEFAULT_TIMEOUT = 60.0  # seconds
 TWO_SHOT_ABOVE = 1 << 22
 
 # As in csrc/collective.h.
-_MAGIC = 0x31736F7073667573
+_MAGIC = 0x32736F7073667573
 _HEADER = struct.Struct("=7q")  # magic, bytes, ranks, bytes of a slot, timeout in ns, two_shot_above, nonce
 _BROKEN = struct.Struct("=q")  # ranks waited for (or that failed) | rank that gave up << 32 | 1 << 62
-_RANK = struct.Struct("=q56xqqq")  # turns; in a call; process; its address of the memory
-_BROKEN_AT, _RANKS_AT, _RANK_BYTES = 64, 128, 384
+_RANK = struct.Struct("=q56xqqqq")  # turns; in a call; process; its address of the memory; attempts
+_HAS_ENDED = 1 << 61  # in the same, where their processes have
+_BROKEN_AT, _RANKS_AT, _RANK_BYTES, _CALLING_AT, _ATTEMPTS_AT = 64, 128, 384, 64, 88
+
+Function = TypeVar("Function", bound=Callable)
 
 
 class AllReduceWorkspace:
@@ -46,9 +51,11 @@ class AllReduceWorkspace:
     rows a rank; a larger call goes through it in chunks of rows, and gives the same bits. Workspaces know nothing of
     each other: any number, of any groups, may be in use side by side.
 
-    A rank that waits longer than `timeout` raises TimeoutError, and the workspace is broken: every later call with it
-    does the same, on every rank. Calls that differ between ranks raise ValueError on all of them and break nothing. On
-    a GPU both are found while the kernel runs: its results are NaN, a later call raises, and the workspace is broken.
+    A rank that waits longer than `timeout`, or for a process that has ended, raises TimeoutError, and the workspace is
+    broken: every later call with it does the same, on every rank. Calls that differ between ranks raise ValueError on
+    all of them and break nothing, and so does a call that one rank refuses by itself, say for an argument that it alone
+    has wrong: the next one is the next on all. On a GPU differences and limits are found while the kernel runs: its
+    results are NaN, a later call raises, and the workspace is broken.
     A call belongs to the process that made the workspace, one thread at a time: a child that was forked is no rank.
     Operations write `buffer`, so compiled graphs keep their order; a compiler that copies what is written, as
     `backend="aot_eager"` does where Inductor doesn't, is refused when it calls, for nobody waits behind a copy.
@@ -87,8 +94,10 @@ class AllReduceWorkspace:
     ):
         if not isinstance(group, ProcessGroup):
             raise TypeError(f"AllReduceWorkspace: group is {type(group).__name__}, expected a ProcessGroup")
-        if group.size() > MOST_RANKS:
-            raise ValueError(f"AllReduceWorkspace: group has {group.size()} ranks, expected at most {MOST_RANKS}")
+        if group.size() > _symmetric.MOST_RANKS:
+            raise ValueError(
+                f"AllReduceWorkspace: group has {group.size()} ranks, expected at most {_symmetric.MOST_RANKS}"
+            )
         self.group, self.group_name = group, group.group_name
         self.rank, self.world_size = group.rank(), group.size()
         self.max_tokens, self.hidden_size, self.dtype, self.timeout = max_tokens, hidden_size, dtype, timeout
@@ -121,6 +130,13 @@ class AllReduceWorkspace:
             self._memory = _memory_of_gpus(group, size, timeout, two_shot_above, self.device)
             self.buffer = None if self._memory is None else self._memory.buffer
         self.shared = self.buffer is not None
+        self._process = os.getpid()
+        self._attempts: Any = None  # of this rank, where it shares memory on a CPU
+        if on_cpu and self.buffer is not None:
+            at = self.buffer.data_ptr() + _RANKS_AT + self.rank * _RANK_BYTES
+            self._attempts = ctypes.c_int64.from_address(at + _ATTEMPTS_AT)
+            self._calling = ctypes.c_int64.from_address(at + _CALLING_AT)
+            self._attempts.memory = self.buffer  # which stays as long as they are read
         if self.buffer is None:
             self.buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -135,7 +151,7 @@ class AllReduceWorkspace:
         """
         if self._memory is not None:
             self._memory.close()
-        self._memory = self.buffer = None
+        self._memory = self.buffer = self._attempts = None
 
     def __enter__(self) -> AllReduceWorkspace:
         return self
@@ -159,6 +175,34 @@ def ranks_of(workspace: AllReduceWorkspace) -> tuple[Tensor, int, str]:
     return workspace.buffer, workspace.rank, workspace.group_name
 
 
+def counted(function: Function) -> Function:
+    """Decorator of a public function: a call that it refuses counts among this rank's, as those do that others join.
+
+    Kernels count the calls that reach them. Without that, the rank's next call would meet the others' in this one. What
+    is refused where a compiled graph runs, so not while it was traced, counts where a kernel refused it.
+    """
+    position = list(inspect.signature(function).parameters).index("workspace")
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        workspace = args[position] if position < len(args) else kwargs.get("workspace")
+        attempts = getattr(workspace, "_attempts", None)
+        if attempts is None:
+            return function(*args, **kwargs)
+        before = attempts.value
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            own = workspace._process == os.getpid()  # a child has the memory, but is no rank
+            if own and attempts.value == before and not workspace._calling.value:
+                attempts.value += 1
+            raise
+
+    return call  # type: ignore[return-value]
+
+
 def share_of(tokens: Any, world: int, rank: int) -> slice:
     """The rows of `tokens` that are a rank's: ceil(tokens / world) each, the last ones fewer or none."""
     share = -(-tokens // world)
@@ -179,9 +223,9 @@ def raise_if_broken(name: str, buffer: Tensor) -> None:
     if waited == [by]:
         raise TimeoutError(f"{name}: rank {by} failed in a call; the workspace is broken on all ranks: make a new one")
     absent = ", ".join(f"rank {rank} ({_process(buffer, rank)})" for rank in waited)
+    long = "" if broken & _HAS_ENDED else f" {timeout / 1e9:g} s"
     raise TimeoutError(
-        f"{name}: rank {by} waited {timeout / 1e9:g} s for {absent}; the workspace is broken on all "
-        "ranks: make a new one"
+        f"{name}: rank {by} waited{long} for {absent}; the workspace is broken on all ranks: make a new one"
     )
 
 
@@ -319,7 +363,7 @@ def _shared_memory(group: ProcessGroup, header: list[int]) -> Tensor | None:
             if _HEADER.unpack(bytes(buffer[: _HEADER.size].tolist()))[-1] != known:
                 raise OSError(errno.ESRCH, f"AllReduceWorkspace: process {pid}, rank 0, is another one here")
             at = _RANKS_AT + group.rank() * _RANK_BYTES
-            _put(buffer, at, _RANK.pack(0, 0, os.getpid(), buffer.data_ptr()))
+            _put(buffer, at, _RANK.pack(0, 0, os.getpid(), buffer.data_ptr(), 0))
             return buffer
 
         return _everywhere(group, join)

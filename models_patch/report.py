@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from quant import QuantKey
 
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _TITLES = ("module", "class", "calls", "quantized as", "for", "note")
 
 
@@ -87,3 +87,13 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def by_layer(paths: list[str]) -> str:
+    """Paths in words, those that differ only in the number of their layer as one, with a range."""
+    layers: dict[str, list[int]] = {}
+    for path in paths:
+        number = _LAYER.search(path)
+        layers.setdefault(_LAYER.sub("{}", path), []).extend([int(number.group())] if number else [])
+    words = [path.replace("{}", _ranges(sorted(set(numbers)))) for path, numbers in layers.items()]
+    return ", ".join(words if len(words) <= 5 else [*words[:4], f"and {len(words) - 4} more"])

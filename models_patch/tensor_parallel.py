@@ -24,6 +24,17 @@ from .roles import Attention, LatentAttention
 
 WHOLE_EXPERTS = "router and experts stay whole on every rank"
 SHARD_FIRST = "shard the model first, then quantize it"
+_BATCHING = (
+    "continuous batching sizes its cache by the config, which describes the whole model: call generate with batches, "
+    "or the model with a PagedKVCache (docs/attention.md has such an engine)"
+)
+# Methods of a whole model that would do something else on one that is cut, and why.
+UNSERVED = {
+    "generate_batch": _BATCHING,
+    "init_continuous_batching": _BATCHING,
+    "save_pretrained": "a checkpoint would hold this rank's part as if it were the whole: save before shard, or each "
+    "rank's state_dict(), which loads into a model that was cut alike",
+}
 
 
 def shard(model: nn.Module, workspace: AllReduceWorkspace) -> Report:
@@ -40,7 +51,7 @@ def shard(model: nn.Module, workspace: AllReduceWorkspace) -> Report:
 
     The ranks call the model in the same order, with the same tokens; all of them get the same bits. Sampling needs the
     same seed on all. Caches hold each rank's own heads, a `PagedKVCache`'s steps are the same on all. transformers'
-    `generate_batch` isn't served: it sizes its cache by the config, which still describes the whole model.
+    `generate_batch` and `save_pretrained` raise RuntimeError, since the config still describes the whole model.
 
     Unpatched, a module that is cut calls `all_reduce` in a forward hook, which copies of the model share; patched, the
     norm that follows the addition does the sum, and forward hooks on the module see this rank's part. State dicts hold
@@ -54,13 +65,15 @@ def shard(model: nn.Module, workspace: AllReduceWorkspace) -> Report:
 
     Raises:
         TypeError: an argument is not as above.
-        ValueError: no known model is in it, it is patched or cut already, the workspace doesn't fit its rows, or
-            nothing in it can be cut; it is left as it was.
+        ValueError: no known model is in it, it is patched or cut already, the workspace is closed or doesn't fit its
+            rows, or nothing in it can be cut; it is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard: model is {type(model).__name__}, expected a torch.nn.Module")
     if not isinstance(workspace, AllReduceWorkspace):
         raise TypeError(f"shard: workspace is {type(workspace).__name__}, expected an AllReduceWorkspace")
+    if workspace.buffer is None:
+        raise ValueError("shard: workspace is closed, expected one that is open as long as the model is used")
     for path, module in model.named_modules():
         if any(isinstance(hook, RankHook) for hook in module._forward_hooks.values()):
             raise ValueError(f"shard: model is cut already, at {path}")
@@ -80,7 +93,15 @@ def shard(model: nn.Module, workspace: AllReduceWorkspace) -> Report:
         raise ValueError(f"shard: nothing in {type(model).__name__} can be cut: {reasons}")
     for step in plan.steps:
         step()
+    for module in model.modules():
+        for name in UNSERVED:
+            if hasattr(module, name):
+                setattr(module, name, partial(_refuse, name, workspace.world_size))
     return report
+
+
+def _refuse(name: str, world: int, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(f"{name}: the model is cut over {world} ranks, and {UNSERVED[name]}")
 
 
 class _Plan:

@@ -1,5 +1,7 @@
 """Numerical comparison: the one place for tolerances. See `docs/numerics.md` for the promises behind them."""
 
+from math import exp, log, sqrt
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -15,6 +17,9 @@ LOGITS, MARGIN = 1e-5, 0.5
 LIKELIHOOD = {torch.float32: 1e-5, torch.bfloat16: 0.058}
 # Two quantizations of a model by the same scheme, whose scales are over other columns, differ in their errors.
 QUANTIZED_ALIKE = 1.5
+# By what factor simulated times of collectives are off the measured ones, each and typically: with more ranks than
+# cores these vary by two themselves.
+SIMULATED, SIMULATED_TYPICALLY = 2.5, 1.4
 
 
 # Attention on GPUs rounds its weights to S, and those of others or of MLA more on the way; its sums are float32, whose
@@ -140,3 +145,11 @@ def assert_as_near(actual: Tensor, exact: Tensor, theirs: Tensor) -> None:
     """Logits of a quantized model, beside another quantization of it: about as far from those that aren't quantized."""
     mine, other = ((logits.double() - exact).square().mean().sqrt() for logits in (actual, theirs))
     assert mine <= QUANTIZED_ALIKE * other, f"{mine:.4g} from the exact logits, the other {other:.4g}"
+
+
+def assert_simulated(ratios: dict[str, float]) -> None:
+    """Simulated over measured times: none far off, and few by much."""
+    far = {name: ratio for name, ratio in ratios.items() if not 1 / SIMULATED <= ratio <= SIMULATED}
+    assert not far, f"off by more than {SIMULATED}: {far}"
+    typically = exp(sqrt(sum(log(ratio) ** 2 for ratio in ratios.values()) / len(ratios)))
+    assert typically <= SIMULATED_TYPICALLY, f"off by {typically:.2f} typically"

@@ -10,8 +10,10 @@ from datetime import timedelta
 import torch
 from torch.distributed import HashStore, ProcessGroup, TCPStore
 
+import fused_ops
 from fused_ops import AllReduceWorkspace
 from fused_ops.collective_inputs import group_of
+from quant import FP8_DYNAMIC_TOKEN
 
 _names = iter(range(1 << 60))
 
@@ -132,3 +134,22 @@ class Processes:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+# Calls that tests share.
+
+X, RESIDUAL, WEIGHT = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
+
+
+def usual(w, x=X, weight=WEIGHT, eps=1e-6, key=FP8_DYNAMIC_TOKEN, **options):
+    return fused_ops.all_reduce_fused_add_rms_norm_quant(
+        x, RESIDUAL[: len(x)].to(x.dtype), weight, eps, key, w, **options
+    )
+
+
+def two_of_them(x, w):
+    """Two collectives, of which the second doesn't need the first's result."""
+    a = fused_ops.all_reduce(x, w)
+    q, residual = fused_ops.all_reduce_fused_add_rms_norm_quant(x * 2, x, WEIGHT, 1e-6, FP8_DYNAMIC_TOKEN, w)
+    own = fused_ops.reduce_scatter(x + 1, w)
+    return q.data, q.scale, residual, own, a

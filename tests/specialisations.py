@@ -2,16 +2,16 @@
 
     python specialisations.py sm_90
 
-prints JSON: {"compiled": {operation: {its kernels' names: how many of each}}, "launches": how many were looked at,
-"wrong": names of those that `Plan.start` would have given a kernel that Triton compiles for other arguments}. Nothing
-is compiled, and nothing runs.
+prints JSON: {"compiled": {operation: {its kernels' names: how many of each}}, "rows": {key: how many for any number of
+rows}, "launches": how many were looked at, "wrong": names of those that `Plan.start` would have given a kernel that
+Triton compiles for other arguments}. Nothing is compiled, and nothing runs.
 """
 
 import itertools
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -26,9 +26,12 @@ from fused_ops import OPS
 from fused_ops._triton import attention_launch as launches
 from fused_ops._triton.launch import OPTIONS
 from fused_ops.attention_inputs import batch, blocks_of
-from quant import FP8_DYNAMIC_GROUP_128, FP8_STATIC_TENSOR, ScaleLayout
+from quant import FP8_DYNAMIC_GROUP_128, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN_ASYM, ScaleLayout
 
 COLUMNS = FP8_DYNAMIC_GROUP_128.with_scale(layout=ScaleLayout.COLUMN_MAJOR)
+
+
+of_rows: dict[str, set] = defaultdict(set)  # what Triton would compile, by the kernel's name
 
 
 class Compiled:
@@ -52,6 +55,7 @@ def record(arch: str):
     launched, wrong = set(), []
 
     def compile(self, key, signature, device, *_, **__):
+        of_rows[self.fn.__name__].add(key)
         return self.device_caches[device][0].setdefault(key, Compiled())
 
     start = launches.Plan.start
@@ -92,6 +96,16 @@ def call(op, key, lengths, cache, blocks: int) -> None:
     op.default(*args, *(() if key is None else (key.code, torch.ones(1) if key.scale.static else None)))
 
 
+def rows(key) -> int:
+    """Kernels of an addition, a norm and a quantization, on any number of rows."""
+    of_rows.clear()
+    op, weight = OPS["fused_add_rms_norm_quant"], torch.ones(4096).bfloat16()
+    for tokens in (1, 2, 3, 16, 17, 64, 100, 256):
+        x = torch.empty(tokens, 4096).bfloat16()
+        op.default(x, x.clone(), weight, 1e-5, 0, key.code, torch.ones(1) if key.scale.static else None)
+    return sum(map(len, of_rows.values()))
+
+
 def others(op):
     """Arguments of other models, and each with a tensor that lies elsewhere: not at a multiple of 16 bytes, or in
     memory of more than 2 GiB, which AMD's kernels are compiled for.
@@ -122,12 +136,13 @@ def main(arch: str) -> None:
                 for n, lengths in enumerate(serving()):
                     call(op, key, lengths, cache, blocks - n % 3)
                 compiled[f"{name} {key}"] = Counter(kernel for kernel, _ in launched)
+        of_any_number = {str(key): rows(key) for key in (FP8_STATIC_TENSOR, COLUMNS, INT8_DYNAMIC_TOKEN_ASYM)}
         for name in "paged_attention", "mla_attention":
             launched.clear()
             for args in others(OPS[name]):
                 OPS[name].default(*args)
                 total += 1
-    print(json.dumps({"compiled": compiled, "launches": total, "wrong": sorted(set(wrong))}))
+    print(json.dumps({"compiled": compiled, "rows": of_any_number, "launches": total, "wrong": sorted(set(wrong))}))
 
 
 if __name__ == "__main__":

@@ -146,12 +146,15 @@ assert threads[1] == threads[0] + 3, threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-@pytest.mark.parametrize("lengths", [((1, 5000),), ((1, 700), (3, 1500)), MIXED], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "kv_heads"),
+    [(((1, 5000),), 4, 1), (((1, 700), (3, 1500)), 4, 1), (MIXED, 4, 1), (((1, 1500),), 80, 40)],  # the last: in groups
+    ids=str,
+)
 @needs_kernels
-def test_threads_share_a_long_sequence_without_changing_a_bit(lengths, threads):
+def test_threads_share_a_long_sequence_without_changing_a_bit(lengths, heads, kv_heads, threads):
     before = torch.get_num_threads()
-    sinks = torch.randn(4)
-    call = inputs(lengths, kv_heads=1) | {"sinks": sinks}
+    call = inputs(lengths, heads, kv_heads) | {"sinks": torch.randn(heads)}
     try:
         torch.set_num_threads(1)
         expected = paged_attention(**call)

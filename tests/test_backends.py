@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fused_ops
-from fused_ops import OPS
+from fused_ops import OPS, _cpu
 from fused_ops._op import Backend, kernels_of
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN
 
@@ -131,6 +132,20 @@ print(fused_ops.__file__, list(fused_ops.OPS["rms_norm"].backends), q.dequantize
 
 
 @needs_kernels
+@pytest.mark.skipif("cpu" not in OPS["rms_norm"].backends, reason="no compiled kernels on this machine")
+def test_a_library_of_older_sources_is_refused_rather_than_left_out(monkeypatch):
+    """Its operations would run on the reference, and nobody would know."""
+    library = torch.library.Library("fused_ops", "FRAGMENT")
+    try:
+        library.define("of_tomorrow(Tensor x) -> Tensor")
+        known = {**OPS, "of_tomorrow": SimpleNamespace(name="of_tomorrow")}
+        monkeypatch.setattr(_cpu, "OPS", known)
+        with pytest.raises(ImportError, match=r"_C\..*so was built from other sources, .* of_tomorrow; .*`make build`"):
+            _cpu.load()
+    finally:
+        library._destroy()
+
+
 def test_every_stage_is_inlined():
     """A helper that isn't inlined into an AVX2 stage would run as portable code, 26 times slower and silently."""
     sources = Path(__file__).parent.parent / "csrc" / "cpu"

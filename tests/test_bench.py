@@ -1,12 +1,16 @@
 """The benchmark runs, its peers compute what they are compared with, and the emulation is the scheme."""
 
 import json
+import multiprocessing
+import os
+import re
+import time
 
 import pytest
 import torch
 
 import fused_ops
-from bench import attention, bars, gpu, rows, run
+from bench import attention, bars, cache, gpu, readme, rows, run
 from bench.emulate import EmulatedLinear
 from bench.peers import attention as peers
 from bench.peers import eager
@@ -190,3 +194,50 @@ def test_emulation_is_the_scheme(scheme):
     emulated = EmulatedLinear(model[0])(x.double())
     assert emulated.dtype == torch.float64
     torch.testing.assert_close(model(x).double(), emulated, rtol=1e-5, atol=1e-5)
+
+
+def test_the_readme_has_the_figures_of_its_file():
+    text = readme.README.read_text()
+    source = readme.HERE / "results" / re.search(r"bench/results/(cpu-20[\d-]+\.json)", text)[1]
+    assert readme.filled(text, source) == text
+    assert readme.filled(text.replace(" | 0.", " | 9."), source) == text
+
+
+def fill(folder) -> None:
+    """As slowly as a model is converted, for another process."""
+    with (folder.parent / "fills").open("a") as file:
+        file.write("one")
+    time.sleep(0.5)
+    (folder / "last").write_text("whole")
+
+
+def read_cached(root: str, names) -> None:
+    os.environ["FUSED_OPS_CACHE"] = root
+    made = cache.cached("model", fill)
+    names.put((made / "last").read_text())
+
+
+def test_ranks_that_find_the_cache_empty_at_once_fill_it_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    names = context.SimpleQueue()
+    ranks = [context.Process(target=read_cached, args=(str(tmp_path), names)) for _ in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(30)
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert [names.get() for _ in ranks] == ["whole"] * 3
+    assert (tmp_path / "fills").read_text() == "one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fills", "model", "model.lock"]
+
+
+def test_a_cache_that_could_not_be_filled_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_OPS_CACHE", str(tmp_path))
+
+    def fails(folder):
+        fill(folder)
+        raise KeyError("network")
+
+    with pytest.raises(KeyError):
+        cache.cached("model", fails)
+    assert (cache.cached("model", fill) / "last").read_text() == "whole"

@@ -5,16 +5,48 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_same
 from patching import tiny, tokens
+from ranks import everywhere, workspaces
 
 import models_patch
+from fused_ops import fused_add_rms_norm_quant
 from models_patch.paged_cache import OutOfBlocks, PagedKVCache
 from quant import QuantizedActivation
+from quant.methods import quantize_model
 
 
 def blocks() -> list[str]:
     page = Path(__file__).parents[1] / "docs" / "attention.md"
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_collectives_by_hand():
+    """README's, on two ranks: the same bits as one rank's unfused operations of the sum."""
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "all_gather_quantized" in block
+    ]
+    parts, residual = torch.randn(2, 5, 64), torch.randn(5, 64)
+    norm, projections = torch.nn.RMSNorm(64), [torch.nn.Linear(64, 64, bias=False) for _ in range(2)]
+    up_proj = quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), "int8_token")[0]
+    made = workspaces(2, 4, 64)
+
+    def run(w):
+        of_rank = {"workspace": w, "y": parts[w.rank], "o_proj": projections[w.rank]}
+        names = {"residual": residual, "norm": norm, "eps": 1e-6, "up_proj": up_proj, **of_rank}
+        with torch.no_grad():
+            exec(code, names)
+        return names["x"], names["new_residual"], names["new_own"]
+
+    with torch.no_grad():
+        total = projections[0](parts[0]) + projections[1](parts[1])
+        x, new = fused_add_rms_norm_quant(total, residual, norm.weight, 1e-6, **up_proj.input_quant())
+    for w, (codes, new_residual, new_own) in zip(made, everywhere(made, run), strict=True):
+        assert_same(codes.data, x.data)
+        assert_same(codes.scale, x.scale)
+        assert_same(new_residual, new)
+        assert_same(new_own, new[w.rows(5)])
 
 
 def test_attention():

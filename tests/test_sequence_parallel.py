@@ -85,6 +85,71 @@ def test_products(world):
     assert_same(torch.cat(everywhere(made, scattered)), summed(each))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_without_columns(backend):
+    """However many, since none has a byte to exchange."""
+    made = workspaces(2, 3, 64, timeout=5)
+    with fused_ops.use_backend(backend):
+        for count in (0, 1, 5, *([1 << 40] if backend == "cpu" else [])):
+            x = torch.empty(count, 0, dtype=torch.int8)
+            for y in everywhere(made, lambda w, x=x: fused_ops.all_gather(x, w)):
+                assert (y.shape, y.dtype) == ((2 * count, 0), torch.int8)
+    for y in everywhere(made, lambda w: fused_ops.all_gather(torch.ones(1, 2), w)):
+        assert_same(y, torch.ones(2, 2))
+
+
+def test_products_refuse_before_anything_is_exchanged():
+    """By one rank alone, which would wait for the other, and with the argument's name."""
+    w, _ = workspaces(2, 4, 64, timeout=30)
+    x, weight, bias = torch.randn(2, 64), torch.randn(24, 64), torch.randn(24)
+    q, scale = fused_ops.quantize(x, INT8_DYNAMIC_TOKEN), torch.rand(24, 1)
+    codes = torch.randint(-127, 128, (24, 64), dtype=torch.int8)
+    gather, scatter = fused_ops.all_gather_matmul, fused_ops.matmul_reduce_scatter
+    one_scale = fused_ops.quantize(x, FP8_DYNAMIC_TENSOR)
+    for name, call, error, message in (
+        ("x", lambda op: op([1.0], weight, w), TypeError, r"x is list, expected a Tensor \[T, K\]"),
+        ("x's dtype", lambda op: op(x.long(), weight, w), TypeError, "x is torch.int64, expected"),
+        ("x's shape", lambda op: op(x[0], weight, w), ValueError, r"x is \[64\], expected \[T, K\]"),
+        ("no columns", lambda op: op(x[:, :0], weight[:, :0], w), ValueError, r"x is \[2, 0\]"),
+        ("weight", lambda op: op(x, None, w), TypeError, r"weight is NoneType, expected a Tensor \[N, 64\]"),
+        (
+            "its dtype",
+            lambda op: op(x, weight.bfloat16(), w),
+            TypeError,
+            "weight is torch.bfloat16, expected torch.flo",
+        ),
+        ("its shape", lambda op: op(x, weight[:, :60], w), ValueError, r"weight is \[24, 60\], expected \[N, 64\]"),
+        ("its dimensions", lambda op: op(x, bias, w), ValueError, r"weight is \[24\], expected \[N, 64\]"),
+        ("its layout", lambda op: op(x, weight.to_sparse(), w), TypeError, "weight is torch.sparse_coo, expected"),
+        ("its device", lambda op: op(x, weight.to("meta"), w), ValueError, "weight is on meta, expected cpu as x"),
+        ("no scale", lambda op: op(q, codes, w), ValueError, "weight_scale is None, but x is quantized"),
+        ("a scale", lambda op: op(x, x, w, weight_scale=scale), ValueError, "weight_scale is given, but x isn't"),
+        ("scale", lambda op: op(q, codes, w, weight_scale=1.0), TypeError, "weight_scale is float, expected a Tensor"),
+        ("its shape", lambda op: op(q, codes, w, weight_scale=scale[:3]), ValueError, r"weight_scale is \[3, 1\]"),
+        ("codes", lambda op: op(q, codes[:, :60], w, weight_scale=scale), ValueError, r"weight is \[24, 60\] of"),
+        ("their dtype", lambda op: op(q, weight, w, weight_scale=scale), TypeError, "weight is torch.float32"),
+        ("workspace", lambda op: op(x, weight, w.buffer), TypeError, "workspace is Tensor, expected an AllReduceWork"),
+        ("bias", lambda op: gather(x, weight, w, bias=[0.0]), TypeError, r"bias is list, expected a Tensor \[24\]"),
+        ("its dtype", lambda op: gather(x, weight, w, bias=bias.half()), TypeError, "bias is torch.float16, expected"),
+        ("its shape", lambda op: gather(x, weight, w, bias=bias[:3]), ValueError, r"bias is \[3\], expected \[24\]"),
+        ("of codes", lambda op: gather(q, codes, w, weight_scale=scale, bias=bias[:3]), ValueError, r"bias is \[3\]"),
+        ("rows", lambda op: gather(x, weight, w, rows=9), ValueError, "expected 5 rows, rank 0's of 9"),
+        ("key", lambda op: gather(one_scale, codes, w, weight_scale=scale), ValueError, "quant_key is FP8_DYNAMIC_TEN"),
+    ):
+        for op in gather, scatter:
+            with pytest.raises(error, match=message) as caught:
+                call(op)
+            assert str(caught.value).startswith(("all_gather", op.__name__, "workspace is")), name
+
+
+def test_products_take_any_strides():
+    (w,) = workspaces(1, 4, 64)
+    x, weight = torch.randn(3, 64), torch.randn(64, 24).t()
+    assert_same(fused_ops.all_gather_matmul(x, weight, w), torch.nn.functional.linear(x, weight))
+    y = torch.nn.functional.linear(x.t().contiguous().t(), weight)
+    assert_same(fused_ops.matmul_reduce_scatter(x.t().contiguous().t(), weight, w), y)
+
+
 def test_what_does_not_fit_is_refused():
     (w,) = workspaces(1, 4, 64)
     x, q = torch.randn(3, 64), fused_ops.quantize(torch.randn(3, 64), FP8_DYNAMIC_TOKEN)

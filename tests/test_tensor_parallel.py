@@ -299,6 +299,46 @@ def test_refusals_name_the_argument():
         models_patch.shard("model", None)
 
 
+def test_a_closed_workspace_is_refused_before_anything_is_cut():
+    model = tiny()
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def run(group):
+        workspace = AllReduceWorkspace(group, 4, 64, torch.bfloat16)
+        workspace.close()
+        with pytest.raises(ValueError, match="shard: workspace is closed, expected one that is open"):
+            models_patch.shard(model, workspace)
+
+    on_ranks(1, run)
+    assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before
+
+
+def test_what_takes_the_model_for_whole_is_refused(tmp_path):
+    """Also on a copy, inside of the model, patched and unpatched."""
+    whole = tiny()
+
+    def run(group):
+        part, _ = cut(whole, group)
+        patch(part)
+        copied = copy.deepcopy(part)
+        models_patch.unpatch(copied)
+        for model in part, part.model, copied:
+            with pytest.raises(
+                RuntimeError, match=r"save_pretrained: the model is cut over 2 ranks.*save before shard"
+            ):
+                model.save_pretrained(tmp_path)
+        for model in part, copied:
+            with pytest.raises(RuntimeError, match=r"generate_batch: the model is cut over 2 ranks.*PagedKVCache"):
+                model.generate_batch([[1, 2, 3]])
+            with pytest.raises(RuntimeError, match="init_continuous_batching: the model is cut"):
+                model.init_continuous_batching()
+
+    on_ranks(2, run)
+    assert not list(tmp_path.iterdir())
+    whole.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir())
+
+
 def test_a_model_is_cut_once():
     model = tiny()
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from compare import assert_same
-from ranks import Processes, everywhere, on_ranks, threads, workspaces
+from ranks import RESIDUAL, WEIGHT, Processes, X, everywhere, on_ranks, threads, two_of_them, usual, workspaces
 from torch.distributed import PrefixStore, ProcessGroup, Store
 
 import fused_ops
@@ -15,7 +15,7 @@ from fused_ops import OPS, AllReduceWorkspace
 from fused_ops.collective import summed
 from fused_ops.collective_inputs import group_of
 from fused_ops.workspace import share_of
-from quant import FP8_DYNAMIC_TENSOR, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
 
 pytestmark = pytest.mark.skipif("cpu" not in OPS["all_reduce"].backends, reason="no compiled kernels on this machine")
 
@@ -58,6 +58,9 @@ def mapped() -> int:
     return count
 
 
+LONG = 90  # seconds, that nobody waits for a process that is gone
+
+
 def life(group: ProcessGroup, store: Store, reached, calls: int) -> str:
     """What one rank does, in order; what it says at last."""
     rank, world = group.rank(), group.size()
@@ -81,7 +84,7 @@ def life(group: ProcessGroup, store: Store, reached, calls: int) -> str:
     del second
     assert mapped() == 0, "closed, closed, and collected"
 
-    last = AllReduceWorkspace(group, 3, 64, torch.float32, timeout=1.5)
+    last = AllReduceWorkspace(group, 3, 64, torch.float32, timeout=LONG)
     x = torch.randn(2, 64)
     fused_ops.all_reduce(x, last)
     reached()
@@ -110,10 +113,10 @@ def test_a_life_of_processes(world, calls):
     try:
         processes.wait()
         time.sleep(0.2)
-        os.kill(processes.processes[-1].pid, signal.SIGKILL)
+        os.kill(processes.processes[-1].pid, signal.SIGKILL)  # and it stays a zombie: nobody asks how it ended
         for rank in range(world - 1):
-            said = processes.result(rank)
-            assert f"waited 1.5 s for rank {world - 1} (process {processes.processes[-1].pid}, which has ended)" in said
+            said = processes.result(rank, LONG / 2)
+            assert f" waited for rank {world - 1} (process {processes.processes[-1].pid}, which has ended)" in said
     finally:
         processes.end()
     assert not [name for name in os.listdir("/dev/shm") if "fused_ops" in name]
@@ -125,7 +128,7 @@ def test_a_rank_that_never_calls_and_one_that_comes_late():
     results = on_ranks(made[::2], lambda w: fused_ops.all_reduce(torch.randn(2, 8), w))
     for error in results:
         assert isinstance(error, TimeoutError), error
-        assert "s for rank 1 (process" in str(error)
+        assert "waited 0.5 s for rank 1 (process" in str(error)
         assert "which is alive" in str(error)
     for backend in "cpu", "reference":
         with fused_ops.use_backend(backend), pytest.raises(TimeoutError, match="the workspace is broken on all ranks"):
@@ -133,15 +136,6 @@ def test_a_rank_that_never_calls_and_one_that_comes_late():
     x = [torch.randn(2, 8) for _ in other]
     for y in everywhere(other, lambda w: fused_ops.all_reduce(x[w.rank], w)):
         assert_same(y, summed(x))
-
-
-X, RESIDUAL, WEIGHT = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
-
-
-def usual(w, x=X, weight=WEIGHT, eps=1e-6, key=FP8_DYNAMIC_TOKEN, **options):
-    return fused_ops.all_reduce_fused_add_rms_norm_quant(
-        x, RESIDUAL[: len(x)].to(x.dtype), weight, eps, key, w, **options
-    )
 
 
 OTHERS = {
@@ -187,6 +181,74 @@ def test_calls_that_differ_are_refused_on_all_ranks(two_shot_above):
         assert all((out == 7).all() for out in outs), what
         for y in everywhere(made, lambda w: fused_ops.all_reduce(X, w)):
             assert_same(y, summed([X, X, X]))
+
+
+# What a rank refuses by itself: in Python, in C++, and in what is made of collectives.
+REFUSED = {
+    "weight_bias": lambda w: fused_ops.all_reduce_rms_norm_quant(X, WEIGHT, 1e-6, None, w, weight_bias=2.0),
+    "weight": lambda w: usual(w, weight=WEIGHT[:3]),
+    "x": lambda w: fused_ops.all_reduce(X.long(), w),
+    "x, scattered": lambda w: fused_ops.reduce_scatter(X[0], w),
+    "k": lambda w: fused_ops.qk_all_reduce_rms_norm(X, X[:1], None, None, 1e-6, w),
+    "rows": lambda w: fused_ops.all_gather(X, w, rows=1),
+    "activation": lambda w: fused_ops.all_gather_quantized(X, w),
+    "weight of a product": lambda w: fused_ops.all_gather_matmul(X, WEIGHT, w),
+    "weight of another": lambda w: fused_ops.matmul_reduce_scatter(X, WEIGHT, w),
+    "out": lambda w: fused_ops.all_reduce(X, w, out=X[:1]),
+}
+
+
+@pytest.mark.parametrize("two_shot_above", [0, 1 << 20], ids=["two shots", "one shot"])
+def test_what_one_rank_refuses_no_other_takes_for_its_next_call(two_shot_above):
+    """The others raise too, and the next call, which is the same to look at, has all ranks' rows of that call."""
+    made = workspaces(3, 4, 64, two_shot_above=two_shot_above)
+    calls = [rows(i, 0, 3, 64, torch.float32) for i in range(3)]
+    for i, (what, refused) in enumerate(REFUSED.items()):
+        alone, times = i % 3, 1 + i % 2
+
+        def run(w, refused=refused, alone=alone, times=times):
+            errors = []
+            for _ in range(times):
+                with pytest.raises((TypeError, ValueError)) as error:
+                    refused(w) if w.rank == alone else usual(w)
+                errors.append(str(error.value))
+            return errors, [fused_ops.all_reduce(x * (w.rank + 1), w) for x in calls], usual(w)[1]
+
+        for rank, (errors, sums, residual) in enumerate(everywhere(made, run)):
+            said = f"rank {alone} has refused this call, rank {rank} calls all_reduce_fused_add_rms_norm_quant("
+            assert all((said in error) is (rank != alone) for error in errors), f"{what}: {errors}"
+            for x, total in zip(calls, sums, strict=True):
+                assert_same(total, summed([x * (r + 1) for r in range(3)]), what)
+            assert_same(residual, summed([X, X, X]) + RESIDUAL, what)
+    for w in made:  # and where all refuse alike, nobody waits for anybody
+        for refused in REFUSED.values():
+            with pytest.raises((TypeError, ValueError)):
+                refused(w)
+    for y in everywhere(made, lambda w: fused_ops.all_reduce(X, w)):
+        assert_same(y, summed([X, X, X]))
+
+
+def test_a_rank_that_refuses_and_calls_no_more_is_waited_for_in_vain():
+    made = workspaces(2, 4, 64, timeout=0.5)
+
+    def run(w):
+        with pytest.raises(ValueError if w.rank else TimeoutError) as error:
+            usual(w, weight=WEIGHT[:3]) if w.rank else usual(w)
+        return str(error.value)
+
+    assert "waited 0.5 s for rank 1 (process" in everywhere(made, run)[0]
+
+
+def test_messages_say_keys_by_name_and_numbers_in_full():
+    made = workspaces(2, 4, 64)
+    for error in on_ranks(made, lambda w: usual(w, eps=(1e-6, 1.0000001e-6)[w.rank], x_multiplier=0.1)):
+        assert "quant_key FP8_DYNAMIC_TOKEN" in str(error)
+        assert all(f"eps {eps}," in str(error) for eps in ("1e-06", "1.0000001e-06")), error
+        assert "x_multiplier 0.1," in str(error)
+    for error in on_ranks(
+        made, lambda w: usual(w, key=(FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128.with_scale(power_of_two=True))[w.rank])
+    ):
+        assert str(FP8_DYNAMIC_GROUP_128.with_scale(power_of_two=True)) in str(error)
 
 
 def test_workspaces_that_differ_are_refused_on_all_ranks():
@@ -243,9 +305,10 @@ def test_what_is_no_workspace_of_this_rank_is_refused():
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.fused_ops.all_reduce(x, workspace, rank, group)
-    inside = buffer[-64:].view(torch.float32).view(2, 8)
-    with pytest.raises(RuntimeError, match="overlaps another argument in memory"):
-        torch.ops.fused_ops.all_reduce(inside, buffer, 0, group)
+    for w in made:
+        inside = w.buffer[-64:].view(torch.float32).view(2, 8)
+        with pytest.raises(RuntimeError, match="overlaps another argument in memory"):
+            torch.ops.fused_ops.all_reduce(inside, w.buffer, w.rank, w.group_name)
     with pytest.raises(TypeError, match="workspace is Tensor, expected an AllReduceWorkspace"):
         fused_ops.all_reduce(x, buffer)
     for y in everywhere(made, lambda w: fused_ops.all_reduce(x, w)):
@@ -266,83 +329,6 @@ def test_one_thread_at_a_time_is_a_rank():
 
     for y in on_ranks([made[0], None], call):
         assert_same(y, x + x)
-
-
-def test_ranks_that_share_no_memory_use_the_groups_own_sum(monkeypatch):
-    monkeypatch.setattr("fused_ops.workspace._host", iter(range(99)).__next__)
-    made = workspaces(2, 4, 64)
-    assert not any(w.shared for w in made)
-    x, residual, weight = [torch.randn(5, 64) for _ in made], torch.randn(5, 64), torch.randn(64)
-    total = x[0] + x[1]  # of two, whichever order
-
-    def call(w):
-        mine = w.rows(5)
-        y, r = fused_ops.all_reduce_fused_add_rms_norm_quant(x[w.rank], residual, weight, 1e-6, None, w)
-        own, _ = fused_ops.reduce_scatter_fused_add_rms_norm_quant(x[w.rank], residual[mine], weight, 1e-6, None, w)
-        q = fused_ops.all_gather_quantized(fused_ops.quantize(own, FP8_DYNAMIC_TOKEN), w, rows=5)
-        plain = fused_ops.all_gather(fused_ops.reduce_scatter(x[w.rank], w), w, rows=5)
-        normed = fused_ops.all_reduce_rms_norm_quant(x[w.rank], weight, 1e-6, FP8_DYNAMIC_TOKEN, w)
-        fused_ops.qk_all_reduce_rms_norm(x[w.rank], x[w.rank], None, weight, 1e-6, w)
-        return fused_ops.all_reduce(x[w.rank], w), y, r, q, plain, normed
-
-    y, r = fused_ops.fused_add_rms_norm(total, residual, weight, 1e-6)
-    for got in everywhere(made, call):
-        for a, e in zip((*got[:3], got[4]), (total, y, r, total), strict=True):
-            assert_same(a, e)
-        assert_same(got[3].data, fused_ops.quantize(y, FP8_DYNAMIC_TOKEN).data)
-        assert_same(got[5].data, fused_ops.rms_norm_quant(total, weight, 1e-6, FP8_DYNAMIC_TOKEN).data)
-
-
-def test_ranks_that_share_no_memory_refuse_what_others_do(monkeypatch):
-    """Before they exchange anything, and no result is a constant to a backward pass."""
-    monkeypatch.setattr("fused_ops.workspace._host", iter(range(99)).__next__)
-    made = workspaces(2, 4, 64)
-    x, q = torch.randn(4, 8), fused_ops.quantize(torch.randn(2, 8), FP8_DYNAMIC_TOKEN)
-    out = torch.full((3, 4, 8), 7.0)
-    ops = fused_ops
-    for call, error, message in (
-        (lambda w: ops.all_reduce(x, w, out=x.to(torch.int8)), TypeError, "all_reduce: out is torch.int8"),
-        (lambda w: ops.all_reduce(x, w, out=out), ValueError, r"all_reduce: out is \[3, 4, 8\]"),
-        (lambda w: ops.reduce_scatter(x, w, out=out), ValueError, r"reduce_scatter: out is \[3, 4, 8\]"),
-        (lambda w: ops.reduce_scatter(x[0], w), ValueError, r"reduce_scatter: x is \[8\]"),
-        (lambda w: ops.all_gather(x, w, rows=4), ValueError, "expected 2 rows, rank"),
-        (lambda w: ops.all_gather(x, w, rows=-3), ValueError, "rows is -3"),
-        (lambda w: ops.all_gather(x, w, out=out), ValueError, r"all_gather: out is \[3, 4, 8\]"),
-        (lambda w: ops.all_gather_quantized(q, w, rows=2), ValueError, "expected 1 rows, rank"),
-        (lambda w: ops.qk_all_reduce_rms_norm(x.long(), x, None, None, 1e-6, w), TypeError, "q is torch.int64"),
-        (lambda w: ops.qk_all_reduce_rms_norm(x, x, None, None, -1.0, w), ValueError, "eps is -1.0"),
-        (lambda w: usual(w, weight=WEIGHT[:3]), ValueError, r"weight is \[3\]"),
-        (lambda w: usual(w, residual_out=out), ValueError, r"residual_out is \[3, 4, 8\]"),
-        (lambda w: ops.all_reduce_rms_norm_quant(x, None, 1e-6, None, w, out=out), ValueError, "out is"),
-        (
-            lambda w: ops.all_reduce_rms_norm_quant(x, None, 1e-6, FP8_DYNAMIC_TOKEN, w, out=q),
-            ValueError,
-            "out.data is",
-        ),
-        (lambda w: ops.reduce_scatter_rms_norm_quant(x, None, 1e-6, FP8_DYNAMIC_TENSOR, w), ValueError, "quant_key is"),
-    ):
-        with pytest.raises(error, match=message):  # of one rank alone, which would wait if it exchanged
-            call(made[0])
-    assert (out == 7).all()
-    learnt = x.clone().requires_grad_()
-    for op in (
-        lambda w: ops.all_reduce(learnt, w),
-        lambda w: ops.reduce_scatter(learnt, w),
-        lambda w: ops.all_gather(learnt, w),
-        lambda w: ops.qk_all_reduce_rms_norm(learnt, learnt, None, None, 1e-6, w)[1],
-        lambda w: ops.all_reduce_rms_norm_quant(learnt, None, 1e-6, None, w),
-    ):
-        for y in everywhere(made, op):
-            with pytest.raises(RuntimeError, match="is for inference only"):
-                y.sum().backward()
-    compiled = [torch.compile(two_of_them, fullgraph=True) for _ in made]
-    rows = torch.randn(3, 64)
-    expected = everywhere(made, lambda w: two_of_them(rows, w))
-    for actual in everywhere(made, lambda w: compiled[w.rank](rows, w)):
-        assert_same(actual[-1], expected[0][-1])
-    made[0].close()
-    with pytest.raises(ValueError, match="workspace is closed"):
-        fused_ops.all_reduce(x, made[0])
 
 
 def test_what_one_rank_cannot_make_ends_all(monkeypatch):
@@ -388,14 +374,6 @@ def test_shares_cover_all_rows_once():
             shares = [share_of(tokens, world, rank) for rank in range(world)]
             assert [row for share in shares for row in range(tokens)[share]] == list(range(tokens))
             assert max(share.stop - share.start for share in shares) == -(-tokens // world)
-
-
-def two_of_them(x, w):
-    """Two collectives, of which the second doesn't need the first's result."""
-    a = fused_ops.all_reduce(x, w)
-    q, residual = fused_ops.all_reduce_fused_add_rms_norm_quant(x * 2, x, WEIGHT, 1e-6, FP8_DYNAMIC_TOKEN, w)
-    own = fused_ops.reduce_scatter(x + 1, w)
-    return q.data, q.scale, residual, own, a
 
 
 def test_compiled_graphs_keep_the_order_of_calls():

@@ -1,6 +1,7 @@
 #include "../collective.h"
 
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "meeting.h"
@@ -18,7 +19,8 @@ void copy_rows(const Rows& from, int64_t begin, int64_t count, int64_t row_bytes
 
 // How many rows a slot holds. Throws where these are fewer than `least`, which all ranks then do.
 int64_t rows_of_slot(Meeting& meeting, int64_t row_bytes, int64_t least) {
-  const int64_t fit = meeting.slot_bytes() / std::max<int64_t>(row_bytes, 1);
+  if (row_bytes == 0) return std::numeric_limits<int64_t>::max();
+  const int64_t fit = meeting.slot_bytes() / row_bytes;
   if (fit < least) {
     meeting.meet();
     meeting.all_throw();
@@ -167,6 +169,7 @@ void run_gather_on_cpu(const Collective& of, const Call& call, const Gather& g) 
   // Rows [first, last) of a rank, relative to its own.
   const auto each_row = [&](int64_t rank, int64_t begin, const auto& fn) {
     const Share own = share_of(call.rows, ranks, rank);
+    if (row_bytes == 0) return;
     const int64_t first = std::min(begin, own.end - own.begin), last = std::min(begin + most, own.end - own.begin);
     parallel_rows(last - first, row_bytes / 4, [&](int64_t from, int64_t end) {
       for (int64_t i = from; i < end; ++i) fn(own.begin, first + i, meeting.slot(rank) + i * row_bytes);

@@ -235,15 +235,11 @@ void run(Linear& p) {
 
 // The bytes of a tensor of any strides, as one row.
 Rows memory_of(const Tensor& tensor) {
-  Rows rows;
-  rows.data = static_cast<char*>(tensor.data_ptr());
-  rows.count = tensor.numel() > 0;
-  rows.stride[0] = 0;
-  rows.cols = 1;
+  int64_t last = tensor.numel() > 0;
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (size_t d = 0; d < sizes.size(); ++d) rows.cols += (sizes[d] - 1) * strides[d];
-  rows.cols *= static_cast<int64_t>(tensor.element_size());
-  return rows;
+  if (last)
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  return one_row(tensor.data_ptr(), last * static_cast<int64_t>(tensor.element_size()));
 }
 
 Tensor scaled_linear(const Tensor& data, const Tensor& scale, int64_t key, const Tensor& weight,

@@ -1,20 +1,30 @@
 #include "meeting.h"
 
 #include <sched.h>
+#include <signal.h>
 #include <unistd.h>
 
+#include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <ctime>
 
 namespace fused_ops {
 namespace {
 
-constexpr uint64_t kMagic = 0x31736f7073667573;
+constexpr uint64_t kMagic = 0x32736f7073667573;
 constexpr int64_t kBrokenAt = 64, kRanksAt = 128, kPage = 4096;
-constexpr int64_t kIsBroken = int64_t{1} << 62;
+constexpr int64_t kIsBroken = int64_t{1} << 62, kHasEnded = int64_t{1} << 61;
 
 int64_t slots_at(int64_t ranks) {
   return (kRanksAt + ranks * static_cast<int64_t>(sizeof(Rank)) + kPage - 1) / kPage * kPage;
+}
+
+Rank* ranks_in(const Collective& of) { return reinterpret_cast<Rank*>(of.memory + kRanksAt); }
+
+// A copy has nobody behind it, a forked child isn't who the others wait for.
+bool is_of_this_process(const Rank& rank, const Collective& of) {
+  return rank.process == getpid() && rank.address == reinterpret_cast<int64_t>(of.memory);
 }
 
 }  // namespace
@@ -37,6 +47,19 @@ int64_t now() {
   return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
 }
 
+// Whether a process is gone, or waits for its parent to take note.
+bool has_ended(int64_t process) {
+  if (kill(static_cast<pid_t>(process), 0) && errno == ESRCH) return true;
+  char text[512] = {};
+  std::snprintf(text, sizeof(text), "/proc/%lld/stat", static_cast<long long>(process));
+  std::FILE* const file = std::fopen(text, "r");
+  if (!file) return false;
+  text[std::fread(text, 1, sizeof(text) - 1, file)] = 0;
+  std::fclose(file);
+  const char* const name_end = std::strrchr(text, ')');  // a space, and its state, follow
+  return name_end && std::strchr("ZXx", name_end[1] ? name_end[2] : 0) && name_end[2];
+}
+
 void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -45,22 +68,27 @@ void pause() {
 
 }  // namespace
 
+void count_attempt(const Collective& of) {
+  Rank& mine = ranks_in(of)[of.rank];
+  if (of.ranks > 1 && is_of_this_process(mine, of) && !mine.calling) ++mine.attempts;
+}
+
 Meeting::Meeting(const Collective& of, const Call& call)
     : call_(call),
       header_(header_of(of.memory, of.bytes)),
       broken_(reinterpret_cast<std::atomic<int64_t>*>(of.memory + kBrokenAt)),
-      each_(reinterpret_cast<Rank*>(of.memory + kRanksAt)),
+      each_(ranks_in(of)),
       rank_(of.rank) {
   STD_TORCH_CHECK(rank_ < header_.ranks, "rank: expected 0 to ", header_.ranks - 1);
   mine_ = each_ + rank_;
   slots_ = of.memory + slots_at(header_.ranks);
-  // A copy has nobody behind it, a forked child isn't who the others wait for. One rank alone waits for nobody.
-  STD_TORCH_CHECK(
-      header_.ranks == 1 || (mine_->process == getpid() && mine_->address == reinterpret_cast<int64_t>(of.memory)),
-      "workspace: expected the buffer that this process has made as rank ", rank_, ", not a copy");
+  // One rank alone waits for nobody.
+  STD_TORCH_CHECK(header_.ranks == 1 || is_of_this_process(*mine_, of),
+                  "workspace: expected the buffer that this process has made as rank ", rank_, ", not a copy");
   STD_TORCH_CHECK(!*broken_, "workspace: a rank has given up waiting");
   STD_TORCH_CHECK(!mine_->calling.exchange(1), "workspace: rank ", rank_, " is in a call already, by another thread");
   turn_ = mine_->turns.load(std::memory_order_relaxed) / 2;
+  call_.attempt = mine_->attempts.load(std::memory_order_relaxed);
 }
 
 // A call that fails on one rank when the others count on it would be taken for the next one there.
@@ -72,20 +100,43 @@ Meeting::~Meeting() {
 }
 
 void Meeting::meet(bool half) {
-  const int64_t turns = 2 * turn_ + (half ? 1 : 2);
-  if (!compared_) mine_->calls[turn_ % 2] = call_;
-  mine_->turns.store(turns, std::memory_order_release);
-  wait_for(turns);
-  if (compared_) return;
+  if (compared_) return publish(half);
+  for (;; ++turn_) {
+    mine_->calls[turn_ % 2] = call_;
+    publish(half);
+    if (all_attempt_the_same()) break;
+    std::memcpy(slot_of(rank_, turn_ + 1), own_slot(), header_.slot);
+  }
   compare();
   compared_ = true;
+}
+
+void Meeting::publish(bool half) {
+  const int64_t turns = 2 * turn_ + (half ? 1 : 2);
+  mine_->turns.store(turns, std::memory_order_release);
+  wait_for(turns);
+}
+
+// Throws where another rank has refused this call; false where one comes from a call that this rank has refused.
+bool Meeting::all_attempt_the_same() {
+  const int64_t own = call_.attempt;
+  bool same = true, ahead = false;
+  int64_t who = 0;
+  for (int64_t rank = 0; rank < header_.ranks; ++rank) {
+    const int64_t other = each_[rank].calls[turn_ % 2].attempt;
+    same &= other == own;
+    if (other > own && !ahead) ahead = true, who = rank;
+  }
+  if (!same) mine_->turns.store(2 * turn_ + 2, std::memory_order_release);  // this turn is over
+  STD_TORCH_CHECK(!ahead, "rank ", who, " has refused this call, rank ", rank_, " calls ", text_of(call_));
+  return same;
 }
 
 void Meeting::wait_for(int64_t turns) {
   // Brief, since with more ranks than cores the one that is waited for may need this one.
   constexpr int kSpins = 512;
   constexpr int64_t kImpatient = 100000000;  // ns after which it sleeps between looks
-  int64_t began = 0;
+  int64_t began = 0, looked = 0;
   for (int64_t rank = 0, spins = 0; rank < header_.ranks; ++rank) {
     while (each_[rank].turns.load(std::memory_order_acquire) < turns) {
       if (++spins < kSpins) {
@@ -95,8 +146,16 @@ void Meeting::wait_for(int64_t turns) {
       const int64_t time = now();
       began = began ? began : time;
       STD_TORCH_CHECK(!*broken_, "workspace: a rank has given up waiting");
-      if (time - began > header_.timeout) give_up(turns);
-      time - began < kImpatient ? sched_yield() : usleep(50);
+      if (time - began > header_.timeout) give_up(turns, false);
+      if (time - began < kImpatient) {
+        sched_yield();
+        continue;
+      }
+      if (time - looked > kImpatient) {
+        looked = time;
+        give_up(turns, true);
+      }
+      usleep(50);
     }
   }
 }
@@ -110,12 +169,15 @@ void Meeting::compare() const {
   }
 }
 
-void Meeting::give_up(int64_t turns) {
+// On those who are late; `ended`: only such as can't come any more.
+void Meeting::give_up(int64_t turns, bool ended) {
   int64_t late = 0, none = 0;
-  for (int64_t rank = 0; rank < header_.ranks; ++rank)
+  for (int64_t rank = 0; rank < header_.ranks; ++rank) {
+    if (ended && !has_ended(each_[rank].process)) continue;
     late |= int64_t{each_[rank].turns.load(std::memory_order_acquire) < turns} << rank;
+  }
   if (!late) return;  // it has come just now
-  const int64_t why = kIsBroken | rank_ << 32 | late;
+  const int64_t why = kIsBroken | (ended ? kHasEnded : 0) | rank_ << 32 | late;
   broken_->compare_exchange_strong(none, why);
   STD_TORCH_CHECK(false, "workspace: a rank has given up waiting");
 }

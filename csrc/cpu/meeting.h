@@ -8,6 +8,9 @@
 // of the turn (turn % 2), publishes the turn, waits until all have, and reads all slots. Two slots make one wait a turn
 // enough: who writes for turn n + 2 has seen all publish n + 1, which each did when it had read turn n. The same holds
 // for what they call, so a rank compares before it writes any result; if two differ, every rank differs from one.
+//
+// Attempts are numbered too, also such as a rank refuses before it meets the others. Ranks that meet in an earlier one
+// than another rank raise, since that one has refused it; who is ahead waits for them in the turn that follows.
 #pragma once
 
 #include <atomic>
@@ -29,9 +32,13 @@ struct Rank {
   std::atomic<int64_t> turns;  // twice the turns published, and one more between the two halves of a two-shot one
   alignas(64) std::atomic<int64_t> calling;
   int64_t process, address;  // who may call
+  std::atomic<int64_t> attempts;
   alignas(64) Call calls[2];
 };
 static_assert(sizeof(Rank) == 384 && std::atomic<int64_t>::is_always_lock_free);
+
+// Numbers a call of this rank, unless it isn't this process's, or is in another one.
+void count_attempt(const Collective& of);
 
 // One rank's side of it, for the time of a call. Throws where this isn't that rank's process, it calls already, or a
 // rank has given up waiting. No access leaves the memory, whatever lies in it.
@@ -47,7 +54,7 @@ class Meeting {
   int64_t two_shot_above() const { return header_.two_shot_above; }
 
   // Of this turn; slots of ranks lie rank_bytes apart, from that of rank 0 on.
-  char* slot(int64_t rank) const { return slots_ + (2 * rank + turn_ % 2) * header_.slot; }
+  char* slot(int64_t rank) const { return slot_of(rank, turn_); }
   char* own_slot() const { return slot(rank_); }
   int64_t rank_bytes() const { return 2 * header_.slot; }
 
@@ -60,9 +67,12 @@ class Meeting {
   void all_throw() { alone_ = false; }
 
  private:
+  char* slot_of(int64_t rank, int64_t turn) const { return slots_ + (2 * rank + turn % 2) * header_.slot; }
+  void publish(bool half);
   void wait_for(int64_t turns);
+  bool all_attempt_the_same();
   void compare() const;
-  void give_up(int64_t turns);
+  void give_up(int64_t turns, bool ended);
 
   Call call_;
   Header header_;

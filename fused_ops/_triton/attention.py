@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .epilogue import PLACES, store, store_given_scale, with_places
+from .epilogue import store, store_given_scale, with_places
 from .platform import INFINITY, MAGNITUDE, bits, dot, halves_sum, narrow, round_to, widen
-from .quantize import decode, store_padding
+from .quantize import PLACES, decode, store_padding
 from .row import Rows
 from .sequences import Sequences, blocks_of_keys, first_tile, last_at_most, sequence, tile_of
 

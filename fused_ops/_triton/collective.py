@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra import cuda, hip
 
 from .platform import INTERPRETED, at, narrow, round_to, widen
-from .quantize import columns
+from .quantize import PLACES, columns, places_at
 from .row import Stages, work
 
 # Of a Mailbox, in bytes.
@@ -209,7 +209,7 @@ def shares(ranks, number, place, column, valid, S: tl.constexpr, E: tl.constexpr
     return held
 
 
-@triton.jit(do_not_specialize=["rows", "sizes", "x_sizes", "scale", "zero_point", "ranks", "last"])
+@triton.jit(do_not_specialize=["rows", "last", *PLACES])
 def rank_kernel(
     rows,
     sizes,
@@ -226,12 +226,21 @@ def rank_kernel(
     given_zero,
     scale,
     zero_point,
+    scale_row: tl.int64,
+    scale_column: tl.int64,
+    zero_row: tl.int64,
+    zero_column: tl.int64,
     ranks,
     last,
     K: tl.constexpr,
     E: tl.constexpr,
 ):
     S: tl.constexpr = x.data.dtype.element_ty
+    scales, zero_points = scale, zero_point
+    if scale is not None:
+        scales = places_at(scale, scale_row, scale_column, K.codes)
+    if zero_point is not None:
+        zero_points = places_at(zero_point, zero_row, zero_column, K.codes)
     column, within = columns(K, 1)
     first = tl.program_id(0).to(tl.int64) * K.rows + ranks.begin
     step = ranks.blocks.to(tl.int64) * K.rows
@@ -277,8 +286,8 @@ def rank_kernel(
             data,
             given,
             given_zero,
-            scale,
-            zero_point,
+            scales,
+            zero_points,
             None,
             S,
             K,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +17,13 @@ from .launch import (
     arguments_of,
     bytes_of,
     kernel_of,
-    launch,
     next_power_of_two,
     on_device,
     rows_of,
     rows_with_padding,
-    spread,
+    run,
 )
 from .operations import ROW_OPERATIONS, set_key, set_outputs
-from .quantize import codes_of
 
 SUMS = {"all_reduce": False, "reduce_scatter": True}  # and whether rows are scattered
 
@@ -36,7 +34,7 @@ def operation(name: str, arguments: list[str], required: int) -> Callable[[tuple
     make = ROW_OPERATIONS.get(name.removesuffix("_quant").removeprefix(first).removeprefix("_"), Pipeline)
     at = arguments.index("workspace")
 
-    def run(args: tuple, outs: dict[str, Any]) -> None:
+    def call(args: tuple, outs: dict[str, Any]) -> None:
         memory = memory_of(args[at], args[at + 1])
         memory.check(name)
         if name.endswith("_quant"):
@@ -46,23 +44,9 @@ def operation(name: str, arguments: list[str], required: int) -> Callable[[tuple
         else:
             p = make(*args[:at], *args[at + 3 :])
         set_outputs(p, outs)
-        run_ranks(p, memory, SUMS[first])
+        run(p, partial(launch_ranks, memory=memory, scattered=SUMS[first]))
 
-    return run
-
-
-def run_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
-    if p.data is None and p.scale is None:
-        p.key = None
-    if p.key is None or not (spread(codes_of(p.key, p.cols)) and p.norm):
-        return launch_ranks(p, memory, scattered)
-    # As launch.run does, so that sums are the same.
-    if p.y is None:
-        shape = p.x.shape if p.data is None else (*p.data.shape[:-1], p.cols)
-        p.y = p.x.new_empty(shape)
-    launch_ranks(replace(p, key=None, data=None, scale=None, zero_point=None), memory, scattered)
-    codes = {name: getattr(p, name) for name in ("key", "given", "given_zero", "data", "scale", "zero_point")}
-    launch(Pipeline(p.y, **codes))
+    return call
 
 
 def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:

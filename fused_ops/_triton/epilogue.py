@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 
 from .platform import narrow
-from .quantize import Codes, Places, quantize
-
-PLACES = ["scale_row", "scale_column", "zero_row", "zero_column"]  # strides of scales: arguments of kernels
+from .quantize import Codes, places_at, quantize
 
 
 @dataclass(frozen=True)
@@ -32,17 +30,6 @@ class Output(NamedTuple):
     given_zero: Any = None
     scale: Any = None  # and their scales and zero points: in kernels, as `Places`
     zero_point: Any = None
-
-
-@triton.jit
-def places_at(data, row, column, C: tl.constexpr):
-    """`PLACES` aren't in `out`: a column's stride may be the number of tokens, which Triton would compile for."""
-    if C.layout == "swizzled":
-        return Places(data, (C.groups + 3) // 4 * 4, 512, 1)
-    elif C.layout == "packed":
-        return Places(data, 4, 4 * column, 1)
-    else:
-        return Places(data, row, 0, column)
 
 
 @triton.jit

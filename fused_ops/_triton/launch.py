@@ -5,6 +5,7 @@ What is launched follows from row length, dtype and key alone, never from the nu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from ctypes import c_float
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantize import Codes, Places, codes_of
+from .quantize import PLACES, Codes, Places, codes_of
 from .row import Rows, Stages, row_kernel
 
 ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE = 1, 2
@@ -59,38 +60,6 @@ class Pipeline:
         return cols // 2 if self.load == "swiglu_oai" and self.other is None else cols
 
 
-def run(p: Pipeline) -> None:
-    """Launch it, in two passes where a stage needs all that the one before it makes."""
-    if p.data is None and p.scale is None:
-        p.key = None
-    if p.key is None:
-        return launch(p)
-    codes = codes_of(p.key, p.cols)
-    one_scale = codes.per_tensor and not codes.static
-    normed = bool(p.norm) or p.post_eps is not None
-    # Spread over more places, a row would have other sums.
-    if not (one_scale or (spread(codes) and normed)):
-        return launch(p)
-    if one_scale:
-        p.tensor_amax = torch.zeros(1, dtype=torch.int32, device=p.x.device)
-    plain = p.load == "copy" and not normed
-    if p.y is None and not plain:
-        p.y = p.x.new_empty((*p.x.shape[:-1], p.cols))
-    second = Pipeline(
-        p.x if plain else p.y,  # type: ignore[arg-type]
-        tokens_per_expert=p.tokens_per_expert,
-        key=p.key,
-        given=p.given,
-        given_zero=p.given_zero,
-        data=p.data,
-        scale=p.scale,
-        zero_point=p.zero_point,
-        tensor_amax=p.tensor_amax,
-    )
-    launch(replace(p, key=None, data=None, scale=None, zero_point=None))
-    launch(second)
-
-
 def launch(p: Pipeline) -> None:
     kernel, warps = kernel_of(p)
     rows = p.x.shape[:-1].numel()
@@ -120,6 +89,42 @@ def launch(p: Pipeline) -> None:
     on_device(p.x.device, lambda: row_kernel[(blocks,)](**arguments, num_warps=warps, **OPTIONS))
 
 
+def run(p: Pipeline, launch_loading: Callable[[Pipeline], None] = launch) -> None:
+    """Launch it, in two passes where a stage needs all that the one before it makes.
+
+    launch_loading: launches what loads the rows, alone or before another pass.
+    """
+    if p.data is None and p.scale is None:
+        p.key = None
+    if p.key is None:
+        return launch_loading(p)
+    codes = codes_of(p.key, p.cols)
+    one_scale = codes.per_tensor and not codes.static
+    normed = bool(p.norm) or p.post_eps is not None
+    # Spread over more places, a row would have other sums.
+    if not (one_scale or (spread(codes) and normed)):
+        return launch_loading(p)
+    if one_scale:
+        p.tensor_amax = torch.zeros(1, dtype=torch.int32, device=p.x.device)
+    plain = p.load == "copy" and not normed
+    if p.y is None and not plain:
+        shape = p.x.shape if p.data is None else p.data.shape
+        p.y = p.x.new_empty((*shape[:-1], p.cols))
+    second = Pipeline(
+        p.x if plain else p.y,  # type: ignore[arg-type]
+        tokens_per_expert=p.tokens_per_expert,
+        key=p.key,
+        given=p.given,
+        given_zero=p.given_zero,
+        data=p.data,
+        scale=p.scale,
+        zero_point=p.zero_point,
+        tensor_amax=p.tensor_amax,
+    )
+    launch_loading(replace(p, key=None, data=None, scale=None, zero_point=None))
+    launch(second)
+
+
 def kernel_of(p: Pipeline) -> tuple[Stages, int]:
     y_cols = p.cols if p.y is None else p.y.shape[-1]
     flags = 0 if p.weight is p.post_weight is None else p.flags
@@ -143,8 +148,9 @@ def arguments_of(p: Pipeline, kernel: Stages) -> dict[str, Any]:
         "eps": float32(p.eps),
         "given": p.given,
         "given_zero": p.given_zero,
-        "scale": places(p.scale, kernel.codes),
-        "zero_point": places(p.zero_point, kernel.codes),
+        "scale": bytes_of(p.scale),
+        "zero_point": p.zero_point,
+        **dict(zip(PLACES, (*strides_of(p.scale, kernel.codes), *strides_of(p.zero_point, kernel.codes)), strict=True)),
     }
 
 
@@ -168,7 +174,7 @@ def bytes_of(tensor: Tensor | None) -> Tensor | None:
 
 
 def rows_of(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Rows | None]]:
-    """The leading sizes that the tensors share, merged where all their strides allow, and each as `Rows`."""
+    """The leading sizes that the tensors share, merged where all their strides allow, but the first; each as `Rows`."""
     shape = next(t.shape for t in tensors if t is not None)
     strides = [t.stride() for t in tensors if t is not None]
     dims: list[int] = []  # the last dimension of each merged run
@@ -182,8 +188,17 @@ def rows_of(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Rows | None]
         else:
             dims.append(d)
             sizes.append(size)
-    found = [None if t is None else Rows(t, tuple(map(t.stride().__getitem__, dims)) or (0,)) for t in tensors]
-    return tuple(sizes) or (1,), found
+    # One row has the stride of many: Triton compiles for what strides are divisible by.
+    found = [None if t is None else Rows(t, tuple(map(t.stride().__getitem__, dims)) or t.shape[-1:]) for t in tensors]
+    return tuple(sizes[1:]), found
+
+
+def strides_of(tensor: Tensor | None, codes: Codes | None) -> tuple[int, int]:
+    """Those of scales or zero points, as `PLACES` has them; zeros where the layout says where they are."""
+    if tensor is None or codes is None or codes.per_tensor or codes.layout == "swizzled":
+        return 0, 0
+    row, column = tensor.stride()
+    return row, column
 
 
 def places(tensor: Tensor | None, codes: Any) -> Places | None:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from . import attention_launch as launches
 from .attention_launch import Call, Results
-from .epilogue import PLACES, store, store_given_scale, with_places
+from .epilogue import store, store_given_scale, with_places
 from .launch import next_power_of_two, on_device
 from .platform import dot, round_to
+from .quantize import PLACES
 from .row import Rows
 
 SLICE = 128  # tokens, a tile of swizzled scales: the tokens of a slice are a multiple

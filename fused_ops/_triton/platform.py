@@ -63,12 +63,13 @@ def round_to(x, S: tl.constexpr):
 def at(rows, sizes, row):
     """Pointers to the first element of each of `row`, int64 numbers of rows [R].
 
-    rows: (pointer, a stride for each leading dimension). sizes: those dimensions, the same for every tensor of a call.
+    rows: (pointer, a stride for each leading dimension).
+    sizes: those dimensions but the first, the same for every tensor of a call.
     """
     offset = row * 0
-    for d in tl.static_range(len(sizes) - 1, 0, -1):
-        offset += row % sizes[d] * rows.strides[d]
-        row = row // sizes[d]
+    for d in tl.static_range(len(sizes), 0, -1):
+        offset += row % sizes[d - 1] * rows.strides[d]
+        row = row // sizes[d - 1]
     return rows.data + (offset + row * rows.strides[0])
 
 

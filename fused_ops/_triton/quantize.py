@@ -67,6 +67,22 @@ class Places(NamedTuple):
     one: int
 
 
+# Strides of scales and zero points: arguments of kernels, which don't come in tuples, since Triton compiles for
+# integers there, and a column's stride may be the number of tokens.
+PLACES = ["scale_row", "scale_column", "zero_row", "zero_column"]
+
+
+@triton.jit
+def places_at(data, row, column, C: tl.constexpr):
+    """`Places` of scales that begin at `data`, of which two strides say all where the layout doesn't."""
+    if C.layout == "swizzled":
+        return Places(data, (C.groups + 3) // 4 * 4, 512, 1)
+    elif C.layout == "packed":
+        return Places(data, 4, 4 * column, 1)
+    else:
+        return Places(data, row, 0, column)
+
+
 # --- codes: int32, of which the low byte counts ---
 
 

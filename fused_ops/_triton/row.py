@@ -13,7 +13,7 @@ import triton.language as tl
 from .activation import gated, load_pairs, relu2
 from .norm import layer_norm, rms_norm
 from .platform import MAGNITUDE, at, bits, load_rows, round_to, store_rows
-from .quantize import Codes, columns, quantize
+from .quantize import PLACES, Codes, columns, places_at, quantize
 
 
 class Rows(NamedTuple):
@@ -115,7 +115,7 @@ def work(
         tl.atomic_max(tensor_amax, tl.max(magnitudes, axis=0))
 
 
-@triton.jit(do_not_specialize=["rows", "sizes", "rows_per_expert", "scale", "zero_point"])
+@triton.jit(do_not_specialize=["rows", "rows_per_expert", *PLACES])
 def row_kernel(
     rows,
     sizes,
@@ -138,10 +138,19 @@ def row_kernel(
     given_zero,
     scale,
     zero_point,
+    scale_row: tl.int64,
+    scale_column: tl.int64,
+    zero_row: tl.int64,
+    zero_column: tl.int64,
     tensor_amax,
     K: tl.constexpr,
 ):
     S: tl.constexpr = x.data.dtype.element_ty
+    scales, zero_points = scale, zero_point
+    if scale is not None:
+        scales = places_at(scale, scale_row, scale_column, K.codes)
+    if zero_point is not None:
+        zero_points = places_at(zero_point, zero_row, zero_column, K.codes)
     row = tl.program_id(0).to(tl.int64) * K.rows + tl.arange(0, K.rows)
     active = row < rows
     if tokens_per_expert is not None:
@@ -170,8 +179,8 @@ def row_kernel(
         data,
         given,
         given_zero,
-        scale,
-        zero_point,
+        scales,
+        zero_points,
         tensor_amax,
         S,
         K,

@@ -85,6 +85,8 @@ class ScaledLinearMethod(QuantMethod):
                 buffers["input_zero_point"] = (1,), torch.int32
         if key.scale2 is not None:
             buffers["input_scale2"] = (1,), torch.float32
+        if self.scheme.bounded:
+            buffers["input_scale_ub"] = (1,), torch.float32
         for name, (size, dtype) in buffers.items():
             layer.register_buffer(name, torch.empty(size, dtype=dtype, device=device))
 
@@ -169,10 +171,11 @@ class QuantLinear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
-    weight_scale2: Tensor  # these five where the scheme's keys ask for them
+    weight_scale2: Tensor  # these six where the scheme asks for them
     weight_sums: Tensor
     input_scale: Tensor
     input_scale2: Tensor
+    input_scale_ub: Tensor
     input_zero_point: Tensor
     bias: Tensor | None
 
@@ -209,7 +212,7 @@ class QuantLinear(nn.Module):
             "scale": self._buffers.get("input_scale"),
             "scale2": self._buffers.get("input_scale2"),
             "zero_point": self._buffers.get("input_zero_point"),
-            "scale_ub": None,
+            "scale_ub": self._buffers.get("input_scale_ub"),
             "pad_rows": self.method.pad_rows,
         }
         return {prefix + name: value for name, value in options.items()} if prefix else options

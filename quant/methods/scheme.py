@@ -34,10 +34,16 @@ class Scheme:
 
     input_quant_key: what the layer wants its input to be.
     weight_key: what its weight is, [N, K] in groups along K, or in blocks.
+    bounded: the layer has an `input_scale_ub`, which bounds the magnitude behind its input's dynamic FP8 scales.
     """
 
     input_quant_key: QuantKey
     weight_key: QuantKey
+    bounded: bool = False
+
+    def __post_init__(self):
+        if self.bounded and not self.input_quant_key.bounded:
+            raise ValueError(f"Scheme: bounded is True, {self.input_quant_key} takes no bound")
 
     @property
     def calibrated(self) -> bool:
@@ -54,26 +60,35 @@ class Scheme:
         return product_of(self.input_quant_key, self.weight_key, arch)
 
     def quantize_weight(self, weight: Tensor) -> dict[str, Tensor]:
-        """The layer's buffers of a weight [N, K]; see `fused_ops.linear.quantize_weight`.
+        """The layer's buffers of a weight [N, K]; see `fused_ops.linear.quantize_weight`, and `storable`.
 
         Raises ValueError where a weight isn't finite.
         """
         if not weight.isfinite().all():
             raise ValueError("weight has values that aren't finite")
-        names = ("weight", "weight_scale", "weight_scale2")
-        made = zip(names, quantize_weight(weight, self.weight_key), strict=True)
-        return {name: tensor for name, tensor in made if tensor is not None}
+        key = self.weight_key
+        if key.scale2 is not None:
+            scale2 = storable(largest_scale2(weight.abs().amax()))
+            data, scale, _ = formats.quantize(weight, key, scale2=scale2)
+            return {"weight": data, "weight_scale": scale, "weight_scale2": scale2}
+        data, scale, _ = quantize_weight(weight, key)
+        return {"weight": data, "weight_scale": scale}
 
     def calibrate(self, low: Tensor, high: Tensor) -> dict[str, Tensor]:
         """The layer's buffers for inputs that span [low, high]: those of a dynamic key for these two values.
 
-        NVFP4: `input_scale2 = max(amax / (6 * 448), 2^-126)`.
+        NVFP4: `input_scale2 = max(amax / (6 * 448), 2^-126)`, as `storable` rounds it.
         """
         key, ends = self.input_quant_key, torch.stack([low, high]).float().reshape(1, 2)
         if key.scale2 is not None:
-            return {"input_scale2": largest_scale2(ends.abs().amax())}
+            return {"input_scale2": storable(largest_scale2(ends.abs().amax()))}
         _, scale, zero_point = formats.quantize(ends, key.with_scale(static=False))
         return {"input_scale": scale} | ({} if zero_point is None else {"input_zero_point": zero_point})
+
+
+def storable(scale2: Tensor) -> Tensor:
+    """NVFP4's second scale as the reciprocal of a float32, at most a step away: files hold its divisor."""
+    return 1 / (1 / scale2)
 
 
 _FP8_CHANNEL, _INT8_CHANNEL = block_key(FP8, 1, -1), block_key(torch.int8, 1, -1)

@@ -1,0 +1,57 @@
+"""A back end of `torch.compile` that runs the passes and then the graph, node by node: no code is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
+
+from .config import PassConfig
+from .floats import specialize_floats
+from .fusion import POST_GRAD
+from .manager import PassManager
+from .matcher import aten, decompositions
+
+
+class Backend:
+    """`torch.compile(model, backend=Backend())`: the graph as the passes leave it, run by PyTorch's own kernels.
+
+    What the fused operations don't take the place of gives the bits of eager code, so that a model has those it has
+    when it is patched by hand. It is for inference.
+
+    Args:
+        passes: a `PassManager`, or the configuration that one is made from; `.manager` is it.
+    """
+
+    def __init__(self, passes: PassManager | PassConfig | None = None) -> None:
+        if passes is not None and not isinstance(passes, (PassManager, PassConfig)):
+            raise TypeError(f"Backend: passes is {type(passes).__name__}, expected a PassManager or a PassConfig")
+        self.manager = passes if isinstance(passes, PassManager) else PassManager.from_config(passes)
+        if self.manager.hook != POST_GRAD:
+            raise ValueError(f"Backend: passes are bound to {self.manager.hook}, expected {POST_GRAD}")
+        self._compile = aot_autograd(
+            fw_compiler=self._rewritten, decompositions=decompositions(), keep_inference_input_mutations=True
+        )
+
+    def __call__(self, graph: GraphModule, inputs: list[Any]) -> Callable:
+        return self._compile(graph, inputs)
+
+    def _rewritten(self, graph: GraphModule, inputs: list[Any]) -> Callable:
+        specialize_floats(graph.graph)
+        # Results of fused operations are contiguous where those before were perhaps not.
+        for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
+        self.manager(graph.graph)
+        graph.recompile()
+
+        def run(arguments: list[Any]) -> Any:
+            with torch.no_grad():
+                held = list(arguments)
+                arguments.clear()
+                return graph(*held)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run

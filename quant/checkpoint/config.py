@@ -1,0 +1,326 @@
+"""From a checkpoint's configuration to the format of each of its layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fused_ops.linear import block_key
+
+from .. import (
+    FP8_DYNAMIC_GROUP_64,
+    FP8_DYNAMIC_GROUP_128,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    MXFP8,
+    NVFP4,
+    QuantKey,
+)
+from ..key import FP8
+from ..methods import Scheme
+from .fields import Fields, read_json
+from .formats import (
+    ACTIVATIONS,
+    COMPRESSED_TENSORS,
+    FBGEMM,
+    FP8_BLOCK,
+    MODELOPT,
+    SCALE_DTYPES,
+    WEIGHTS,
+    Args,
+    Format,
+    container,
+)
+
+CONFIG, MODELOPT_CONFIG = "config.json", "hf_quant_config.json"
+Rule = Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which layers are quantized, and how.
+
+    groups: (which layers, format); the first that fits is a layer's.
+    ignored: layers that no group takes.
+    kv_cache: whether there are scales of keys and values; "required" where there must be.
+    """
+
+    groups: tuple[tuple[Rule, Format], ...]
+    ignored: Rule
+    kv_cache: str | None = None
+
+    def format_of(self, path: str, module: nn.Module) -> Format | None:
+        """The format of a linear layer, or None where it isn't quantized."""
+        if self.ignored(path, module):
+            return None
+        return next((form for takes, form in self.groups if takes(path, module)), None)
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Of the quantization_config of config.json, or of hf_quant_config.json.
+
+    Raises ValueError, naming file and field, where there is none, or a field is unknown or not served.
+    """
+    path, other = folder / CONFIG, folder / MODELOPT_CONFIG
+    values = read_json(path).get("quantization_config")
+    if values is None:
+        if not other.exists():
+            raise ValueError(f"{path}: quantization_config is missing, and there is no {MODELOPT_CONFIG}")
+        return _modelopt(Fields(read_json(other), str(other)))
+    fields = Fields(values, f"{path}: quantization_config")
+    if fields.values.get("quant_method") is None and "quant_algo" in fields.values:
+        fields.values["quant_method"] = "modelopt"  # which its first versions left out
+    method = fields.only("quant_method", *_READERS)
+    recipe = _READERS[method](fields)
+    if method == "modelopt" and other.exists():
+        _same_algorithm(path, values, other)
+    return recipe
+
+
+# --- names of layers ---
+
+
+def _regular(pattern: str, where: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where} has {pattern!r}, which is no regular expression: {error}") from None
+
+
+def _by_name_or_class(names: tuple[str, ...], where: str) -> Rule:
+    """As compressed-tensors: a layer's path, "re:" and an expression that its path begins with, or a class's name."""
+    patterns = [_regular(name[3:], where) for name in names if name.startswith("re:")]
+
+    def takes(path: str, module: nn.Module) -> bool:
+        classes = {kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
+        return path in names or bool(classes & set(names)) or any(p.match(path) for p in patterns)
+
+    return takes
+
+
+def _by_part_of_name(names: tuple[str, ...], where: str) -> Rule:
+    """As transformers and vLLM: the path of a layer or of what contains it, its end, or an expression for either."""
+    ends = tuple(f".{name}" for name in names)
+    starts = [_regular(f"(?:{name})(?=[.]|$)", where) for name in names if not name.startswith("re:")]
+    starts += [_regular(name[3:], where) for name in names if name.startswith("re:")]
+    return lambda path, _: path.endswith(ends) or any(start.match(path) for start in starts)
+
+
+def _by_wildcard(names: tuple[str, ...], where: str) -> Rule:
+    """As ModelOpt: wildcards for paths; older versions give the path of what contains the layer, or the end of one."""
+    plain = tuple(name for name in names if not name.startswith("re:"))
+    patterns = [_regular(name[3:], where) for name in names if name.startswith("re:")]
+    ends = tuple(f".{name}" for name in plain)
+    return lambda path, _: (
+        path.endswith(ends)
+        or any(fnmatchcase(path, name) or fnmatchcase(path, f"{name}.*") for name in plain)
+        or any(pattern.match(path) for pattern in patterns)
+    )
+
+
+def _any(path: str, module: nn.Module) -> bool:
+    return True
+
+
+# --- compressed-tensors ---
+
+
+def _compressed_tensors(fields: Fields) -> Recipe:
+    fields.skip("version", "global_compression_ratio")
+    fields.only("quantization_status", "compressed")
+    whole = fields.take("format", str)
+    for name in "sparsity_config", "transform_config", "moe_sparsity_config":
+        if fields.values.get(name) not in (None, {}):
+            raise fields.error(name, fields.values[name], "none: that isn't served")
+        fields.skip(name)
+    ignored = _by_name_or_class(fields.names("ignore"), f"{fields.where}.ignore")
+    kv_cache = _kv_cache(fields.object("kv_cache_scheme"))
+    groups = []
+    for group in fields.objects("config_groups").values():
+        targets = _by_name_or_class(group.names("targets"), f"{group.where}.targets")
+        if group.values.get("input_activations") is None:
+            raise group.error("input_activations", None, "an object: layers with quantized weights only aren't served")
+        weight = _key(Fields(group.take("weights", dict), f"{group.where}.weights"), WEIGHTS)
+        activation = _key(
+            Fields(group.take("input_activations", dict), f"{group.where}.input_activations"), ACTIVATIONS
+        )
+        group.only("output_activations", None)
+        expected = container(weight)
+        if group.values.get("format") is None and whole not in expected:
+            raise fields.error("format", whole, " or ".join(expected))
+        group.only("format", None, *expected)
+        group.close()
+        groups.append((targets, Format(Scheme(activation, weight), COMPRESSED_TENSORS)))
+    fields.close()
+    return Recipe(tuple(groups), ignored, kv_cache)
+
+
+def _key(fields: Fields, table: dict[Args, QuantKey]) -> QuantKey:
+    """What a QuantizationArgs says, where it is in the table."""
+    fields.skip("observer", "observer_kwargs")
+    fields.only("actorder", None, False, "static", "weight")  # of calibration: columns are in order
+    bits, kind = fields.take("num_bits", int), fields.take("type", str)
+    symmetric, dynamic = fields.take("symmetric", bool, True), fields.take("dynamic", (bool, str), False)
+    group, block = fields.take("group_size", int, None), fields.take("block_structure", list, None)
+    strategy = fields.take("strategy", str, "tensor" if group is None else "channel" if group == -1 else "group")
+    size = tuple(block) if block else None if group == -1 else group
+    args = Args(kind, bits, strategy, size, dynamic, symmetric)
+    if args not in table:
+        known = "; ".join(_words(each) for each in table)
+        raise ValueError(f"{fields.where} is {_words(args)}, expected one of: {known}")
+    fields.only("scale_dtype", None, SCALE_DTYPES.get(args))
+    fields.skip("zp_dtype")
+    fields.close()
+    return table[args]
+
+
+def _words(args: Args) -> str:
+    """For messages."""
+    size = "" if args.size is None else f" of {args.size}"
+    kind = "" if args.dynamic is False else f", dynamic {args.dynamic}" if args.dynamic != "local" else ", local"
+    return f"{args.type}{args.num_bits} by {args.strategy}{size}{kind}" + ("" if args.symmetric else ", asymmetric")
+
+
+def _kv_cache(fields: Fields | None) -> str | None:
+    """One float32 scale each for the keys and for the values of an attention, of FP8 caches."""
+    if fields is None:
+        return None
+    fields.only("num_bits", 8)
+    fields.only("type", "float")
+    fields.only("strategy", None, "tensor")
+    fields.only("dynamic", None, False)
+    fields.only("symmetric", None, True)
+    for name in "group_size", "block_structure", "actorder", "scale_dtype":
+        fields.only(name, None)
+    fields.skip("observer", "observer_kwargs", "zp_dtype")
+    fields.close()
+    return "required"
+
+
+# --- fp8: DeepSeek's blocks, and AutoFP8 ---
+
+
+def _fp8(fields: Fields) -> Recipe:
+    fields.only("fmt", None, "e4m3", "float8_e4m3fn")
+    fields.only("dequantize", None, False)
+    fields.only("modules_to_convert", None)
+    fields.only("expert_dtype", None, "fp8")
+    static = fields.only("activation_scheme", None, "dynamic", "static") == "static"
+    powers = fields.only("scale_fmt", None, "float", "ue8m0") == "ue8m0"
+    cache = fields.only("kv_cache_scheme", None, "static") and "required"
+    block = fields.take("weight_block_size", list, None)
+    lists = [fields.names(name) for name in ("modules_to_not_convert", "ignored_layers")]
+    # The output layer is never quantized, though lists seldom name it.
+    ignored = _by_part_of_name((*lists[0], *lists[1], "lm_head"), f"{fields.where}.modules_to_not_convert")
+    if block is None:
+        if powers:
+            raise fields.error("scale_fmt", "ue8m0", "float where weight_block_size is null")
+        scheme = Scheme(FP8_STATIC_TENSOR if static else FP8_DYNAMIC_TOKEN, block_key(FP8, -1, -1))
+    elif static:
+        raise fields.error("activation_scheme", "static", "dynamic where there is a weight_block_size")
+    elif block == [1, 32] and powers:
+        scheme = Scheme(MXFP8, MXFP8)
+    elif block in ([128, 128], [64, 64]):
+        activation = FP8_DYNAMIC_GROUP_128 if block == [128, 128] else FP8_DYNAMIC_GROUP_64
+        scheme = Scheme(activation.with_scale(power_of_two=powers), block_key(FP8, *block))
+    else:
+        raise fields.error("weight_block_size", block, "[128, 128], [64, 64], [1, 32] with scale_fmt ue8m0, or null")
+    fields.close()
+    return Recipe(((_any, Format(scheme, FP8_BLOCK)),), ignored, cache)
+
+
+# --- fbgemm_fp8 ---
+
+
+def _fbgemm(fields: Fields) -> Recipe:
+    bound = float(fields.take("activation_scale_ub", (int, float), 1200.0))
+    names = (*fields.names("modules_to_not_convert"), "lm_head")
+    ignored = _by_part_of_name(names, f"{fields.where}.modules_to_not_convert")
+    fields.close()
+    scheme = Scheme(FP8_DYNAMIC_TOKEN, block_key(FP8, 1, -1), bounded=True)
+    return Recipe(((_any, Format(scheme, FBGEMM, (("input_scale_ub", bound),))),), ignored)
+
+
+# --- ModelOpt ---
+
+# FP8_PB_WO's name says that weights only are quantized; activations meet them quantized by 1x128, as in vLLM.
+_ALGORITHMS: dict[str, tuple[Scheme, int | None]] = {
+    "FP8": (Scheme(FP8_STATIC_TENSOR, block_key(FP8, -1, -1)), None),
+    "FP8_PER_CHANNEL_PER_TOKEN": (Scheme(FP8_DYNAMIC_TOKEN, block_key(FP8, 1, -1)), None),
+    "FP8_PB_WO": (Scheme(FP8_DYNAMIC_GROUP_128, block_key(FP8, 128, 128)), 128),
+    "NVFP4": (Scheme(NVFP4, NVFP4), 16),
+    "MXFP8": (Scheme(MXFP8, MXFP8), 32),
+}
+
+
+def _modelopt(fields: Fields) -> Recipe:
+    fields.skip("producer")
+    nested = fields.object("quantization")
+    if nested is not None:  # as in hf_quant_config.json
+        fields.close()
+        fields = nested
+    lists = fields.names("ignore"), fields.names("exclude_modules")
+    ignored = _by_wildcard((*lists[0], *lists[1]), f"{fields.where}.ignore")
+    for name in "has_zero_point", "pre_quant_scale":  # AWQ's
+        fields.only(name, None, False)
+    cache = "optional" if fields.only("kv_cache_quant_algo", None, "FP8") else None
+    if _kv_cache(fields.object("kv_cache_scheme")):
+        cache = "optional"
+    layers = fields.values.get("quantized_layers")
+    if layers is None:
+        form = _algorithm(fields)
+        if (described := fields.values.get("config_groups")) is not None:
+            _check_described(Fields({"config_groups": described}, fields.where), form.scheme)
+            fields.skip("config_groups")
+        fields.close()
+        return Recipe(((_any, form),), ignored, cache)
+    fields.only("quant_algo", "MIXED_PRECISION")
+    fields.skip("group_size", "config_groups")  # of each layer below
+    groups: list[tuple[Rule, Format]] = []
+    for path, layer in fields.objects("quantized_layers").items():
+        form = _algorithm(layer)
+        layer.close()
+        groups.append((_by_name_or_class((path,), layer.where), form))
+    fields.close()
+    return Recipe(tuple(groups), ignored, cache)
+
+
+def _algorithm(fields: Fields) -> Format:
+    name = fields.take("quant_algo", str)
+    if name.upper() not in _ALGORITHMS:
+        raise fields.error("quant_algo", name, " or ".join(_ALGORITHMS))
+    scheme, group = _ALGORITHMS[name.upper()]
+    fields.only("group_size", None, group, *([0] if group is None else []))
+    return Format(scheme, MODELOPT)
+
+
+def _check_described(fields: Fields, scheme: Scheme) -> None:
+    """Newer versions say in compressed-tensors' words too what the algorithm is: format and bits must be its own."""
+    for group in fields.objects("config_groups").values():
+        for name, key in ("weights", scheme.weight_key), ("input_activations", scheme.input_quant_key):
+            described = group.object(name)
+            if described is not None:
+                described.only("num_bits", 8 // key.packing)
+                described.only("type", "float")
+
+
+def _same_algorithm(path: Path, values: dict[str, Any], other: Path) -> None:
+    mine, theirs = (each.get("quantization", each).get("quant_algo") for each in (values, read_json(other)))
+    if mine != theirs:
+        raise ValueError(f"{path}: quantization_config.quant_algo is {mine!r}, {other} says {theirs!r}")
+
+
+_READERS: dict[str, Callable[[Fields], Recipe]] = {
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm,
+    "modelopt": _modelopt,
+    "modelopt_fp4": _modelopt,
+    "modelopt_mxfp8": _modelopt,
+}

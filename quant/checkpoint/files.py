@@ -1,0 +1,78 @@
+"""The tensors of a checkpoint's safetensors files, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .fields import read_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class TensorFiles:
+    """Which tensors there are, and where.
+
+    names: file of each tensor.
+    """
+
+    def __init__(self, opened: dict[Path, Any]):
+        self._opened = opened
+        self.names: dict[str, Path] = {}
+        for path, file in opened.items():
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name in self.names:
+                    raise ValueError(f"{path} has {name}, and so has {self.names[name].name}")
+                self.names[name] = path
+
+    def where(self, name: str) -> str:
+        return f"{self.names[name]}: {name}"
+
+    def shape(self, name: str) -> list[int]:
+        """Without reading it."""
+        return list(self._opened[self.names[name]].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of its own memory, so that the file may change later."""
+        try:
+            return self._opened[self.names[name]].get_tensor(name).clone()
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"{self.where(name)}: {error}") from None
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[TensorFiles]:
+    """The files that the folder's index names, or its only one.
+
+    Raises ValueError where one is missing, truncated, no safetensors file, or doesn't hold what the index says.
+    """
+    placed: dict[str, str] | None = None
+    if (folder / INDEX).exists():
+        placed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+            raise ValueError(
+                f"{folder / INDEX}: weight_map is {type(placed).__name__}, expected an object of file names"
+            )
+        for name in placed.values():
+            if Path(name).name != name:  # never outside of the folder
+                raise ValueError(f"{folder / INDEX}: weight_map names {name!r}, expected a file of this folder")
+    paths = [folder / name for name in (sorted(set(placed.values())) if placed is not None else [SINGLE])]
+    with ExitStack() as stack:
+        opened = {}
+        for path in paths:
+            try:
+                opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: {error}") from None
+        files = TensorFiles(opened)
+        for name, file in (placed or {}).items():
+            if files.names.get(name) != folder / file:
+                raise ValueError(f"{folder / INDEX}: weight_map places {name} in {file}, which doesn't have it")
+        if placed is not None and (extra := files.names.keys() - placed.keys()):
+            raise ValueError(f"{files.where(min(extra))} isn't in the index's weight_map")
+        yield files

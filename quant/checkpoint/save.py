@@ -1,0 +1,163 @@
+"""`save_quantized`: a model of `QuantLinear` layers becomes a compressed-tensors checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import QuantKey
+from ..key import E8M0
+from ..methods import QuantLinear, ScaledLinearMethod, Scheme
+from .config import CONFIG
+from .files import INDEX
+from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, container
+
+
+def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+    """Write a model as compressed-tensors does, for transformers, vLLM and `load_quantized`, which gives the same bits.
+
+    Codes and scales are those of the layers, whatever device they are on; scales are float32, which those who read
+    them widen to anyway. Buffers `k_scale` and `v_scale` of attentions are written too. The tokenizer is not.
+
+    Args:
+        model: of transformers, with `QuantLinear` layers, patched or not.
+        path: a folder that doesn't exist, or is empty. It is there once all of it is written.
+        max_shard_size: of a file, in bytes or as "5GB".
+
+    Raises:
+        TypeError: model is not a transformers model, or path is not a str or a Path.
+        ValueError: path is there and not empty; no layer is quantized; the format has no words for a layer's keys or
+            scales, by its path. Nothing is left behind.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"save_quantized: model is {type(model).__name__}, expected a model of transformers")
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"save_quantized: path is {type(path).__name__}, expected a str or a Path")
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"save_quantized: path is {str(path)!r}, expected a folder that is new or empty")
+    quantization, tensors = _quantization_config(model), _tensors(model)
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir(parents=True)
+    try:
+        _write(model, quantization, tensors, partial, max_shard_size)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(model: PreTrainedModel, quantization: dict, tensors: dict[str, Tensor], folder: Path, size: Any) -> None:
+    model.config.save_pretrained(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    config |= {"architectures": [type(model).__name__], "quantization_config": quantization}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=size)
+    for name, keys in plan.filename_to_tensors.items():
+        save_file({key: tensors[key].contiguous() for key in keys}, folder / name, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+# --- the configuration ---
+
+
+def _quantization_config(model: nn.Module) -> dict[str, Any]:
+    layers: dict[Scheme, list[str]] = {}
+    ignored = []
+    for path, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            layers.setdefault(_scheme(path, module), []).append(path)
+        elif isinstance(module, nn.Linear):
+            ignored.append(path)
+    if not layers:
+        raise ValueError(f"save_quantized: model is {type(model).__name__} and has no QuantLinear")
+    groups, formats = {}, set()
+    for number, (scheme, paths) in enumerate(layers.items()):
+        form = container(scheme.weight_key)[0]
+        formats.add(form)
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(layers) == 1 else paths,
+            "weights": _args(WEIGHTS, scheme.weight_key).to_json(),
+            "input_activations": _args(ACTIVATIONS, scheme.input_quant_key).to_json(),
+            "output_activations": None,
+            "format": form,
+        }
+    scaled = any(name in module._buffers for module in model.modules() for name in KV_SCALES)
+    cache = Args("float", 8, "tensor").to_json() if scaled else None
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+        "kv_cache_scheme": cache,
+        "global_compression_ratio": None,
+    }
+
+
+def _scheme(path: str, layer: QuantLinear) -> Scheme:
+    """The layer's, of which the format has every part."""
+    if not isinstance(layer.method, ScaledLinearMethod):
+        raise ValueError(f"save_quantized: {path} has a {type(layer.method).__name__}, expected a ScaledLinearMethod")
+    scheme = layer.method.scheme
+    for name, key, table in (
+        ("input", scheme.input_quant_key, ACTIVATIONS),
+        ("weight", scheme.weight_key, WEIGHTS),
+    ):
+        if key not in table.values():
+            raise ValueError(f"save_quantized: {path}: {name} is {key}, which compressed-tensors has no words for")
+    if scheme.bounded:
+        raise ValueError(f"save_quantized: {path} has an input_scale_ub, which compressed-tensors has no words for")
+    return scheme
+
+
+def _args(table: dict[Args, QuantKey], key: QuantKey) -> Args:
+    return next(args for args, each in table.items() if each == key)
+
+
+# --- the tensors ---
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    quantized = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    tensors: dict[str, Tensor] = {}
+    owners: dict[tuple[int, torch.Size], str] = {}
+    for key, tensor in model.state_dict().items():
+        path, _, name = key.rpartition(".")
+        if (layer := quantized.get(path)) is not None and name != "bias":
+            key, tensor = _stored(path, layer, name, tensor)
+        elif tensor.numel() and owners.setdefault((tensor.data_ptr(), tensor.shape), key) != key:
+            if key not in tied:  # safetensors has no shared memory
+                tensor = tensor.clone()
+            else:
+                continue
+        tensors[key] = tensor.cpu()
+    return tensors
+
+
+def _stored(path: str, layer: QuantLinear, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    stored = COMPRESSED_TENSORS.stored(name, layer.method.scheme.weight_key)  # type: ignore[attr-defined]
+    try:
+        tensor = stored.save(tensor)
+    except ValueError as error:
+        raise ValueError(f"save_quantized: {path}: {name} {error}") from None
+    if tensor.dtype == E8M0:
+        tensor = tensor.view(torch.uint8)
+    elif name == "weight_scale" and tensor.numel() == 1 and layer.out_features > 1:
+        tensor = tensor.reshape(-1)  # one scale is [1], but for the one row of a weight by rows
+    return f"{path}.{stored.names[0]}", tensor

@@ -1,0 +1,197 @@
+"""What `save_quantized` writes is the model, to the bit, for us and for transformers."""
+
+import json
+
+import pytest
+import torch
+from compare import assert_as_near, assert_same
+from patching import FAMILIES, quantize, tiny, tiny_model, tokens
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import models_patch
+from quant import FP8_DYNAMIC_GROUP_128
+from quant.checkpoint import Calibration, calibrate, load_quantized, save_quantized
+from quant.checkpoint.formats import divisor_of
+from quant.methods import SCHEMES, ScaledLinearMethod, Scheme, quantize_model
+from quant.methods.scheme import storable
+
+FAMILY_SCHEMES = dict(zip([*FAMILIES], [*SCHEMES] * 2, strict=False))
+
+
+def assert_same_model(actual, expected):
+    mine, theirs = actual.state_dict(), expected.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert_same(mine[name], tensor, name)
+    with torch.no_grad():
+        assert_same(actual(tokens()).logits, expected(tokens()).logits)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_saved_and_loaded_it_has_the_same_bits(scheme, tmp_path):
+    model = quantize(tiny(), scheme)
+    save_quantized(model, tmp_path / "one")
+    assert_same_model(load_quantized(tmp_path / "one"), model)
+    save_quantized(load_quantized(tmp_path / "one"), str(tmp_path / "two"))
+    for name, tensor in load_file(tmp_path / "one" / "model.safetensors").items():
+        assert_same(load_file(tmp_path / "two" / "model.safetensors")[name], tensor, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, tmp_path):
+    """Experts, latents, tied embeddings and two kinds of rotation, each with a scheme; patched before it is saved."""
+    scheme = FAMILY_SCHEMES[family]
+    ignore = ("lm_head", "kv_b_proj") if "Deepseek" in family else ("lm_head",)
+    if "group" in scheme or "mx" in scheme or "nv" in scheme:
+        scheme = "fp8_token"  # sizes that groups don't divide
+    model = quantize(tiny_model(family), scheme, ignore=ignore)
+    expected = model(tokens()).logits
+    models_patch.patch(model)
+    save_quantized(model, tmp_path / "model")
+    models_patch.unpatch(model)
+    loaded = load_quantized(tmp_path / "model")
+    assert_same_model(loaded, model)
+    assert_same(loaded(tokens()).logits, expected)
+
+
+def test_in_several_files_and_another_dtype(tmp_path):
+    model = quantize(tiny(dtype=torch.float16, attention_bias=True), "int8_token")
+    save_quantized(model, tmp_path / "model", max_shard_size="60KB")
+    assert len([*(tmp_path / "model").glob("*.safetensors")]) > 2
+    assert_same_model(load_quantized(tmp_path / "model", torch.float16), model)
+
+
+def test_two_schemes_and_scales_of_the_cache(tmp_path):
+    model = quantize(tiny(), "int8_token", ignore=("lm_head", "down_proj"))
+    other = quantize(tiny(), "mxfp8")
+    for mine, theirs in zip(model.model.layers, other.model.layers, strict=True):
+        mine.mlp.down_proj = theirs.mlp.down_proj
+        for name in "k_scale", "v_scale":
+            mine.self_attn.register_buffer(name, torch.tensor([0.25]))
+    save_quantized(model, tmp_path / "model")
+    assert_same_model(load_quantized(tmp_path / "model"), model)
+    written = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert written["format"] == "mixed-precision"
+    assert written["kv_cache_scheme"]["strategy"] == "tensor"
+
+
+# Of formats with one-byte scales compressed-tensors makes bfloat16 weights, whatever the model's dtype.
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_transformers_loads_it(scheme, tmp_path):
+    """With compressed-tensors, which decodes weights and quantizes what they meet."""
+    dtype = torch.bfloat16 if SCHEMES[scheme].weight_key.scale.dtype != torch.float32 else torch.float32
+    sizes = {"dtype": dtype, "hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+    exact, ids = tiny(**{**sizes, "dtype": torch.float32})(tokens()).logits, tokens()
+    model = quantize(tiny(**sizes), scheme)
+    save_quantized(model, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    mine, expected = model(ids).logits, theirs(ids).logits
+    assert_as_near(mine, exact, expected)
+    assert_as_near(expected, exact, mine)
+
+
+def test_divisors_of_second_scales():
+    """Every scale that a layer has has one, and it gives the scale back."""
+    scales = storable(torch.cat([torch.rand(1000) + 0.5, torch.rand(1000) * 1e-30, torch.tensor([2.0**-126, 1.0])]))
+    for scale in scales:
+        assert 1 / divisor_of(scale) == scale
+    lost = next(s for s in torch.rand(1000) + 0.5 if storable(s) != s)
+    with pytest.raises(ValueError, match=r"isn't the reciprocal of a float32"):
+        divisor_of(lost)
+
+
+def _other_method() -> nn.Module:
+    model = quantize(tiny(), "int8_token")
+    model.model.layers[0].mlp.up_proj.method = object()
+    return model
+
+
+def _with(scheme: Scheme, name: str) -> nn.Module:
+    model = quantize(tiny(), "fp8_block" if "power" in name else "fp8_token")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.method = ScaledLinearMethod(scheme)
+    return model
+
+
+POWERS = Scheme(FP8_DYNAMIC_GROUP_128.with_scale(power_of_two=True), SCHEMES["fp8_block"].weight_key)
+BOUNDED = Scheme(SCHEMES["fp8_token"].input_quant_key, SCHEMES["fp8_token"].weight_key, bounded=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Linear(2, 2), TypeError, "model is Linear, expected a model of transformers"),
+        (tiny, ValueError, "model is LlamaForCausalLM and has no QuantLinear"),
+        (_other_method, ValueError, "layers.0.mlp.up_proj has a object, expected a ScaledLinearMethod"),
+        (lambda: _with(POWERS, "power"), ValueError, "layers.0.mlp.up_proj: input is .*power_of_two.* no words for"),
+        (lambda: _with(BOUNDED, "bound"), ValueError, "layers.0.mlp.up_proj has an input_scale_ub"),
+    ],
+)
+def test_what_it_refuses(make, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        save_quantized(make(), tmp_path / "model")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_folders(tmp_path, monkeypatch):
+    model = quantize(tiny(num_hidden_layers=1), "int8_token")
+    (tmp_path / "empty").mkdir()
+    save_quantized(model, tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"empty', expected a folder that is new or empty"):
+        save_quantized(model, tmp_path / "empty")
+    with pytest.raises(TypeError, match=r"path is int, expected a str or a Path"):
+        save_quantized(model, 3)
+    monkeypatch.setattr("quant.checkpoint.save.save_file", _full)
+    with pytest.raises(OSError, match=r"No space"):
+        save_quantized(model, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def _full(*_):
+    raise OSError("No space left on device")
+
+
+# --- calibrate ---
+
+
+def test_one_calibration_serves_every_static_scheme(capsys):
+    batches = [tokens(9), {"input_ids": tokens(5)}]
+    spans = calibrate(tiny(), batches)
+    assert "calibrate: 2 of 2 batches" in capsys.readouterr().err
+    calibrate(tiny(), iter(batches), progress=False)
+    assert capsys.readouterr().err == ""
+    for scheme in "fp8_static", "int8_static", "int8_static_asym", "nvfp4":
+        expected = quantize_model(tiny(), scheme, batches)
+        assert_same_model(quantize_model(tiny(), scheme, spans), expected)
+    low, high = spans["model.layers.0.mlp.down_proj"].tolist()
+    layer = quantize_model(tiny(), "fp8_static", spans).model.layers[0].mlp.down_proj
+    assert low < 0 < high
+    assert layer.input_scale.item() == (torch.tensor(max(-low, high)) / 448).item()
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "error", "message"),
+    [
+        (3, [], TypeError, "calibrate: model is int, expected a torch.nn.Module"),
+        (None, torch.ones(1), TypeError, "calibrate: data is Tensor, expected a list"),
+        (None, {"input_ids": 1}, TypeError, "calibrate: data is dict, expected a list"),
+        (None, [], ValueError, "calibrate: data never gives model.layers.0.self_attn.q_proj an input"),
+        ("quantized", [], ValueError, "calibrate: model is LlamaForCausalLM and contains no nn.Linear"),
+    ],
+)
+def test_what_calibrate_refuses(model, data, error, message):
+    subject = quantize(tiny(), "int8_token") if model == "quantized" else model or tiny()
+    with pytest.raises(error, match=message):
+        calibrate(subject, data)
+
+
+def test_a_calibration_of_another_model():
+    spans = calibrate(tiny(num_hidden_layers=1), [tokens()], progress=False)
+    with pytest.raises(ValueError, match=r"calibration has nothing of model.layers.1.self_attn.q_proj, expected"):
+        quantize_model(tiny(num_hidden_layers=2), "fp8_static", spans)
+    wrong = Calibration(dict.fromkeys(spans, torch.tensor([0.0, float("inf")])))
+    with pytest.raises(ValueError, match=r"calibration has tensor"):
+        quantize_model(tiny(num_hidden_layers=1), "fp8_static", wrong)

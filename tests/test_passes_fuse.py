@@ -1,0 +1,221 @@
+"""Passes over rows, one computation at a time: spellings, users, views, and why something was left."""
+
+import pytest
+import torch
+from passes import Compiled, same_on_both_backends
+from ranks import threads
+from torch.nn import functional as F
+
+import fused_ops
+from fused_ops import AllReduceWorkspace
+from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN
+
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+
+
+def rows(*shape, dtype=torch.bfloat16, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def scaled(x, eps):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def times_itself(x, r, weight):
+    return weight * (r * torch.rsqrt((r * r).mean(-1, True) + 2e-6)).to(x.dtype)
+
+
+def llama(x, weight, eps=1e-6):
+    return weight * scaled(x.float(), eps).to(x.dtype)
+
+
+NORMS = {
+    "times itself": lambda x, w: times_itself(x, x.float(), w),
+    "square": lambda x, w: (x.float() * torch.rsqrt(x.float().square().mean(-1, True) + 0.1) * w).to(x.dtype),
+    "one over the root": lambda x, w: w * (x.float() * (1 / (x.float().pow(2).mean(-1, True) + 1).sqrt())).to(x.dtype),
+    "over the root": lambda x, w: w * (x.float() / torch.sqrt(x.float().pow(2).mean(-1, True) + 1e-6)).to(x.dtype),
+    "torch's": lambda x, w: F.rms_norm(x, (64,), w, 1e-5),
+    "gemma's": lambda x, w: (scaled(x.float(), 1e-6) * (1.0 + w.float())).to(x.dtype),
+    "without weight": lambda x, w: scaled(x.float(), 1e-6).to(x.dtype),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spellings_of_a_norm(spelling, dtype):
+    x, weight = rows(3, 5, 64, dtype=dtype), rows(64, dtype=dtype, seed=1)
+    compiled = Compiled(NORMS[spelling])
+    with fused_ops.use_backend("reference"):
+        found, expected = compiled(x, weight), NORMS[spelling](x, weight)
+    assert compiled.calls == {"rms_norm": 1}, compiled.misses
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)])
+def test_layer_norm(dtype, given):
+    x, *both = rows(3, 5, 64, dtype=dtype), rows(64, dtype=dtype, seed=1), rows(64, dtype=dtype, seed=2)
+    weight, bias = (t if there else None for t, there in zip(both, given, strict=True))
+    compiled = Compiled(lambda x: F.layer_norm(x, (64,), weight, bias, 1e-5))
+    torch.testing.assert_close(compiled(x), F.layer_norm(x, (64,), weight, bias, 1e-5))
+    assert compiled.calls == {"layer_norm": 1}, compiled.misses
+
+
+def oai(gate, up):
+    gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.5))
+
+
+ACTIVATIONS = {
+    "silu_mul": lambda x: F.silu(x[..., :64]) * x[..., 64:],
+    "silu_mul of chunks": lambda x: (lambda gate, up: up * F.silu(gate))(*x.chunk(2, -1)),
+    "gelu_tanh_mul": lambda x: F.gelu(x[..., :64], approximate="tanh") * x[..., 64:],
+    "relu2": lambda x: F.relu(x).square(),
+    "relu2 by power": lambda x: x.clamp_min(0) ** 2,
+    "swiglu_oai_mul": lambda x: oai(x[..., :64], x[..., 64:]),
+    "swiglu_oai_mul in turn": lambda x: oai(x[..., ::2], x[..., 1::2]),
+}
+
+
+@pytest.mark.parametrize("spelling", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spellings_of_an_activation(spelling, dtype):
+    x = rows(3, 5, 128, dtype=dtype)
+    compiled = Compiled(ACTIVATIONS[spelling])
+    with fused_ops.use_backend("reference"):
+        assert torch.equal(compiled(x), ACTIVATIONS[spelling](x))
+    assert compiled.calls == {spelling.partition(" ")[0]: 1}, compiled.misses
+
+
+def test_limits_that_differ_are_left():
+    def function(gate, up):
+        gate, up = gate.clamp(max=2.0), up.clamp(-3.0, 2.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.5))
+
+    compiled = Compiled(function)
+    compiled(rows(3, 64), rows(3, 64))
+    assert "up is clamped to -3.0 and 2.0" in compiled.misses
+    assert not compiled.calls
+
+
+X, RESIDUAL, WEIGHT = rows(2, 6, 64), rows(2, 6, 64, seed=1), rows(64, seed=2)
+
+
+def test_a_sum_and_a_norm_with_more_users():
+    def function(x, residual):
+        total = x * 0.22 + residual
+        y = llama(total, WEIGHT)
+        return y @ y.mT, y, total * 2
+
+    compiled = Compiled(function)
+    assert same_on_both_backends(compiled, function, X, RESIDUAL)
+    assert compiled.calls == {"fused_add_rms_norm": 1}
+
+
+def test_quantized_once_for_several_and_kept_for_another():
+    def function(x, residual):
+        y = llama(x + residual, WEIGHT)
+        a = fused_ops.quantize(y, FP8_DYNAMIC_TOKEN)
+        b = fused_ops.quantize(y, FP8_DYNAMIC_TOKEN)
+        c = fused_ops.quantize(y, INT8_DYNAMIC_TOKEN)
+        return a.data, a.scale, b.data.float() * 2, c.data, c.scale
+
+    compiled = Compiled(function)
+    assert same_on_both_backends(compiled, function, X, RESIDUAL)
+    assert compiled.calls == {"fused_add_rms_norm_quant": 1, "quantize": 1}
+
+
+@pytest.mark.parametrize("key", [FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_views_between(key, dynamic):
+    def function(x, up):
+        a = fused_ops.quantize((F.silu(x) * up).reshape(-1, 64), key)
+        return a.data, a.scale
+
+    compiled = Compiled(function, dynamic=dynamic)
+    assert same_on_both_backends(compiled, function, X, RESIDUAL)
+    assert compiled.calls == {"silu_mul_quant": 1}, compiled.misses
+
+
+def test_views_that_split_rows_are_left():
+    def function(x, up):
+        a = fused_ops.quantize((F.silu(x) * up).reshape(-1, 16), FP8_DYNAMIC_TOKEN)
+        return a.data, a.scale
+
+    compiled = Compiled(function)
+    assert same_on_both_backends(compiled, function, X, RESIDUAL)
+    assert compiled.calls == {"silu_mul": 1, "quantize": 1}
+
+
+def test_padded_rows():
+    def function(x, residual):
+        total = x + residual
+        y = llama(total, WEIGHT)
+        return F.pad(y, (0, 192)), y[..., :3] * 2, total
+
+    compiled = Compiled(function)
+    assert same_on_both_backends(compiled, function, X, RESIDUAL)
+    assert compiled.calls == {"fused_add_rms_norm_pad": 1}, compiled.misses
+
+
+def test_a_residual_of_another_dtype_is_left():
+    compiled = Compiled(lambda x, residual: llama((x + residual), WEIGHT.float()))
+    compiled(X, RESIDUAL.float())
+    assert "residual is bfloat16[2, 6, 64], x float32[2, 6, 64]" in compiled.misses
+    assert compiled.calls == {"rms_norm": 1}
+
+
+def test_a_norm_with_another_user_than_the_addition_is_left():
+    def function(x, residual):
+        y = llama(x, WEIGHT)
+        return y, residual + y
+
+    compiled = Compiled(function)
+    assert same_on_both_backends(compiled, function, X, RESIDUAL)
+    assert compiled.calls == {"rms_norm": 1}
+    assert "another user than the addition" in compiled.misses
+
+
+def test_an_eps_that_is_an_input():
+    compiled = Compiled(lambda x, eps: llama(x, WEIGHT, eps), dynamic=True)
+    for eps in 1e-6, 0.5:
+        with fused_ops.use_backend("reference"):
+            assert torch.equal(compiled(X, eps), llama(X, WEIGHT, eps))
+    assert compiled.calls["rms_norm"] >= 1
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_norms_of_sums_over_ranks(scatter):
+    def on_rank(group):
+        workspace = AllReduceWorkspace(group, 64, 64, torch.bfloat16, timeout=20)
+        total = fused_ops.reduce_scatter if scatter else fused_ops.all_reduce
+
+        def function(x, residual):
+            r = total(x, workspace) * 0.5 + residual
+            a = fused_ops.quantize(llama(r, WEIGHT), FP8_DYNAMIC_TOKEN)
+            return a.data, a.scale, r, fused_ops.all_reduce(r, workspace)
+
+        x, residual = rows(6, 64, seed=3), rows(6, 64, seed=4)
+        compiled = Compiled(function)
+        return same_on_both_backends(compiled, function, x, residual), compiled.calls
+
+    for same, calls in threads(1, on_rank, seconds=20):
+        assert same
+        name = "reduce_scatter" if scatter else "all_reduce"
+        assert calls == {f"{name}_fused_add_rms_norm_quant": 1, "all_reduce": 1}
+
+
+def test_torchs_own_sum_over_ranks_is_left():
+    def on_rank(group):
+        ops = torch.ops._c10d_functional
+
+        def function(x, residual):
+            total = ops.wait_tensor(ops.all_reduce(x, "sum", group.group_name))
+            return llama(total + residual, WEIGHT)
+
+        compiled = Compiled(function)
+        compiled(X, RESIDUAL)
+        return compiled.misses
+
+    for misses in threads(1, on_rank, seconds=20):
+        assert "the sum over ranks is torch's" in misses
