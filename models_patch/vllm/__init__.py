@@ -16,7 +16,8 @@ SWITCH = "FUSED_OPS_VLLM"  # the parts that are wanted, by name; all of them whe
 
 # What is replaced or called, and its parameters. Where one of them is another, nothing is replaced.
 _LAYERS = "vllm.model_executor.layers"
-_KERNEL = "vllm.model_executor.kernels.linear.scaled_mm.cpu:CPUInt8ScaledMMLinearKernel"
+_KERNELS = "vllm.model_executor.kernels.linear.scaled_mm"
+_INT8 = f"{_KERNELS}.cpu:CPUInt8ScaledMMLinearKernel"
 CONTRACTS = {
     "vllm.ir.ops.layernorm:rms_norm._py_signature": "x weight epsilon variance_size",
     "vllm.ir.ops.layernorm:fused_add_rms_norm._py_signature": "x x_residual weight epsilon variance_size",
@@ -30,8 +31,10 @@ CONTRACTS = {
     f"{_LAYERS}.fusion.quant_activation:expose_input_quant_key": "layer kernel",
     f"{_LAYERS}.fusion.quant_activation:QuantizedActivation": "data scale orig_dtype orig_shape quant_key",
     f"{_LAYERS}.fusion.fused_act_quant:maybe_fused_act_quant": "act_fn x linear",
-    f"{_KERNEL}._apply_weights_onednn": "self layer x bias",
-    f"{_KERNEL}.process_weights_after_loading": "self layer",
+    f"{_INT8}._apply_weights_onednn": "self layer x bias",
+    f"{_INT8}.process_weights_after_loading": "self layer",
+    f"{_KERNELS}:FP8ScaledMMLinearKernel": "c layer_param_names",
+    f"{_KERNELS}:FP8ScaledMMLinearKernel.apply_weights": "self layer x bias",
     "vllm._custom_ops:onednn_scaled_mm": "dnnl_handler x output input_scale input_zp input_zp_adj bias",
     f"{_LAYERS}.attention.attention:get_attention_context": "layer_name",
     f"{_LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_native": "self positions query key",
