@@ -9,15 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_predicts_alike, assert_same
+from compare import assert_close, assert_predicts_alike, assert_same
 from torch import nn
 
 from bench import models
-from bench.cache import cached
+from fused_ops import quantize, scaled_linear
+from fused_ops.linear import block_key, quantize_weight
+from quant import (
+    FP8_DYNAMIC_GROUP_64,
+    FP8_DYNAMIC_GROUP_128,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_TOKEN,
+    INT8_STATIC_TENSOR,
+    INT8_STATIC_TENSOR_ASYM,
+)
 from quant.checkpoint import load_quantized, save_quantized
 from quant.methods import quantize_model
 
 pytestmark = pytest.mark.vllm
+INT8 = [INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR, INT8_STATIC_TENSOR_ASYM]
+FP8 = [FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_GROUP_64]
 ENGINE = Path(__file__).with_name("vllm_engine.py")
 LAYERS = 30  # of SmolLM2-135M
 
@@ -37,11 +49,17 @@ def text(stock, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def int8(stock, tmp_path_factory):
-    """A checkpoint that `save_quantized` wrote."""
-    folder = tmp_path_factory.mktemp("int8") / "int8"
-    save_quantized(quantize_model(copy.deepcopy(stock[0]), "int8_token"), folder)
-    return folder
+def quantized(stock, tmp_path_factory):
+    """Checkpoints that `save_quantized` wrote, by scheme."""
+    root, made = tmp_path_factory.mktemp("quantized"), {}
+
+    def checkpoint(scheme):
+        if scheme not in made:
+            made[scheme] = root / scheme
+            save_quantized(quantize_model(copy.deepcopy(stock[0]), scheme), made[scheme])
+        return made[scheme]
+
+    return checkpoint
 
 
 @pytest.fixture
@@ -75,10 +93,12 @@ def test_it_predicts_as_hugging_face_does(engine, stock, eager):
     assert "rope_kv_cache_write, paged_attention" in log
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_int8_predicts_as_the_checkpoint_does_here(engine, int8, eager):
-    saved, log = engine(int8, count=16, max_num_batched_tokens=64, enforce_eager=eager, apart=eager)
-    assert_predicts_alike(saved["logits"], logits(load_quantized(int8), saved["ids"]), saved["ids"], torch.bfloat16)
+# vLLM alone has no product of fp8_group64.
+@pytest.mark.parametrize(("scheme", "eager"), [("int8_token", True), ("int8_token", False), ("fp8_group64", True)])
+def test_a_checkpoint_predicts_as_it_does_here(engine, quantized, scheme, eager):
+    folder = quantized(scheme)
+    saved, log = engine(folder, count=16, max_num_batched_tokens=64, enforce_eager=eager, apart=eager)
+    assert_predicts_alike(saved["logits"], logits(load_quantized(folder), saved["ids"]), saved["ids"], torch.int8)
     for operation, takes in {
         "fused_add_rms_norm_quant": "qkv_proj",
         "silu_mul_quant": "down_proj",
@@ -89,10 +109,11 @@ def test_int8_predicts_as_the_checkpoint_does_here(engine, int8, eager):
         assert_same(saved["apart"], saved["logits"])
 
 
-def test_vllms_own_int8_agrees_with_load_quantized(engine, int8):
-    saved, log = engine(int8, environment={"VLLM_PLUGINS": ""})
+def test_vllms_own_int8_agrees_with_load_quantized(engine, quantized):
+    folder = quantized("int8_token")
+    saved, log = engine(folder, environment={"VLLM_PLUGINS": ""})
     assert "fused operations" not in log
-    assert_predicts_alike(saved["logits"], logits(load_quantized(int8), saved["ids"]), saved["ids"], torch.bfloat16)
+    assert_predicts_alike(saved["logits"], logits(load_quantized(folder), saved["ids"]), saved["ids"], torch.int8)
 
 
 def test_parts_are_switched_by_the_environment(engine):
@@ -118,6 +139,60 @@ if __name__ == "__main__":
     assert done.returncode == 0, log[-3000:]
     assert "Paris" in log.partition("wrote")[2]
     assert log.count("fused operations in") == 1
+
+
+# --- products ---
+
+
+@pytest.mark.parametrize("key", INT8 + FP8, ids=str)
+def test_products_take_what_they_quantize_themselves(key):
+    """The same bits of a tensor and of what `quantize` makes of it, and those of `scaled_linear` but for its order."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from models_patch.vllm import linear
+
+    x, bias = torch.randn(5, 128).bfloat16(), torch.randn(64).bfloat16()
+    cols = key.scale.group_shape.cols
+    group = (1, -1) if cols == -1 else (cols, cols)
+    weight, scale, _ = quantize_weight(torch.randn(64, 128), block_key(key.dtype, *group))
+    layer = nn.Module()
+    buffers = {"weight": weight, "weight_scale": scale, "input_scale": None, "input_zero_point": None, "azp_adj": None}
+    buffers |= {"input_scale": torch.tensor([0.03])} if key.scale.static else {}
+    buffers |= {} if key.symmetric else {"input_zero_point": torch.tensor([-3], dtype=torch.int8)}
+    for name, buffer in buffers.items():
+        layer.register_parameter(name, None if buffer is None else nn.Parameter(buffer, requires_grad=False))
+    layer.logical_widths = [64]
+    theirs = next(name for name, ours in linear.KEYS.items() if ours == key)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with set_current_vllm_config(VllmConfig()):
+            kernel = _kernel(theirs, group, layer)
+            kernel.process_weights_after_loading(layer)
+            options = linear._options(key, layer.input_scale, layer)
+            q = quantize(x, **options)
+            y = kernel.apply_weights(layer, x, bias)
+            assert_same(kernel.apply_weights(layer, linear.as_vllms(q, theirs), bias), y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = scaled_linear(q, weight, scale, bias, out_dtype=torch.bfloat16)
+    assert_close(y, expected, terms=expected.float().abs() + 1)
+
+
+def _kernel(key, group, layer):
+    from vllm.model_executor.kernels.linear import FP8ScaledMMLinearLayerConfig, Int8ScaledMMLinearLayerConfig
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, QuantKey, ScaleDesc
+
+    from models_patch.vllm.linear import FusedFp8Kernel, FusedInt8Kernel
+
+    if key.dtype == torch.int8:
+        config = Int8ScaledMMLinearLayerConfig(key.scale.static, True, key.symmetric)
+        names = ["weight", "weight_scale", "input_scale", "input_zero_point", "azp_adj"]
+        return FusedInt8Kernel(config, names)
+    weight_key = QuantKey(key.dtype, ScaleDesc(torch.float32, True, GroupShape(*group)))
+    if group == (1, -1):  # as vLLM leaves it
+        layer.weight = nn.Parameter(layer.weight.t(), requires_grad=False)
+    config = FP8ScaledMMLinearLayerConfig(weight_key, key, (64, 128), torch.bfloat16, torch.bfloat16)
+    return FusedFp8Kernel(config, ["weight", "weight_scale", "input_scale", "input_scale_ub"])
 
 
 # --- the contract ---
@@ -150,7 +225,6 @@ def test_parts_that_there_are_not():
 
 def test_results_are_followed_to_the_layer_that_takes_them():
     """By what forwards compute; a result that something else reads too is quantized for nobody."""
-    import vllm.config
     from vllm.model_executor.layers.linear import LinearBase
 
     from models_patch.vllm.loading import taker

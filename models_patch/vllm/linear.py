@@ -72,6 +72,8 @@ class FusedInt8Kernel(CPUInt8ScaledMMLinearKernel):
     Where vLLM has a product for AMX tiles it takes plain tensors, and no key is shown.
     """
 
+    key: quant_utils.QuantKey | None = None
+
     @classmethod
     def can_implement(cls, c: Any) -> tuple[bool, str | None]:
         if (c.is_static_input_scheme, c.input_symmetric) not in _INT8:
@@ -79,20 +81,19 @@ class FusedInt8Kernel(CPUInt8ScaledMMLinearKernel):
         return super().can_implement(c)
 
     def input_quant_key(self) -> Any:
-        if self.linear_method != self._apply_weights_onednn:
-            return None
-        return _INT8[self.config.is_static_input_scheme, self.config.input_symmetric]
+        return self.key
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
+        if self.linear_method == self._apply_weights_onednn:
+            self.key = _INT8[self.config.is_static_input_scheme, self.config.input_symmetric]
         expose_input_quant_key(layer, self)
 
     def _apply_weights_onednn(self, layer: Any, x: Any, bias: Tensor | None = None) -> Tensor:
         _, _, scale, zero_point, adjustment = self._get_layer_params(layer)
-        key = self.input_quant_key()
-        given = as_quantized_activation(x, key)
+        given = as_quantized_activation(x, self.key)
         if given is None:
-            given = quantize(x, **_options(KEYS[key], scale, layer))
+            given = quantize(x, **_options(KEYS[self.key], scale, layer))
         data, dtype = given.data, given.orig_dtype
         scales = given.scale if scale is None else scale
         out = torch.empty(data.shape[:-1].numel(), self.dnnl_handler.n, dtype=dtype)
