@@ -116,10 +116,10 @@ def _serve(connection: Any, model: str, eager: bool, environment: dict[str, str]
     connection.send("ready")
     while (sizes := connection.recv()) is not None:
         sequences, read, written = sizes
-        prompts = [{"prompt_token_ids": [100 + (7 * i + 31 * j) % 40000 for j in range(read)]} for i in range(sequences)]
+        texts = [[100 + (7 * i + 31 * j) % 40000 for j in range(read)] for i in range(sequences)]
         asked = SamplingParams(max_tokens=written, temperature=0, ignore_eos=True, detokenize=False)
         began = time.perf_counter()
-        engine.generate(prompts, asked, use_tqdm=False)
+        engine.generate([{"prompt_token_ids": text} for text in texts], asked, use_tqdm=False)
         connection.send(time.perf_counter() - began)
 
 

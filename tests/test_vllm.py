@@ -100,7 +100,7 @@ def test_a_checkpoint_predicts_as_it_does_here(engine, quantized, scheme, eager)
     saved, log = engine(folder, count=16, max_num_batched_tokens=64, enforce_eager=eager, apart=eager)
     assert_predicts_alike(saved["logits"], logits(load_quantized(folder), saved["ids"]), saved["ids"], torch.int8)
     for operation, takes in {
-        "fused_add_rms_norm_quant": "qkv_proj",
+        "(fused_add_)rms_norm_quant": "qkv_proj",
         "silu_mul_quant": "down_proj",
         "paged_attention_quant": "o_proj",
     }.items():

@@ -46,15 +46,16 @@ def _attention(
         raise NotImplementedError(f"{layer_name}: a mask that isn't causal for each sequence; {_SWITCH_OFF}")
     impl, tokens = layer.impl, metadata.num_actual_tokens
     q, k, v = (x[:tokens].unflatten(-1, (-1, impl.head_size)) for x in (q, k, v))
-    caches = _caches(cache)
-    rotary = {"is_neox": is_neox, "round_products": True}  # as Hugging Face's models
-    q = rope_kv_cache_write(q, k, v, positions[:tokens], table, *caches, slots[:tokens], **rotary)
+    k_cache, v_cache = _caches(cache)
+    given = (q, k, v, positions[:tokens], table, k_cache, v_cache, slots[:tokens])
+    q = rope_kv_cache_write(*given, is_neox=is_neox, round_products=True)  # rounded as in Hugging Face's models
     output: dict[str, Any] = {}
     if code != NO_KEY:
         output = {"output_quant_key": QuantKey.from_code(code), "output_scale": scale, "output_zero_point": zero_point}
     y = paged_attention(
         q,
-        *caches,
+        k_cache,
+        v_cache,
         metadata.block_table,
         metadata.seq_lens,
         metadata.query_start_loc,

@@ -1,6 +1,7 @@
 """vLLM's norms and gated activations as fused operations, which quantize for the linear layer that follows."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,14 @@ from vllm.model_executor.layers import activation, layernorm
 from vllm.model_executor.layers.fusion import fused_act_quant
 from vllm.platforms.cpu import CpuPlatform
 
-from fused_ops import fused_add_rms_norm, fused_add_rms_norm_quant, gelu_tanh_mul_quant, rms_norm, rms_norm_quant
-from fused_ops import silu_mul_quant
+from fused_ops import (
+    fused_add_rms_norm,
+    fused_add_rms_norm_quant,
+    gelu_tanh_mul_quant,
+    rms_norm,
+    rms_norm_quant,
+    silu_mul_quant,
+)
 from fused_ops._check import FLOATS
 
 from .linear import KEYS, as_vllms, input_quant
@@ -29,24 +36,22 @@ class Fused:
     """
 
     feeds: tuple[torch.nn.Module, str] | None = None
+    is_fused = False
     name: str
     _forward_method: Callable
 
     def take_over(self) -> None:
         """Unless the user has switched this op off, as in custom_ops=["-rms_norm"]."""
         if f"-{self.name}" not in get_cached_compilation_config().custom_ops:
-            self._forward_method = self.fused
-
-    @property
-    def is_fused(self) -> bool:
-        return self._forward_method == self.fused
+            self._forward_method, self.is_fused = self.fused, True
 
     def fused(self, *args: Any) -> Any:
         raise NotImplementedError
 
-    def _quant(self) -> tuple[dict[str, Any], Any]:
-        """(options of the operation, the vLLM key that they stand for)"""
-        return input_quant(getattr(*self.feeds)) if self.feeds is not None else input_quant(None)
+    @property
+    def consumer(self) -> Any:
+        """The layer that `feeds` names, or None."""
+        return None if self.feeds is None else getattr(*self.feeds)
 
 
 class FusedRMSNorm(Fused, layernorm.RMSNorm):
@@ -57,7 +62,7 @@ class FusedRMSNorm(Fused, layernorm.RMSNorm):
 
     def fused(self, x: Tensor, residual: Tensor | None = None) -> Any:
         weight = self.weight.data if self.has_weight else None
-        options, key = self._quant()
+        options, key = input_quant(self.consumer)
         options["round_before_weight"] = _rounds(x, weight)
         if residual is None:
             return as_vllms(rms_norm_quant(x, weight, self.variance_epsilon, **options), key)
@@ -71,8 +76,7 @@ class FusedSiluAndMul(Fused, activation.SiluAndMul):
         self.take_over()
 
     def fused(self, x: Tensor) -> Any:
-        options, key = self._quant()
-        return as_vllms(silu_mul_quant(*x.chunk(2, -1), round_activation=True, **options), key)
+        return _gated(silu_mul_quant, x, self.consumer)
 
 
 class FusedGeluAndMul(Fused, activation.GeluAndMul):
@@ -82,8 +86,14 @@ class FusedGeluAndMul(Fused, activation.GeluAndMul):
             self.take_over()
 
     def fused(self, x: Tensor) -> Any:
-        options, key = self._quant()
-        return as_vllms(gelu_tanh_mul_quant(*x.chunk(2, -1), round_activation=True, **options), key)
+        return _gated(gelu_tanh_mul_quant, x, self.consumer)
+
+
+def _gated(operation: Callable, x: Tensor, linear: Any) -> Any:
+    """Of gates and ups side by side, rounded between as in eager code, for the layer that takes the result."""
+    options, key = input_quant(linear)
+    gate, up = x.chunk(2, -1)
+    return as_vllms(operation(gate, up, round_activation=True, **options), key)
 
 
 def _rounds(x: Tensor, weight: Tensor | None) -> bool:
@@ -102,19 +112,14 @@ def register(parts: frozenset[str]) -> None:
         _replace(activation.SiluAndMul, FusedSiluAndMul)
         _replace(activation.GeluAndMul, FusedGeluAndMul)
         for key in KEYS:
-            fused_act_quant._FUSED_ACT_QUANT[FusedSiluAndMul, key] = _produce
+            fused_act_quant._FUSED_ACT_QUANT[FusedSiluAndMul, key] = partial(_gated, silu_mul_quant)
             fused_act_quant._FUSED_ACT_QUANT_SUPPORT[FusedSiluAndMul, key] = lambda act, x, linear: act.is_fused
 
 
-def _replace(stock: Any, fused: type) -> None:
+def _replace(stock: Any, fused: Any) -> None:
     name = stock.name  # that users switch it by; registering gives it the class's
     stock.register_oot(fused)
     fused.name = name
-
-
-def _produce(x: Tensor, linear: Any) -> Any:
-    options, key = input_quant(linear)
-    return as_vllms(silu_mul_quant(*x.chunk(2, -1), round_activation=True, **options), key)
 
 
 def _provide() -> None:

@@ -48,7 +48,7 @@ def input_quant(linear: Any) -> tuple[dict[str, Any], Any]:
     return _options(ours, linear.input_scale if ours.scale.static else None, linear), key
 
 
-def _options(key: quant.QuantKey, scale: Tensor | None, layer: Any) -> dict[str, Any]:
+def _options(key: quant.QuantKey, scale: Any, layer: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"quant_key": key}
     if key.scale.static:
         options["scale"] = scale.view(1)
@@ -120,7 +120,7 @@ class FusedFp8Kernel(FP8ScaledMMLinearKernel):
     def input_quant_key(self) -> Any:
         return self.config.activation_quant_key
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """[N, K], where vLLM turned the weight round, with float32 scales [1], [N, 1] or of blocks."""
         weight, scale = layer.weight, getattr(layer, "weight_scale_inv", None)
         scale = layer.weight_scale if scale is None else scale

@@ -15,10 +15,11 @@ from ..report import Entry, Report
 from ..source import formula, parsed
 from . import attention
 from .layers import Fused, FusedGeluAndMul, FusedRMSNorm, FusedSiluAndMul
-from .linear import FusedInt8Kernel, input_quant
+from .linear import input_quant
 
 logger = init_logger("vllm.fused_ops")
-OPERATIONS = {FusedRMSNorm: "fused_add_rms_norm", FusedSiluAndMul: "silu_mul", FusedGeluAndMul: "gelu_tanh_mul"}
+NORM = "(fused_add_)rms_norm"  # with an addition where the model hands over a residual
+OPERATIONS = {FusedRMSNorm: NORM, FusedSiluAndMul: "silu_mul", FusedGeluAndMul: "gelu_tanh_mul"}
 
 
 def register(parts: frozenset[str]) -> None:
@@ -48,8 +49,7 @@ def connect(model: nn.Module, parts: frozenset[str], kept: str = "") -> Report:
             elif isinstance(child, Attention) and "attention" in parts:
                 entries.append(_attention(path, module, kept))
             elif isinstance(child, GemmaRMSNorm) and "norm" in parts:
-                note = "by vLLM's IR"
-                entries.append(Entry(f"{path}.{name}", type(child).__name__, "fused_add_rms_norm", note=note))
+                entries.append(Entry(f"{path}.{name}", type(child).__name__, NORM, note="by vLLM's IR"))
     return Report(type(model).__name__, tuple(entries))
 
 
@@ -62,7 +62,7 @@ def _connect(path: str, parent: nn.Module, name: str, child: Any) -> Entry:
         options, _ = input_quant(getattr(*owner))
     else:
         child.feeds = taker(parent, name)
-        options, _ = child._quant()
+        options, _ = input_quant(child.consumer)
     key = options["quant_key"]
     if key is None:
         return Entry(path, stock, operation)
@@ -92,7 +92,7 @@ def taker(parent: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     if goal is None:
         return None
     callee, argument = goal
-    target = getattr(parent, callee, None)
+    target: Any = getattr(parent, callee, None)
     if isinstance(target, LinearBase):
         return parent, callee
     forward = getattr(type(target), "forward", None)
@@ -150,7 +150,9 @@ def _follow(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[str, str | 
 
 
 def _is_method(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "self"
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "self"
+    )
 
 
 def _is_call_of(node: ast.AST, name: str) -> bool:
