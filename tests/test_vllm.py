@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_close, assert_predicts_alike, assert_same
+from compare import assert_as_near, assert_close, assert_predicts_alike, assert_same
 from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from bench import models
 from fused_ops import quantize, scaled_linear
@@ -107,6 +109,24 @@ def test_a_checkpoint_predicts_as_it_does_here(engine, quantized, scheme, eager)
         assert any(operation in line and line.endswith(takes) for line in log.splitlines()), operation
     if eager:  # fusing never changes a bit
         assert_same(saved["apart"], saved["logits"])
+
+
+# Norms of q and k, and Gemma's by vLLM's IR; windows of 64 tokens.
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [(Qwen3ForCausalLM, Qwen3Config), (Gemma3ForCausalLM, partial(Gemma3TextConfig, sliding_window=64))],
+    ids=["qwen3", "gemma3"],
+)
+def test_small_models_of_other_families(engine, tmp_path, model, config):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 49152}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512}
+    made = model(config(**sizes, **heads, architectures=[model.__name__], initializer_range=0.1)).bfloat16().eval()
+    made.save_pretrained(tmp_path / "model")
+    saved, log = engine(tmp_path / "model", count=16, max_num_batched_tokens=64)
+    theirs = logits(made, saved["ids"])
+    assert_as_near(saved["logits"], logits(made.float(), saved["ids"]), theirs)
+    assert ", 0 left as they were" in log
+    assert "qk_norm_rope_kv_cache_write, paged_attention" in log
 
 
 def test_vllms_own_int8_agrees_with_load_quantized(engine, quantized):

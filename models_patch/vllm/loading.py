@@ -40,11 +40,15 @@ def connect(model: nn.Module, parts: frozenset[str], kept: str = "") -> Report:
     """
     entries = []
     for path, module in model.named_modules():
+        within: tuple[str, ...] = ()  # what attention does itself
+        if "attention" in parts and any(isinstance(child, Attention) for child in module.children()):
+            entries.append(_attention(path, module, kept))
+            within = ("q_norm", "k_norm") if "qk_norm" in (entries[-1].operation or "") else ()
         for name, child in module.named_children():
+            if name in within:
+                continue
             if isinstance(child, Fused):
                 entries.append(_connect(f"{path}.{name}".lstrip("."), module, name, child))
-            elif isinstance(child, Attention) and "attention" in parts:
-                entries.append(_attention(path, module, kept))
             elif isinstance(child, GemmaRMSNorm) and "norm" in parts:
                 entries.append(Entry(f"{path}.{name}", type(child).__name__, NORM, note="by vLLM's IR"))
     return Report(type(model).__name__, tuple(entries))
@@ -71,7 +75,7 @@ def _attention(path: str, module: Any, kept: str) -> Entry:
     note = kept or attention.problem(module)
     if note:
         return Entry(path, type(module).__name__, None, note=note)
-    attention.bind(module)
+    write = attention.bind(module)
     key = input_quant(module.o_proj)[0]["quant_key"]
-    operation = "rope_kv_cache_write, paged_attention" + ("_quant" if key else "")
+    operation = f"{write}, paged_attention" + ("_quant" if key else "")
     return Entry(path, type(module).__name__, operation, key, ("o_proj",) if key else ())
