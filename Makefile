@@ -1,6 +1,8 @@
 # Every command sets up its own virtual environment in .venv, and the compiled kernels in it, on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+# Of what is installed, a part is imported.
+export PIP_NO_COMPILE := 1
 # The CPU build that development and CI use; the package itself asks for torch>=2.11.
 TORCH := torch==2.13.0
 SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
