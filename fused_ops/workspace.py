@@ -15,6 +15,7 @@ import platform
 import secrets
 import stat
 import struct
+import threading
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from . import _symmetric
 from ._check import FLOATS
@@ -54,8 +56,8 @@ class AllReduceWorkspace:
     A rank that waits longer than `timeout`, or for a process that has ended, raises TimeoutError, and the workspace is
     broken: every later call with it does the same, on every rank. Calls that differ between ranks raise ValueError on
     all of them and break nothing, and so does a call that one rank refuses by itself, say for an argument that it alone
-    has wrong: the next one is the next on all. On a GPU differences and limits are found while the kernel runs: its
-    results are NaN, a later call raises, and the workspace is broken.
+    has wrong: the next one is the next on all. On a GPU both, and limits, are found while the kernel runs: its results
+    are NaN, a later call raises, and the workspace is broken. Ranks that share no memory find neither.
     A call belongs to the process that made the workspace, one thread at a time: a child that was forked is no rank.
     Operations write `buffer`, so compiled graphs keep their order; a compiler that copies what is written, as
     `backend="aot_eager"` does where Inductor doesn't, is refused when it calls, for nobody waits behind a copy.
@@ -131,12 +133,15 @@ class AllReduceWorkspace:
             self.buffer = None if self._memory is None else self._memory.buffer
         self.shared = self.buffer is not None
         self._process = os.getpid()
-        self._attempts: Any = None  # of this rank, where it shares memory on a CPU
-        if on_cpu and self.buffer is not None:
-            at = self.buffer.data_ptr() + _RANKS_AT + self.rank * _RANK_BYTES
-            self._attempts = ctypes.c_int64.from_address(at + _ATTEMPTS_AT)
-            self._calling = ctypes.c_int64.from_address(at + _CALLING_AT)
-            self._attempts.memory = self.buffer  # which stays as long as they are read
+        # Calls of this rank: what it has refused, on CPUs also what has reached kernels, and whether it is in one.
+        self._attempts: Any = ctypes.c_int64(0)
+        self._calling: Any = ctypes.c_int64(0)
+        self._thread = threading.RLock()
+        if self._memory is not None:
+            self._attempts = self._memory.refused
+        elif self.buffer is not None:
+            self._attempts = attempts_of(self.buffer, self.rank)
+            self._calling = _number(self.buffer, self.rank, _CALLING_AT)
         if self.buffer is None:
             self.buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -151,7 +156,7 @@ class AllReduceWorkspace:
         """
         if self._memory is not None:
             self._memory.close()
-        self._memory = self.buffer = self._attempts = None
+        self._memory = self.buffer = self._attempts = self._calling = None
 
     def __enter__(self) -> AllReduceWorkspace:
         return self
@@ -188,9 +193,12 @@ def counted(function: Function) -> Function:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         workspace = args[position] if position < len(args) else kwargs.get("workspace")
-        attempts = getattr(workspace, "_attempts", None)
-        if attempts is None:
+        if not isinstance(workspace, AllReduceWorkspace) or workspace.buffer is None:
             return function(*args, **kwargs)
+        if not workspace._thread.acquire(blocking=False):  # nothing of it would tell the two calls apart
+            name = function.__name__
+            raise ValueError(f"{name}: workspace: rank {workspace.rank} is in a call already, by another thread")
+        attempts = workspace._attempts
         before = attempts.value
         try:
             return function(*args, **kwargs)
@@ -199,8 +207,37 @@ def counted(function: Function) -> Function:
             if own and attempts.value == before and not workspace._calling.value:
                 attempts.value += 1
             raise
+        finally:
+            workspace._thread.release()
 
     return call  # type: ignore[return-value]
+
+
+def meet(what: str, buffer: Tensor, rank: int, group: str) -> None:
+    """Number a call of the reference backend, and wait until all ranks make it, with the same to exchange.
+
+    As csrc/cpu/meeting.h: who refused a call waits until the others have raised in it. Ranks that share no memory of
+    CPUs don't meet.
+
+    Raises ValueError, on every rank, where one has refused this call or exchanges something else than `what`.
+    """
+    if _header_of(buffer) is None:
+        return
+    attempts, said = attempts_of(buffer, rank), what.encode()[:64].ljust(64)
+    attempts.value += 1
+    while True:
+        mine = [attempts.value, *struct.unpack("=8q", said)]
+        every = _from_all(_resolve_process_group(group), mine)  # type: ignore[arg-type]
+        last = max(every)[0]
+        if attempts.value < last:
+            ahead = next(other for other, (attempt, *_) in enumerate(every) if attempt == last)
+            raise ValueError(f"rank {ahead} has refused this call, rank {rank} exchanges {what}")
+        if all(attempt == last for attempt, *_ in every):
+            break
+    for other, (_, *words) in enumerate(every):
+        if words != mine[1:]:
+            theirs = struct.pack("=8q", *words).decode().strip()
+            raise ValueError(f"rank {other} exchanges {theirs}, rank {rank} {what}")
 
 
 def share_of(tokens: Any, world: int, rank: int) -> slice:
@@ -212,12 +249,8 @@ def share_of(tokens: Any, world: int, rank: int) -> slice:
 def raise_if_broken(name: str, buffer: Tensor) -> None:
     """TimeoutError if a rank has given up waiting in this workspace; on a GPU also what else went wrong there."""
     _symmetric.raise_if_failed(name, buffer)
-    if type(buffer) is not Tensor or buffer.device.type != "cpu" or buffer.numel() < _RANKS_AT or buffer.ndim != 1:
-        return
-    header = bytes(buffer[:_RANKS_AT].tolist())
-    magic, size, world, _, timeout, *_ = _HEADER.unpack_from(header)
-    (broken,) = _BROKEN.unpack_from(header, _BROKEN_AT)
-    if magic != _MAGIC or size != buffer.numel() or not broken:
+    world, _, timeout, *_, broken = _header_of(buffer) or (0,) * 6
+    if not broken:
         return
     waited, by = [rank for rank in range(world) if broken >> rank & 1], broken >> 32 & 15
     if waited == [by]:
@@ -229,15 +262,36 @@ def raise_if_broken(name: str, buffer: Tensor) -> None:
     )
 
 
+def attempts_of(buffer: Tensor, rank: int) -> ctypes.c_int64:
+    """How many calls this rank has made or refused, in memory that ranks share on a CPU."""
+    return _number(buffer, rank, _ATTEMPTS_AT)
+
+
+def _number(buffer: Tensor, rank: int, at: int) -> ctypes.c_int64:
+    number = ctypes.c_int64.from_address(buffer.data_ptr() + _RANKS_AT + rank * _RANK_BYTES + at)
+    number.memory = buffer  # type: ignore[attr-defined]  # which stays as long as it is read
+    return number
+
+
+def _header_of(buffer: Tensor) -> tuple | None:
+    """What `_HEADER` says, and which ranks somebody waits for in vain; None where it isn't shared memory of CPUs."""
+    if type(buffer) is not Tensor or buffer.device.type != "cpu" or buffer.numel() < _RANKS_AT or buffer.ndim != 1:
+        return None
+    header = bytes(buffer[:_RANKS_AT].tolist())
+    magic, size, *rest = _HEADER.unpack_from(header)
+    return (*rest, *_BROKEN.unpack_from(header, _BROKEN_AT)) if (magic, size) == (_MAGIC, buffer.numel()) else None
+
+
 def _process(buffer: Tensor, rank: int) -> str:
     """A rank's process, and whether it lives, as far as this one can see."""
     at = _RANKS_AT + rank * _RANK_BYTES
     pid = _RANK.unpack(bytes(buffer[at : at + _RANK.size].tolist()))[2]
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ended = fields[0] in "ZX" and int(fields[17]) <= 1  # of its threads the first, which may end before others
     except OSError:
-        state = "X"
-    return f"process {pid}, which {'has ended' if state in 'ZX' else 'is alive'}"
+        ended = True
+    return f"process {pid}, which {'has ended' if ended else 'is alive'}"
 
 
 def _check_arguments(max_tokens: Any, hidden_size: Any, dtype: Any, timeout: Any, above: Any) -> None:
