@@ -27,6 +27,7 @@ from quant import QuantizedActivation, QuantKey
 from . import norm
 from ._check import FLOATS, check
 from ._op import Shared, invoke, op
+from ._shared import meet
 from .apart import FusedNorm, apart, by_group, invoke_apart, run_norm
 from .norm import (
     _fused_add_rms_norm,
@@ -37,7 +38,7 @@ from .norm import (
     normed,
 )
 from .quantize import QuantOptions, quantizing
-from .workspace import AllReduceWorkspace, counted, meet, raise_if_broken, ranks_of
+from .workspace import AllReduceWorkspace, counted, raise_if_broken, ranks_of
 
 
 @torch.compiler.assume_constant_result  # Dynamo can't trace what it calls

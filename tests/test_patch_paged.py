@@ -147,7 +147,8 @@ def test_a_cache_of_codes(name, dtype, backend):
     for name, scale in zip(("k_cache", "v_cache"), SCALES[0], strict=True):
         codes, values = getattr(held, name), getattr(whole, name)
         assert codes.dtype == getattr(stock.layers[0], name).dtype == dtype
-        assert torch.equal(codes.view(torch.uint8), formats.encode(values * (1 / torch.as_tensor(scale)).view(-1, 1), dtype))
+        expected = formats.encode(values * (1 / torch.as_tensor(scale)).view(-1, 1), dtype)
+        assert torch.equal(codes.view(torch.uint8), expected)
 
 
 def test_sequences_share_blocks_of_codes():

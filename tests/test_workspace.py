@@ -13,8 +13,7 @@ from ranks import RESIDUAL, WEIGHT, Processes, X, everywhere, on_ranks, threads,
 from torch.distributed import PrefixStore, ProcessGroup, Store
 
 import fused_ops
-from fused_ops import OPS, AllReduceWorkspace, _symmetric
-from fused_ops import workspace as workspace_module
+from fused_ops import OPS, AllReduceWorkspace, _shared, _symmetric
 from fused_ops.collective import summed
 from fused_ops.collective_inputs import group_of
 from fused_ops.workspace import share_of
@@ -401,7 +400,7 @@ def _serve_without_the_main_thread(group: ProcessGroup, _, reached) -> str:
         ctypes.CDLL(None).pthread_exit(None)
     assert_same(fused_ops.all_reduce(X, workspace), X + X)
     reached()
-    return workspace_module._process(workspace.buffer, 1)
+    return _shared._process(workspace.buffer, 1)
 
 
 def test_a_process_whose_main_thread_has_ended_is_alive():
@@ -452,16 +451,14 @@ def test_what_one_rank_cannot_make_ends_all(monkeypatch):
     for result in threads(2, make, {"max_tokens": (1 << 30, 1 << 30), "of": (usual, usual)}, wait=20):
         assert result.startswith("OSError: [Errno 12]"), result
 
-    from fused_ops import workspace
-
-    mapped, calls = workspace._mapped, iter(range(9))
+    mapped, calls = _shared._mapped, iter(range(9))
 
     def once(*where):
         if next(calls):
             raise OSError(13, "not for you")
         return mapped(*where)
 
-    monkeypatch.setattr(workspace, "_mapped", once)
+    monkeypatch.setattr(_shared, "_mapped", once)
     results = threads(2, make, {"max_tokens": (4, 4), "of": (usual, usual)}, wait=20)
     assert "rank 1 has no memory: Permission denied" in results[0]
     assert results[1] == "PermissionError: [Errno 13] not for you"

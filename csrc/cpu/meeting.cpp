@@ -60,10 +60,10 @@ bool has_ended(int64_t process) {
   const char* const name_end = std::strrchr(text, ')');
   char state = 0;
   long threads = 0;
-  const int read = name_end ? std::sscanf(name_end + 1,
-                                          " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %ld",
-                                          &state, &threads)
-                            : 0;
+  const int read =
+      name_end ? std::sscanf(name_end + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %ld",
+                             &state, &threads)
+               : 0;
   return read == 2 && threads <= 1 && std::strchr("ZXx", state);
 }
 

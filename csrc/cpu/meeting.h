@@ -1,4 +1,4 @@
-// What the ranks of a workspace share, and how they meet in it (fused_ops/workspace.py makes the memory).
+// What the ranks of a workspace share, and how they meet in it (fused_ops/_shared.py makes the memory).
 //
 //   header                 what the workspace is; 64 bytes, then 64 with `broken`
 //   a Rank for each        how far it is, and what it calls

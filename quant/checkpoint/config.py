@@ -267,12 +267,13 @@ class _ModelOpt(NamedTuple):
     quant_algo: str
     exclude_modules: frozenset[str]
     kv_cache_quant_algo: str | None
-    quantized_layers: dict[str, Format]  # "": all
+    quantized_layers: frozenset[tuple[str, str]]  # (path, algorithm); "": all
 
 
 def _modelopt(fields: Fields) -> Recipe:
     read = _read_modelopt(fields)
-    groups = tuple((_only(path) if path else _any, form) for path, form in read.quantized_layers.items())
+    forms = {name: Format(scheme, MODELOPT) for name, (scheme, _) in _ALGORITHMS.items()}
+    groups = tuple((_only(path) if path else _any, forms[name]) for path, name in read.quantized_layers)
     return Recipe(groups, _by_wildcard(read.exclude_modules), "optional" if read.kv_cache_quant_algo else None)
 
 
@@ -292,13 +293,13 @@ def _read_modelopt(fields: Fields) -> _ModelOpt:
     fields.skip("config_groups")
     if fields.values.get("quantized_layers") is None:
         fields.skip("quantized_layers")
-        name = fields.values.get("quant_algo")
-        layers = {"": _algorithm(fields)}
+        name = _algorithm(fields)
+        layers = {"": name}
         for group in described:
             group.only("targets", None, ["Linear"])
-            _check_described(group, layers[""].scheme)
+            _check_described(group, name)
     else:
-        name = fields.only("quant_algo", "MIXED_PRECISION")
+        name = str(fields.only("quant_algo", "MIXED_PRECISION"))
         fields.skip("group_size")  # of each layer below
         each = fields.objects("quantized_layers")
         layers = {path: _algorithm(layer) for path, layer in each.items()}
@@ -308,26 +309,27 @@ def _read_modelopt(fields: Fields) -> _ModelOpt:
             for path in (targets := group.names("targets", required=True)):
                 if path not in layers:
                     raise group.error("targets", list(targets), "names of quantized_layers")
-                _check_described(Fields(group.values, group.where), layers[path].scheme)
+                _check_described(Fields(group.values, group.where), layers[path])
     fields.close()
-    return _ModelOpt(name.upper(), ignored, cache, layers)
+    return _ModelOpt(name, ignored, cache, frozenset(layers.items()))
 
 
-def _algorithm(fields: Fields) -> Format:
+def _algorithm(fields: Fields) -> str:
     name = fields.take("quant_algo", str)
     if name.upper() not in _ALGORITHMS:
         raise fields.error("quant_algo", name, " or ".join(_ALGORITHMS))
-    scheme, group = _ALGORITHMS[name.upper()]
+    _, group = _ALGORITHMS[name.upper()]
     fields.only("group_size", None, group, *([0] if group is None else []))
-    return Format(scheme, MODELOPT)
+    return name.upper()
 
 
-def _check_described(fields: Fields, scheme: Scheme) -> None:
+def _check_described(fields: Fields, algorithm: str) -> None:
     """Newer versions say in compressed-tensors' words too what the algorithm is, where they know them.
 
     "dynamic" is false there also for scales that are, of activations.
     """
-    fields.only("quant_algo", None, *(name for name, (each, _) in _ALGORITHMS.items() if each == scheme))
+    fields.only("quant_algo", None, algorithm)
+    scheme, _ = _ALGORITHMS[algorithm]
     parts = ("weights", scheme.weight_key, WEIGHTS), ("input_activations", scheme.input_quant_key, ACTIVATIONS)
     missing = [name for name, *_ in parts if fields.values.get(name) is None]
     for name, key, table in parts:
@@ -354,10 +356,11 @@ def _check_same(path: Path, values: Any, other: Path) -> None:
     fields.skip("quant_method")
     mine, theirs = _read_modelopt(fields), _read_modelopt(Fields(read_json(other), str(other)))
     for name, *both in zip(_ModelOpt._fields, mine, theirs, strict=True):
-        if both[0] != both[1]:
-            said, says = (sorted(each) if isinstance(each, (frozenset, dict)) else each for each in both)
-            of = f", of {min(k for k in both[0] if both[0][k] != both[1][k])}" if said == says else ""
-            raise ValueError(f"{path}: quantization_config.{name} is {said!r}, {other} says {says!r}{of}")
+        said, says = both
+        if said != says:
+            if isinstance(said, frozenset):  # what each has alone
+                said, says = sorted(said - says), sorted(says - said)
+            raise ValueError(f"{path}: quantization_config.{name} is {said!r}, {other} has {says!r}")
 
 
 _READERS: dict[str, Callable[[Fields], Recipe]] = {

@@ -35,8 +35,8 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
 
     Raises:
         TypeError: model is not a transformers model, or path is not a str or a Path.
-        ValueError: path is there and not empty, or a call that wrote it was ended; no layer is quantized; the format has no words for a layer's keys or
-            scales, by its path. Nothing is left behind.
+        ValueError: path is there and not empty, or a call that wrote it was ended; no layer is quantized; the format
+            has no words for a layer's keys or scales, by its path. Nothing is left behind.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"save_quantized: model is {type(model).__name__}, expected a model of transformers")
