@@ -355,8 +355,8 @@ def _check_same(path: Path, values: Any, other: Path) -> None:
     fields = Fields(values, f"{path}: quantization_config")
     fields.skip("quant_method")
     mine, theirs = _read_modelopt(fields), _read_modelopt(Fields(read_json(other), str(other)))
-    for name, *both in zip(_ModelOpt._fields, mine, theirs, strict=True):
-        said, says = both
+    for name in _ModelOpt._fields:
+        said, says = getattr(mine, name), getattr(theirs, name)
         if said != says:
             if isinstance(said, frozenset):  # what each has alone
                 said, says = sorted(said - says), sorted(says - said)
