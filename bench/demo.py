@@ -35,7 +35,7 @@ Kernels sum in another order than torch, which turns a word now and then: patche
 NOTES = {  # on what a scheme does to the figures
     ("int8_static", "int8_static_asym"): "one scale for all tokens of an activation, which its outliers stretch",
     ("fp8_block",): "weights by 128x128, activations by 1x128",
-    ("mxfp8", "mxfp4", "nvfp4"): "codes decoded by the kernel, as no product of this machine takes them",
+    tuple(name for name in SCHEMES if "fp" in name): "codes decoded by the kernel before it multiplies them",
     ("mxfp4", "nvfp4"): "weights and activations rounded to 4 bits as they are, hence the perplexity",
 }
 

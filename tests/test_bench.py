@@ -24,7 +24,7 @@ def test_the_demo_says_what_it_measured():
     assert set(demo.USUAL) <= SCHEMES.keys()
     text = demo.notes(demo.USUAL, torch.zeros(1, 1000, dtype=torch.int64))
     assert text.startswith(f"Perplexity of 1000 tokens of {models.SOURCE}, 999 of them predicted.\n")
-    assert "\nmxfp8, nvfp4: codes decoded by the kernel" in text
+    assert "\nfp8_static, fp8_token, fp8_block, mxfp8, nvfp4: codes decoded by the kernel" in text
     assert "mxfp4" not in text
     assert "\nmxfp4, nvfp4: weights" in demo.notes([*SCHEMES], torch.zeros(1, 2))
 

@@ -8,8 +8,11 @@ import torch
 from patching import quantize, tiny
 from safetensors.torch import load_file, save_file
 from test_checkpoint import DEEPSEEK, modelopt, nested
+from torch import nn
 
+from quant import FP8_STATIC_TENSOR, NVFP4
 from quant.checkpoint import load_quantized, save_quantized
+from quant.checkpoint.config import read_recipe
 
 UP = "model.layers.1.mlp.up_proj"
 FP8 = torch.float8_e4m3fn
@@ -223,6 +226,37 @@ def test_configurations(name, copy):
     with pytest.raises(ValueError, match=message) as caught:
         load_quantized(folder)
     assert str(folder / "config.json") in str(caught.value) or "model.safetensors" in str(caught.value)
+
+
+def test_what_modelopt_describes_is_understood(tmp_path):
+    """As its exporter writes it: "dynamic" is false everywhere, and an algorithm that it has no words for is named."""
+    base = {"dynamic": False, "num_bits": 8, "type": "float"}
+    layers = {
+        "FP8": (base, base),
+        "FP8_PER_CHANNEL_PER_TOKEN": ({**base, "strategy": "channel"}, base),
+        "NVFP4": ({**base, "num_bits": 4, "group_size": 16},) * 2,
+        "MXFP8": ({**base, "group_size": 32},) * 2,
+        "FP8_PB_WO": None,
+    }
+    groups = {
+        name: {"quant_algo": name} if parts is None else dict(zip(("weights", "input_activations"), parts, strict=True))
+        for name, parts in layers.items()
+    }
+    for group in groups.values():
+        group["targets"] = ["Linear"]
+    mixed = {name: {**group, "targets": [f"layer.{name}"]} for name, group in groups.items()}
+    quantized = {f"layer.{name}": {"quant_algo": name} for name in layers}
+    each = [modelopt(name, config_groups={"group_0": groups[name]}) for name in ("FP8", "NVFP4")]
+    for quantization in *each, modelopt("MIXED_PRECISION", config_groups=mixed, quantized_layers=quantized):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+        algorithm = quantization["quant_algo"]
+        theirs = nested(algorithm, **({"quantized_layers": quantized} if "MIXED" in algorithm else {}))
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(theirs))
+        recipe = read_recipe(tmp_path)
+        assert recipe.format_of("lm_head", nn.Linear(1, 1)) is None
+        name = "NVFP4" if "MIXED" in algorithm else algorithm
+        form = recipe.format_of(f"layer.{name}", nn.Linear(1, 1))
+        assert form.scheme.input_quant_key == {"FP8": FP8_STATIC_TENSOR, "NVFP4": NVFP4}[name]
 
 
 def test_two_files_that_disagree(copy):
