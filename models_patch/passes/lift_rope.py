@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +105,17 @@ def _ends(node: Node, reader: Reader) -> bool:
     return columns.terms.shape[-2] == 2 and len(columns.inner) == 1 and columns.summed
 
 
-def _parts(node: Node, reader: Reader) -> Iterator[Node]:
+def _parts(node: Node, reader: Reader) -> set[Node]:
     """The sums and products that a node is made of: what a rotation is made of is none itself."""
-    for before in node.all_input_nodes:
-        columns = reader.read(before)
-        if columns is not None and columns.products is not None:
-            yield before
-            yield from _parts(before, reader)
+    found: set[Node] = set()
+    todo = [node]
+    while todo:
+        for before in todo.pop().all_input_nodes:
+            columns = reader.read(before)
+            if before not in found and columns is not None and columns.products is not None:
+                found.add(before)
+                todo.append(before)
+    return found
 
 
 def _groups(found: Iterable[Rotation]) -> list[list[Rotation]]:

@@ -101,18 +101,37 @@ def _kind(tensor: Tensor) -> str:
 def place(graph: Graph, inputs: Iterable[Any], outputs: Iterable[Node], inside: Iterable[Node] = ()) -> Node:
     """The node before which what takes the place of `outputs` may stand: right behind the last of its inputs.
 
-    inside: nodes that the replacement makes unneeded. Raises Miss where an output is used before all inputs are there.
+    Inputs move before the first that uses an output: compilers put users early. inside: nodes that the replacement
+    makes unneeded. Raises Miss where an input depends on an output.
     """
-    last = max((node for node in inputs if isinstance(node, Node)), default=None)
+    given = [node for node in inputs if isinstance(node, Node)]
     within = set(inside)
-    for output in outputs:
-        for user in output.users:
-            if user not in within and last is not None and user <= last:
-                raise Miss(f"{user} uses a result before {last}, which is an input, is there")
-    node: Node = next(iter(graph.nodes)) if last is None else last.next
+    users = {user for output in outputs for user in output.users} - within
+    if given and users and min(users) <= max(given):
+        hoist(given, min(users), users)
+    node: Node = max(given).next if given else next(iter(graph.nodes))
     while node.op == "placeholder":
         node = node.next
     return node
+
+
+def hoist(nodes: Iterable[Node], before: Node, users: Iterable[Node] = ()) -> None:
+    """Move nodes, and what they are made of, before another. Raises Miss where they depend on it, or one of `users`."""
+    barred = {before, *users}
+    needed: set[Node] = set()
+    todo = [(node, node) for node in nodes]
+    while todo:
+        node, of = todo.pop()
+        if node in needed or node < before:
+            continue
+        if node in barred:
+            raise Miss(f"{of}, which is an input, depends on {node}, which uses a result")
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            raise Miss(f"{of}, which is an input, depends on {node}, which writes in place")
+        needed.add(node)
+        todo += [(source, of) for source in node.all_input_nodes]
+    for node in sorted(needed):
+        before.prepend(node)
 
 
 def insert(graph: Graph, match: Match, function: Callable) -> None:
@@ -140,3 +159,6 @@ def insert(graph: Graph, match: Match, function: Callable) -> None:
                 new[node].meta = _meta(match.outputs[-1], value(node))
     for old, result in zip(match.outputs, results, strict=True):
         old.replace_all_uses_with(new[result])
+    for node in reversed(match.nodes):  # or it would be found again
+        if not node.users:
+            graph.erase_node(node)
