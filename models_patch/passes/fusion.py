@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx import Graph, Node
 
@@ -46,10 +47,11 @@ class Site(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a pass did to a graph."""
+    """What a pass did to a graph. wants_numbers: whether a pattern was left for a number that is an input there."""
 
     matches: list[Site] = field(default_factory=list)
     misses: list[Site] = field(default_factory=list)
+    wants_numbers: bool = False
 
     def matched(self, node: Node, operation: str) -> None:
         self.matches.append(Site(path_of(node), node.name, operation))
@@ -91,6 +93,20 @@ class Pass(ABC):
         mine = {name: item for name, item in vars(self).items() if name != "config"}
         sources = [source_of(cls) for cls in _classes(type(self))]
         return digest(sources, _described(mine), self.config.compute_hash())
+
+
+@dataclass(frozen=True)
+class Function(CustomGraphPass):
+    """A plain function of a graph, which the compiler takes too. It keeps no graph then, since nothing tells functions
+    apart."""
+
+    function: Callable[[Graph], Any]
+
+    def __call__(self, graph: Graph) -> None:
+        self.function(graph)
+
+    def uuid(self) -> None:
+        return None
 
 
 class FusionPass(Pass):
@@ -199,6 +215,8 @@ class PatternReplacement(ABC):
                 match = pattern.find(node)
                 reason = self.check(**match.inputs)
                 if reason:
+                    numbers = [match.inputs[i.name] for i in pattern.inputs if isinstance(i.example, float)]
+                    outcome.wants_numbers |= any(isinstance(number, Node) for number in numbers)
                     raise Miss(reason, len(match.nodes))
                 try:
                     insert(graph, match, self.replacement)
