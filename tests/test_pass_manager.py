@@ -110,12 +110,20 @@ def test_an_explicit_pipeline_is_all_there_is():
         ("models_patch.passes.cleanup.Nope", ValueError, r"models_patch.passes.cleanup has no Nope"),
         ("models_patch.passes.report", TypeError, r"which is function, expected a class"),
         (int, TypeError, r"\[1\] is int, expected a Pass"),
+        (passes.Pass, TypeError, r"\[1\] is Pass, a base class"),
+        ("models_patch.passes.FusionPass", TypeError, r"\[1\] is FusionPass, a base class"),
+        ("broken.Pass", ValueError, r"\[1\] is 'broken.Pass', but importing broken raises ZeroDivisionError: "),
+        ("broken_when_made.Own", ValueError, r"\[1\] is Own, and making it raises ZeroDivisionError: "),
         (3, TypeError, r"\[1\] is builtins.int, expected a pass"),
         (WithArgument, TypeError, r"\[1\] is WithArgument, which takes arguments: "),
         (Nothing, ValueError, "name is 'Nothing', which .*Nothing has already"),
     ],
 )
-def test_a_bad_entry_says_which_and_why(entry, error, message):
+def test_a_bad_entry_says_which_and_why(entry, error, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    own = "class Own(Nothing):\n    def __init__(self):\n        1 / 0"
+    (tmp_path / "broken_when_made.py").write_text(f"from sample_passes import Nothing\n{own}")
     with pytest.raises(error, match=message):
         PassManager.from_config(PassConfig(pass_pipeline=[Nothing, entry]))
 
@@ -155,9 +163,9 @@ def test_registered_fusions_run_where_they_say(registry):
 
 
 def test_every_hook_of_the_compiler_and_who_is_there_already():
-    own = Counting()
+    own, seen = Counting(), []
     managers = [PassManager([("nothing", Nothing())], hook) for hook in HOOKS[:-1]]
-    with torch._inductor.config.patch({POST_GRAD: own}):
+    with torch._inductor.config.patch({POST_GRAD: own, HOOKS[0]: seen.append}):
         options = inductor_options(*managers, PassConfig(pass_pipeline=[TwiceTanhFusion]))
     assert set(options) == set(HOOKS)
     x = torch.randn(3, 5)
@@ -165,6 +173,9 @@ def test_every_hook_of_the_compiler_and_who_is_there_already():
     for hook in HOOKS[:-1]:
         assert options[hook].report().operations["seen"] > 0, hook
     assert options[POST_GRAD].report().operations == {"TwiceTanh": 1}
+    assert len(seen) == 1
+    assert options[HOOKS[0]].uuid() is None  # a function has none, so that nothing is kept
+    assert options[POST_GRAD].uuid() is not None
     (graph,) = own.graphs  # behind the manager's: what was replaced isn't there any more
     assert "aten.add.Tensor" in graph
     assert "aten.mul.Tensor" not in graph
@@ -177,13 +188,33 @@ def test_every_hook_of_the_compiler_and_who_is_there_already():
         managers[0].add(managers[0])
 
 
+UNCACHED = {"fx_graph_cache": False}  # a graph that an earlier run of the tests has kept isn't shown
+
+
 class Normed(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight, self.eps = torch.nn.Parameter(torch.ones(64)), 1e-6
+        self.weight = torch.nn.Parameter(torch.ones(64))
 
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+    def forward(self, x, eps=1e-6):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def test_a_number_that_is_an_input_becomes_a_constant():
+    """With a guard, where a pattern wants it; sizes stay open."""
+    model = Normed()
+
+    def graphs(function, *calls):
+        torch._dynamo.reset()
+        options = inductor_options()
+        compiled = torch.compile(function, options=options | UNCACHED, dynamic=True)
+        for rows, number in calls:
+            x = torch.randn(rows, 64)
+            torch.testing.assert_close(compiled(x, number), function(x, number))
+        return len(passes.report(options).graphs), passes.report(options).operations["rms_norm"]
+
+    assert graphs(model, (4, 0.5), (7, 0.5), (7, 0.25)) == (2, 2)
+    assert graphs(lambda x, by: torch.tanh(x) * by, (4, 1.5), (7, 2.5)) == (1, 0)  # nobody wants it
 
 
 def test_patterns_are_traced_apart_from_what_is_compiled(monkeypatch):
@@ -191,7 +222,7 @@ def test_patterns_are_traced_apart_from_what_is_compiled(monkeypatch):
     monkeypatch.setattr(fusion_module, "_traced", {})
     monkeypatch.setattr(fusion_module, "_patterns", WeakKeyDictionary())
     options, model, x = inductor_options(), Normed(), torch.randn(4, 64)
-    torch.testing.assert_close(torch.compile(model, options=options)(x), model(x))
+    torch.testing.assert_close(torch.compile(model, options=options | UNCACHED)(x), model(x))
     assert passes.report(options).operations == {"rms_norm": 1}
 
 

@@ -1,35 +1,15 @@
 """Passes over rows: every family gets the operations that `patch` gives it, at the same modules, with the same bits."""
 
 import copy
-from collections import Counter
 
 import pairwise
 import pytest
 import torch
-from passes import Compiled, heads_by_hand, heads_put_in, same_on_both_backends
+from passes import Compiled, by_hand, by_passes, heads_by_hand, heads_put_in, same_on_both_backends
 from patching import FAMILIES, UNLISTED, quantize, tiny, tokens
 
 import models_patch
 from quant.methods import SCHEMES
-
-NORMS = "rms_norm", "fused_add_rms_norm", "rms_norm_add", "rms_norm_add_rms_norm", "dual_rms_norm"
-ACTIVATIONS = "silu_mul", "gelu_tanh_mul", "relu2", "swiglu_oai_mul"
-OWN = {name + end for name in NORMS + ACTIVATIONS for end in ("", "_quant")}
-
-
-def by_hand(report) -> Counter:
-    return Counter((entry.path, entry.operation) for entry in report.replaced if entry.operation in OWN)
-
-
-def by_passes(sites: Counter) -> Counter:
-    """`patch` names MLA's norms after their attention; those of heads are done with the rotation."""
-    found = Counter()
-    for (path, name), times in sites.items():
-        attention, _, norm = path.rpartition(".")
-        if name in OWN and norm not in ("q_norm", "k_norm"):
-            found[attention if norm in ("q_a_layernorm", "kv_a_layernorm") else path, name] += times
-    return found
-
 
 def both(model):
     """(compiled, patched, the report on the latter)"""

@@ -176,6 +176,20 @@ def test_rotations_left(spelling, reason):
     assert any(reason in miss.reason for miss in report.misses), str(report)
 
 
+def test_a_rotation_that_is_taken_apart_and_put_together_again():
+    def function(q, k, cos, sin):
+        q, k = as_chunks(q, k, cos, sin)
+        for _ in range(30):
+            q = torch.cat(q.chunk(2, -1), -1)
+        return q, k
+
+    rotates, report = compiled(function)
+    with torch.no_grad():
+        inputs = heads_and_table(torch.float32)
+        assert_equal(rotates(*inputs), function(*inputs))
+    assert report.operations["rope"] == 1
+
+
 def test_norms_that_differ_stay():
     q_norm, k_norm = nn.RMSNorm(16, eps=1e-5), nn.RMSNorm(16, eps=1e-6)
 

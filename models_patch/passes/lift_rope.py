@@ -111,6 +111,9 @@ def _parts(node: Node, reader: Reader) -> set[Node]:
     todo = [node]
     while todo:
         for before in todo.pop().all_input_nodes:
+            if isinstance(value(before), (list, tuple)):  # parts of one
+                todo.append(before)
+                continue
             columns = reader.read(before)
             if before not in found and columns is not None and columns.products is not None:
                 found.add(before)
