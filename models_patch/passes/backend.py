@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
-from torch.fx import GraphModule
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, auto_functionalized_v2_dense
+from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
+from torch.fx import Graph, GraphModule
 
 from .config import PassConfig
 from .floats import specialize_floats
@@ -45,6 +47,7 @@ class Backend:
         for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
             node.target = aten.reshape.default
         self.manager(graph.graph)
+        _write_in_place(graph.graph)
         graph.recompile()
 
         def run(arguments: list[Any]) -> Any:
@@ -55,3 +58,11 @@ class Backend:
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
+
+
+def _write_in_place(graph: Graph) -> None:
+    """Let calls that functionalization has made of those that write write again, where nobody needs what was there."""
+    reinplace_inplaceable_ops_core(graph)  # finds out where
+    for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
+        node.args = (*node.args, node.meta.get("only_clone_these_tensors"))
+        node.target = auto_functionalized_v2_dense

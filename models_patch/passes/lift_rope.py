@@ -17,7 +17,7 @@ from .columns import A_COLUMN, B_COLUMN, SIGN, A, Axes, B, Reader
 from .fusion import Outcome, Pass, register_fusion
 from .matcher import Miss, form, value
 from .rewrite import aten, call, item, path_of, place, replace
-from .sizes import Sizes
+from .sizes import reshaped, size_of
 
 HALVES, PAIRS, SORTED = "halves", "pairs", "pairs that are sorted into halves"
 
@@ -230,7 +230,6 @@ class _Emitter:
     def __init__(self, graph: Graph, reader: Reader) -> None:
         self.graph, self.reader = graph, reader
         self.tables: dict[Any, Node] = {}
-        self.sizes = Sizes(graph)
 
     def rope(self, q: Rotation, k: Rotation) -> Node:
         """q and k, rotated in one call, which take the place of what was there. Raises Miss."""
@@ -287,8 +286,7 @@ class _Emitter:
     def _as_before(self, rotated: Node, one: Rotation) -> Node:
         shape, axes = value(one.node).shape, [i for i in range(len(one.axes)) if i != one.heads]
         order = [*axes, one.heads]
-        sizes = [self.sizes.of(shape[i], one.node) for i in [*order, len(order)]]
-        rotated = self._call(aten.reshape.default, (rotated, sizes), one)
+        rotated = reshaped(self.graph, rotated, [shape[i] for i in [*order, len(order)]], one.node)
         if order == sorted(order):
             return rotated
         back = [order.index(i) for i in range(len(order))]
@@ -311,7 +309,7 @@ class _Emitter:
             rows = self._call(aten.cat.default, (halves, -1), one)
             shape, tokens = value(rows).shape, self._tokens(one)
             if list(map(str, shape[:-1])) != list(map(str, tokens)):
-                sizes = [self.sizes.of(size, one.node) for size in tokens]
+                sizes = [size_of(self.graph, size, one.node) for size in tokens]
                 rows = self._call(aten.expand.default, (rows, [*sizes, -1]), one)
             self.tables[key] = self._call(aten.reshape.default, (rows, [-1, 2 * len(table.cos_columns)]), one)
         return self.tables[key]

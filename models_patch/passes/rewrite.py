@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from .matcher import Match, Miss, decompositions, value
 
 aten = torch.ops.aten
 _MODULE = "nn_module_stack"
+# A module that Dynamo comes to first as one of the layer that a hook of `models_patch.shard` knows.
+_HOOK = re.compile(r"\.\w+\._forward_hooks\[.*\]\.owner")
 
 
 def path_of(node: Node) -> str:
@@ -28,7 +31,7 @@ def path_of(node: Node) -> str:
 
 def _plain(path: str) -> str:
     """Dynamo's "L['self'].model.layers[0].mlp" as "model.layers.0.mlp"."""
-    path = path.removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
+    path = _HOOK.sub("", path).removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
     return path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").replace("_modules.", "")
 
 
