@@ -149,7 +149,9 @@ def assert_as_near(actual: Tensor, exact: Tensor, theirs: Tensor) -> None:
 
 def assert_as_near_as(actual: Tensor, expected: Tensor, theirs: Tensor, of_theirs: Tensor) -> None:
     """Ours differs from what it is to be at most as much as theirs does: by the mean square, of all elements."""
-    mine, other = ((a.double() - e.double()).square().mean().sqrt() for a, e in ((actual, expected), (theirs, of_theirs)))
+    mine, other = (
+        (a.double() - e.double()).square().mean().sqrt() for a, e in ((actual, expected), (theirs, of_theirs))
+    )
     assert mine <= other, f"{mine:.4g} apart, theirs {other:.4g}"
 
 

@@ -1,5 +1,6 @@
 """Pass managers: which passes run where and in which order, what the cache knows them by, what they report."""
 
+import importlib
 import json
 import pickle
 from dataclasses import FrozenInstanceError
@@ -19,6 +20,7 @@ from models_patch.passes import (
     PassManager,
     Range,
     compile_range,
+    compiler,
     current_config,
     inductor_options,
     register_fusion,
@@ -265,6 +267,15 @@ def test_passes_run_for_the_sizes_they_are_for():
     with pytest.raises(ValueError, match="lower is 3 and upper 2"), compile_range(3, 2):
         pass
     assert ranges(torch.randn(3))[0] == Range()
+
+
+# The compiler.
+
+
+def test_another_torch_is_named(monkeypatch):
+    monkeypatch.delattr("torch._dynamo.symbolic_convert.TensorifyState")
+    with pytest.raises(ImportError, match=rf"torch {torch.__version__[:4]}.* differs from 2.13.*'TensorifyState'"):
+        importlib.reload(compiler)
 
 
 # Reports.

@@ -6,10 +6,12 @@ import pairwise
 import pytest
 import torch
 from passes import Compiled, by_hand, by_passes, heads_by_hand, heads_put_in, same_on_both_backends
-from patching import FAMILIES, UNLISTED, quantize, tiny, tokens
+from patching import FAMILIES, UNLISTED, quantize, tiny, tokens, without_blocks
+from tensor_parallel import cut, on_ranks
 
 import models_patch
 from quant.methods import SCHEMES
+
 
 def both(model):
     """(compiled, patched, the report on the latter)"""
@@ -66,6 +68,28 @@ def test_zero_points_of_granite():
     compiled, patched, report = both(model)
     assert_same_bits(compiled, patched)
     assert by_passes(compiled.sites) == by_hand(report)
+
+
+CUT = ["Llama", "Gemma3Text", "Qwen3", "DeepseekV3"]
+
+
+@pytest.mark.parametrize("name", CUT if pairwise.everything else CUT[:1])
+def test_cut_over_ranks_as_by_hand(name):
+    model = tiny(name, **FAMILIES.get(name, {}), num_hidden_layers=2)
+
+    def run(group):
+        part, _ = cut(model, group)
+        compiled, patched, report = both(part)
+        made, expected = (function(tokens(), use_cache=False).logits for function in (compiled, patched))
+        return torch.equal(made, expected), compiled, report
+
+    for same, compiled, report in on_ranks(2, run):
+        assert same
+        assert by_passes(compiled.sites) == by_hand(report)
+        assert heads_put_in(compiled.manager.report()) == heads_by_hand(report)
+        assert {n: t for n, t in compiled.calls.items() if "reduce" in n} == {
+            n: t for n, t in without_blocks(report).items() if "reduce" in n
+        }
 
 
 def test_any_number_of_tokens():

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._inductor import config as _inductor
-from torch._inductor.custom_graph_pass import CustomGraphPass
-
 # Each registers its fusions, in the order of the default pipeline.
 # isort: off
+from .compiler import CustomGraphPass, inductor_config as _inductor
 from . import cleanup as _cleanup  # noqa: F401
 from . import lift_norm as _lift_norm  # noqa: F401
 from . import lift_activation as _lift_activation  # noqa: F401
@@ -29,7 +27,18 @@ from . import heads as _heads  # noqa: F401
 from .backend import Backend
 from .config import PassConfig, Range, compile_range, current_config, use_config
 from .floats import SpecializeFloats
-from .fusion import HOOKS, POST_GRAD, Function, FusionPass, Outcome, Pass, PatternReplacement, Site, register_fusion, registered
+from .fusion import (
+    HOOKS,
+    POST_GRAD,
+    Function,
+    FusionPass,
+    Outcome,
+    Pass,
+    PatternReplacement,
+    Site,
+    register_fusion,
+    registered,
+)
 from .manager import PassManager
 
 __all__ = [
@@ -57,9 +66,9 @@ __all__ = [
 def inductor_options(*passes: PassManager | PassConfig) -> dict[str, Any]:
     """The options of `torch.compile` that run these passes: managers, each at its hook, or what one is made from.
 
-    A pass that `torch._inductor.config` has at a hook already runs after the manager's, as before. A function may be one:
-    the compiler keeps no graph then, as it would not without the manager. Numbers that `dynamic=True` makes inputs, and
-    that a pattern wants, become constants again, with a guard.
+    A pass that `torch._inductor.config` has at a hook already runs after the manager's, as before. Where one is a plain
+    function the compiler keeps no graph, as it wouldn't without the manager. Numbers that `dynamic=True` makes inputs
+    become constants again, with a guard, where a pattern wants one.
 
     Raises:
         TypeError: one is neither. ValueError: two managers have one hook.

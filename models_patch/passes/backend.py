@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.backends.common import aot_autograd
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2, auto_functionalized_v2_dense
-from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
 from torch.fx import Graph, GraphModule
 
+from .compiler import aot_autograd, auto_functionalized_v2, auto_functionalized_v2_dense, reinplace
 from .config import PassConfig
 from .floats import specialize_floats
 from .fusion import POST_GRAD
@@ -62,7 +60,7 @@ class Backend:
 
 def _write_in_place(graph: Graph) -> None:
     """Let calls that functionalization has made of those that write write again, where nobody needs what was there."""
-    reinplace_inplaceable_ops_core(graph)  # finds out where
+    reinplace(graph)  # finds out where
     for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
         node.args = (*node.args, node.meta.get("only_clone_these_tensors"))
         node.target = auto_functionalized_v2_dense

@@ -6,17 +6,18 @@ functionalization makes of it, `auto_functionalized_v2`, whose results are the o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
 from fused_ops import OPS
 from fused_ops._op import Op
 
+from .compiler import auto_functionalized_v2
 from .matcher import Miss, form, value
 from .rewrite import call, item, mode_of, results_of
 from .sizes import size_of
@@ -107,7 +108,7 @@ def emit(graph: Graph, op: Op, args: dict[str, Any], wanted: set[str], like: Nod
 def _functional(
     graph: Graph, op: Op, args: dict[str, Any], wanted: set[str] | None, written: list[str], like: Node
 ) -> Node:
-    """wanted: the results that have memory of their own in the `out` overload; None: the default one, which gives all."""
+    """wanted: the results that the `out` overload writes; None: the default one, which returns all."""
     names = op.arguments[: op.required] if wanted is None else op.arguments
     memory: dict[str, Memory | None] = {name: Memory(args[name]) for name in written}
     if wanted is not None:
@@ -133,7 +134,7 @@ class Memory(NamedTuple):
 
 
 def functionalized(
-    graph: Graph, overload: Any, args: dict[str, Any], written: dict[str, Memory | None], like: Node
+    graph: Graph, overload: Any, args: dict[str, Any], written: Mapping[str, Memory | None], like: Node
 ) -> Node:
     """What functionalization makes of a call that writes, at the graph's insert point.
 

@@ -10,14 +10,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, symbol_is_type
-from torch.utils._sympy.symbol import SymT
 
+from .compiler import (
+    CustomGraphPass,
+    FakeTensor,
+    ShapeEnv,
+    SymT,
+    TensorifyScalarRestartAnalysis,
+    TensorifyState,
+    hints,
+    symbol_is_type,
+)
 from .fusion import FusionPass, Outcome
 from .manager import PassManager
 from .matcher import value
@@ -65,13 +69,9 @@ def specialize_floats(graph: Graph) -> None:
     env = _floats(graph)
     if env is None:
         return
-    symbols = [str(symbol) for symbol in _hints(env) if symbol_is_type(symbol, SymT.FLOAT)]
+    symbols = [str(symbol) for symbol in hints(env) if symbol_is_type(symbol, SymT.FLOAT)]
     new = [name for name in symbols if not TensorifyState.should_specialize(name)]
     for name in new:
         TensorifyState.specialize(name)
     if new:
         raise TensorifyScalarRestartAnalysis
-
-
-def _hints(env: ShapeEnv) -> dict:
-    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val

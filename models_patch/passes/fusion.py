@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._subclasses.fake_tensor import is_fake
 from torch.fx import Graph, Node
 
+from .compiler import CustomGraphPass, is_fake
 from .config import PassConfig, Range, current_config, digest
 from .matcher import Miss, Pattern, form
 from .rewrite import insert, path_of
@@ -284,7 +283,7 @@ def _bytes(tensor: torch.Tensor) -> str:
     if tensor.is_meta or is_fake(tensor):
         return ""
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy()).hexdigest()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def _code(code: CodeType) -> list[Any]:

@@ -159,7 +159,9 @@ def _fuse(graph: Graph, node: Node, name: str, put: Any, known: dict[Any, Node])
         given |= {"v": v, "k_scale": None, "v_scale": None}
         given["slot_mapping"] = _slots(graph, slots, tuple(value(put).shape), node, known)
         # [batch, heads, length, D] as [blocks, block_size, heads, D]
-        caches = {f"{kind}_cache": Memory(base, value(base).transpose(1, 2)) for kind, base in zip("kv", bases, strict=True)}
+        caches = {
+            f"{kind}_cache": Memory(base, value(base).transpose(1, 2)) for kind, base in zip("kv", bases, strict=True)
+        }
         new = functionalized(graph, operation, given, caches, node)
         replace(last, replayed(graph, chain, item(graph, new, 0), node))
         for index, old in enumerate((put, put_v), 1):

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import fused_ops
 
+from .compiler import CustomGraphPass, TracingContext
 from .config import PassConfig, Range, digest, overridden_range, use_config
 from .fusion import HOOKS, POST_GRAD, FusionPass, Outcome, Pass, registered
 from .matcher import value

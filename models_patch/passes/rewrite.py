@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from .compiler import FakeTensor, FakeTensorMode, make_fx
 from .matcher import Match, Miss, decompositions, value
 
 aten = torch.ops.aten
