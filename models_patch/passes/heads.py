@@ -137,6 +137,11 @@ def _fuse(graph: Graph, node: Node, name: str, put: Any, known: dict[Any, Node])
     results, slots = results_of(node), put.args[1][-1]
     _check_write(put)
     put_v = _write_of_values(put)
+    if value(put).shape[-1] != value(put_v).shape[-1]:
+        raise Miss(
+            f"{value(put).shape[-1]} columns of rotated keys and {value(put_v).shape[-1]} of latents or values are two "
+            "caches: rope_kv_cache_write takes equal ones, mla_rope_kv_cache_concat one for both"
+        )
     keys, values = _by_token(put, "keys"), _by_token(put_v, "values")
     if views_before(keys) != [keys] or keys.args[0] is not results[1]:
         raise Miss("keys are written in another order than that of tokens")
