@@ -30,6 +30,8 @@ from models_patch.passes import (
 from models_patch.passes import fusion as fusion_module
 from models_patch.passes.cleanup import NoOpElimination
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 
 @pytest.fixture
 def registry():
@@ -37,13 +39,6 @@ def registry():
     yield
     fusion_module._registered.clear()
     fusion_module._registered.update(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
 
 
 # Configurations.
@@ -228,6 +223,8 @@ def test_patterns_are_traced_apart_from_what_is_compiled(monkeypatch):
     assert passes.report(options).operations == {"rms_norm": 1}
 
 
+@torch._inductor.config.patch(fx_graph_cache=True)
+@torch._functorch.config.patch(enable_autograd_cache=True)
 def test_a_graph_from_the_cache_says_so_and_computes_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     x, options = torch.randn(3, 5), inductor_options(PassConfig(pass_pipeline=[TwiceTanhFusion]))

@@ -21,13 +21,7 @@ from models_patch.passes import (
     use_config,
 )
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 _UUID = """
 import sys
