@@ -185,9 +185,6 @@ def test_every_hook_of_the_compiler_and_who_is_there_already():
         managers[0].add(managers[0])
 
 
-UNCACHED = {"fx_graph_cache": False}  # a graph that an earlier run of the tests has kept isn't shown
-
-
 class Normed(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -204,7 +201,7 @@ def test_a_number_that_is_an_input_becomes_a_constant():
     def graphs(function, *calls):
         torch._dynamo.reset()
         options = inductor_options()
-        compiled = torch.compile(function, options=options | UNCACHED, dynamic=True)
+        compiled = torch.compile(function, options=options, dynamic=True)
         for rows, number in calls:
             x = torch.randn(rows, 64)
             torch.testing.assert_close(compiled(x, number), function(x, number))
@@ -219,7 +216,7 @@ def test_patterns_are_traced_apart_from_what_is_compiled(monkeypatch):
     monkeypatch.setattr(fusion_module, "_traced", {})
     monkeypatch.setattr(fusion_module, "_patterns", WeakKeyDictionary())
     options, model, x = inductor_options(), Normed(), torch.randn(4, 64)
-    torch.testing.assert_close(torch.compile(model, options=options | UNCACHED)(x), model(x))
+    torch.testing.assert_close(torch.compile(model, options=options)(x), model(x))
     assert passes.report(options).operations == {"rms_norm": 1}
 
 

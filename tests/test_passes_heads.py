@@ -54,6 +54,7 @@ def check_bits(model, patched, function, cache="none"):
 WAYS = ["run as it is", "generated"] if pairwise.everything else ["run as it is"]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("name", "written"), [("Llama", 2), ("Qwen3", 2), ("Gemma3Text", 1), ("DeepseekV3", 0)][: 3 + pairwise.everything]
@@ -66,7 +67,7 @@ def test_static_cache(name, written, way):
     if way == "generated":
         torch._dynamo.reset()
         options = inductor_options()
-        function, report = torch.compile(model, options=options | {"fx_graph_cache": False}), passes_report(options)
+        function, report = torch.compile(model, options=options), passes_report(options)
     check_bits(model, patched, function, "static")
     for graph in report.graphs:  # the layer with a window keeps its own way
         writes = [site for item in graph.passes for site in item.matches if site.operation in WRITES]
