@@ -211,6 +211,18 @@ def test_a_number_that_is_an_input_becomes_a_constant():
     assert graphs(lambda x, by: torch.tanh(x) * by, (4, 1.5), (7, 2.5)) == (1, 0)  # nobody wants it
 
 
+@torch._inductor.config.patch(fx_graph_cache=True)
+@torch._functorch.config.patch(enable_autograd_cache=True)
+def test_a_compilation_that_starts_again_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, model, options = torch.randn(4, 64), Normed(), inductor_options()
+    for from_cache in 0, 1:
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, options=options, dynamic=True)(x, 0.5), model(x, 0.5))
+        assert passes.report(options).from_cache == from_cache
+        assert len(passes.report(options).graphs) == 1
+
+
 def test_patterns_are_traced_apart_from_what_is_compiled(monkeypatch):
     """No symbol of an example is left for the compiler to guard."""
     monkeypatch.setattr(fusion_module, "_traced", {})

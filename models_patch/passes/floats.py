@@ -22,8 +22,9 @@ from .compiler import (
     hints,
     symbol_is_type,
 )
+from .config import use_config
 from .fusion import FusionPass, Outcome
-from .manager import PassManager
+from .manager import PassManager, current_compilation
 from .matcher import value
 
 
@@ -39,14 +40,16 @@ class SpecializeFloats(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         if _floats(graph) is not None and self._are_wanted(graph):
+            self.manager.ran.asked.discard(current_compilation())  # which ends here
             specialize_floats(graph)
 
     def _are_wanted(self, graph: Graph) -> bool:
         copied, outcome = Graph(), Outcome()
         copied.output(copied.graph_copy(graph, {}))
-        for _, item in self.manager.passes:
-            if isinstance(item, FusionPass):
-                item(copied, outcome)
+        with use_config(self.manager.config):
+            for _, item in self.manager.passes:
+                if isinstance(item, FusionPass):
+                    item(copied, outcome)
         return outcome.wants_numbers
 
     def uuid(self) -> str | None:

@@ -153,11 +153,11 @@ class PassManager(CustomGraphPass):
                 report.passes.append(entry)
         graph.lint()
         self.ran.graphs.append(report)
-        self.ran.shown.add(_compilation())
+        self.ran.shown.add(current_compilation())
 
     def uuid(self) -> str | None:
         """What the compiler's cache knows the manager by; None where a pass says that its graphs mustn't be kept."""
-        self.ran.asked.add(_compilation())
+        self.ran.asked.add(current_compilation())
         uuids = [(name, item.uuid()) for name, item in self.passes]
         if any(uuid is None for _, uuid in uuids):
             return None
@@ -177,7 +177,7 @@ class PassManager(CustomGraphPass):
         return {**vars(self), "ran": Ran()}
 
 
-def _compilation() -> Any:
+def current_compilation() -> Any:
     """What tells this compilation from others; None outside of one."""
     context = TracingContext.try_get()
     return None if context is None else weakref.ref(context)
