@@ -30,6 +30,7 @@ from .collective import (
 )
 from .dual_norm import dual_rms_norm
 from .gather import all_gather, all_gather_quantized
+from .grouped_linear import grouped_scaled_linear
 from .kv_cache import qk_norm_rope_kv_cache_write, rope_kv_cache_write
 from .linear import scaled_linear
 from .linear_gpu import load as _load_linear_gpu
@@ -81,6 +82,7 @@ __all__ = [
     "fused_add_rms_norm_quant",
     "gelu_tanh_mul",
     "gelu_tanh_mul_quant",
+    "grouped_scaled_linear",
     "layer_norm",
     "layer_norm_quant",
     "matmul_reduce_scatter",
