@@ -44,6 +44,7 @@ def _grouped_scaled_linear(
 ):
     x = formats.dequantize(data, scale, QuantKey.from_code(key), scale2=scale2, zero_point=zero_point)
     if rows is not None:
+        x = x.flatten(0, -2)
         for row in rows.tolist():
             if not 0 <= row < len(x):
                 raise ValueError(f"{NAME}: rows has {row}, expected 0 to {len(x) - 1}")
@@ -104,16 +105,14 @@ def _(
     optional = {"scale2": scale2, "zero_point": zero_point, "weight_code": weight_code}
     with _in_this_name():
         _scaled_linear.check(data, scale, key, **first, out_dtype=out_dtype, **optional)
-    shapes = {"data": (data, "T columns" if data.ndim == 2 else "experts M columns", data.dtype)}
+    shape = "... columns" if rows is not None else "R columns" if data.ndim == 2 else "experts M columns"
     check(
         NAME,
-        **shapes,
+        data=(data, shape, data.dtype),
         weight=(weight, "experts N columns", weight.dtype),
         tokens_per_expert=(tokens_per_expert, "experts", INDICES),
-        rows=(rows, "R", INDICES),
+        rows=(rows, "R ?", INDICES),
     )
-    if rows is not None and data.ndim == 3:
-        raise ValueError(f"{NAME}: rows is given, but data is {list(data.shape)}, each expert's rows in their place")
 
 
 def _first(stacked: Any) -> Any:
@@ -188,15 +187,15 @@ def grouped_scaled_linear(
     it is the reference, a loop over experts.
 
     Args:
-        activation: logical shape [T, K], or [E, M, K], where each expert's rows are the first ones of its M; keys and
-            layouts as in `scaled_linear`.
+        activation: logical shape [..., K] where rows is given; else [R, K], or [E, M, K], where each expert's rows are
+            the first ones of its M; keys and layouts as in `scaled_linear`.
         weight, weight_scale: [E, ...], for each expert what `scaled_linear` takes ([1] where it has one scale).
         tokens_per_expert: int32 or int64 [E], how many rows of the result each expert has. Of [E, M, K] at most M;
             else they follow each other, at most as many as there are. The rows of `out` beyond are left as they were,
             fresh ones are uninitialized.
         bias: [E, N] bfloat16, float16 or float32.
         out_dtype: bfloat16, float16 or float32.
-        rows: int32 or int64 [R]: which row of activation each row of the result is made of, so that a token that goes
+        rows: int32 or int64 [R]: which row of the activation each row of the result is made of, so that a token that goes
             to several experts is quantized once, and copied for none. None: each of its own.
         weight_key: as in `scaled_linear`, of one expert's weight.
         weight_scale2: float32 [E, 1]: NVFP4's second scales.

@@ -56,9 +56,9 @@ Grouped grouped_of(const Tensor& data, const Tensor& scale, int64_t key, const T
   Grouped made;
   Linear& p = made.common = linear_of(data, scale, key, *w.first, *w_scale.first, w_bias.first, dtype, scale2,
                                       zero_point, weight_key, w_scale2.first);
-  const bool apart = data.dim() == 3;  // each expert has M rows, of which some are used
-  STD_TORCH_CHECK(apart ? data.size(0) == experts && !rows : data.dim() == 2,
-                  "data: expected [T, K], or [experts, M, K] without rows");
+  const bool apart = !rows && data.dim() == 3;  // each expert has M rows, of which some are used
+  STD_TORCH_CHECK(rows || (apart ? data.size(0) == experts : data.dim() == 2),
+                  "data: expected [R, K] or [experts, M, K] without rows");
   int64_t count = p.x.rows;
   if (rows) {
     p.source = integers_of(*rows, "rows");
