@@ -21,7 +21,7 @@ ALL = [pytest.param(op, id=name) for name, op in OPS.items()]
 COMPILED = "cpu" in OPS["rms_norm"].backends
 # Promise 4a: the same bits on every backend.
 MOVES = ("all_reduce", "reduce_scatter", "all_gather", "all_gather_quantized")
-BITWISE = ("quantize", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat", *MOVES)
+BITWISE = ("quantize", "sort_by_expert", "sum_experts", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat", *MOVES)
 HEADS = [name for name in OPS if "rope" in name]  # more in their own files
 ATTENTION = [name for name in OPS if "attention" in name]
 COLLECTIVES = [name for name, op in OPS.items() if op.argument("workspace") is not None]
@@ -32,6 +32,7 @@ OTHER_ROWS = (
     *GATHERS,
     "scaled_linear",
     "grouped_scaled_linear",
+    "sum_experts",
     "dual_rms_norm",
     "qk_all_reduce_rms_norm",
 )  # of several widths: in their own files

@@ -6,14 +6,6 @@
 namespace fused_ops {
 namespace {
 
-Integers integers_of(const Tensor& tensor, const char* name) {
-  const ScalarType dtype = dtype_of(tensor);
-  STD_TORCH_CHECK(tensor.is_cpu() && (dtype == ScalarType::Int || dtype == ScalarType::Long) && tensor.dim() == 1 &&
-                      tensor.is_contiguous(),
-                  name, ": expected a contiguous vector of int32 or int64");
-  return {tensor.data_ptr(), dtype == ScalarType::Long};
-}
-
 // Of what experts have one of each, the first expert's; and how many bytes lie between two.
 struct Stacked {
   OptionalTensor first;
@@ -61,14 +53,14 @@ Grouped grouped_of(const Tensor& data, const Tensor& scale, int64_t key, const T
                   "data: expected [R, K] or [experts, M, K] without rows");
   int64_t count = p.x.rows;
   if (rows) {
-    p.source = integers_of(*rows, "rows");
-    count = rows->size(0);
-    for (int64_t i = 0; i < count; ++i)
-      STD_TORCH_CHECK(p.source[i] >= 0 && p.source[i] < p.x.rows, "rows: has ", p.source[i], ", expected 0 to ",
-                      p.x.rows - 1);
+    STD_TORCH_CHECK(rows->dim() == 1, "rows: expected [R]");
+    p.source = Integers(*rows, "rows");
+    p.source.check_below(p.x.rows, "rows");
+    count = p.source.count;
   }
-  const Integers tokens = integers_of(tokens_per_expert, "tokens_per_expert");
-  STD_TORCH_CHECK(tokens_per_expert.size(0) == experts, "tokens_per_expert: expected one for each expert");
+  const Integers tokens(tokens_per_expert, "tokens_per_expert");
+  STD_TORCH_CHECK(tokens_per_expert.dim() == 1 && tokens.count == experts,
+                  "tokens_per_expert: expected one for each expert");
 
   const bool in_values = p.w.key.scale_format() != Key::kFloat;
   for (int64_t e = 0, next = 0; e < experts; ++e) {

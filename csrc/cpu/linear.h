@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "../row.h"
+#include "integers.h"
 #include "threads.h"
 
 namespace fused_ops {
@@ -42,17 +43,6 @@ template <class T>
 T scale_at(const ScaleOut& scale, int64_t row, int64_t group) {
   return *reinterpret_cast<const T*>(scale.data + scale.row(row) + group / 4 * scale.four + group % 4 * scale.one);
 }
-
-// Integers of a tensor, int32 or int64.
-struct Integers {
-  const void* data = nullptr;
-  bool wide = false;
-
-  explicit operator bool() const { return data != nullptr; }
-  int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 struct Linear {
   Operand x, w;

@@ -107,26 +107,12 @@ class QuantExperts(nn.Module):
             top_k_index: int [T, k], experts.
             top_k_weights: [T, k], in the dtype of the activations or in float32.
         """
-        count, order = _sorted(top_k_index, self.gate_up_proj.experts)
-        y = self._apply_gate(self.gate_up_proj(hidden_states, count, order // top_k_index.shape[-1]))
-        return _weighted_sum(self.down_proj(y, count), order, top_k_weights).view(hidden_states.shape)
+        tokens, rows, positions = fused_ops.sort_by_expert(top_k_index, self.gate_up_proj.experts)
+        y = self._apply_gate(self.gate_up_proj(hidden_states, tokens, rows))
+        return fused_ops.sum_experts(self.down_proj(y, tokens), positions, top_k_weights).view(hidden_states.shape)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor | QuantizedActivation:
         return self.stock._apply_gate(gate_up)  # type: ignore[operator]
-
-
-def _sorted(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """(how many rows each expert has, the flat index's positions in the order of experts)"""
-    flat = index.reshape(-1)
-    count = torch.zeros(experts, dtype=torch.int64, device=flat.device)
-    return count.scatter_add_(0, flat, torch.ones_like(flat)), flat.argsort(stable=True)
-
-
-def _weighted_sum(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """[T, N] of rows of y, in this order, times their weights [T, k]."""
-    weighted = y * weights.reshape(-1)[order].unsqueeze(-1)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return weighted[inverse].view(*weights.shape, y.shape[-1]).sum(1).to(y.dtype)
 
 
 # --- from a model's experts ---
@@ -213,12 +199,12 @@ def observed(experts: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
 def _observed_forward(
     experts: Any, gate_up_probe: nn.Module, down_probe: nn.Module, x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
-    (gate_up, gate_up_bias), (down, down_bias) = (weights_of(experts, name) for name in PROJECTIONS)
-    count, order = _sorted(index, len(gate_up))
-    rows = gate_up_probe(x)[order // index.shape[-1]].split(count.tolist())
-    products = [
-        linear(part, gate_up[e], None if gate_up_bias is None else gate_up_bias[e]) for e, part in enumerate(rows)
-    ]
-    rows = down_probe(experts._apply_gate(torch.cat(products))).split(count.tolist())
-    products = [linear(part, down[e], None if down_bias is None else down_bias[e]) for e, part in enumerate(rows)]
-    return _weighted_sum(torch.cat(products), order, weights)
+    weights_and_biases = [weights_of(experts, name) for name in PROJECTIONS]
+    tokens, rows, positions = fused_ops.sort_by_expert(index, len(weights_and_biases[0][0]))
+
+    def products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        parts = x.split(tokens.tolist())
+        return torch.cat([linear(x, weight[e], None if bias is None else bias[e]) for e, x in enumerate(parts)])
+
+    y = experts._apply_gate(products(gate_up_probe(x)[rows], *weights_and_biases[0]))
+    return fused_ops.sum_experts(products(down_probe(y), *weights_and_biases[1]), positions, weights)
