@@ -32,6 +32,7 @@ OTHER_ROWS = (
     *GATHERS,
     "scaled_linear",
     "grouped_scaled_linear",
+    "sort_by_expert",
     "sum_experts",
     "dual_rms_norm",
     "qk_all_reduce_rms_norm",

@@ -24,18 +24,21 @@ void sort_by_expert_out(const Tensor& index, int64_t experts, const OptionalTens
   STD_TORCH_CHECK(index.dim() == 2, "top_k_index: expected [T, k]");
   STD_TORCH_CHECK(experts >= 1 && experts < int64_t{1} << 31, "num_experts: expected at least 1, below 2^31");
   const Integers expert(index, "top_k_index");
-  const int64_t tokens = index.size(0), k = index.size(1);
+  const int64_t k = index.size(1);
   STD_TORCH_CHECK(expert.count < int64_t{1} << 31, "top_k_index: expected less than 2^31 of them");
   expert.check_below(experts, "top_k_index");
   int32_t* const count_out = ints_of(tokens_per_expert, {experts}, "tokens_per_expert_out");
   int32_t* const rows_out = ints_of(rows, {expert.count}, "rows_out");
-  int32_t* const positions_out = ints_of(positions, {tokens, k}, "positions_out");
-  const OptionalTensor given[] = {index, tokens_per_expert, rows, positions};
-  for (int a = 1; a < 4; ++a)
-    for (int b = 0; b < a && given[a]; ++b)
-      if (given[b])
-        check_overlap(one_row(given[a]->data_ptr(), given[a]->numel()), 4, one_row(given[b]->data_ptr(), given[b]->numel()),
-                      b == 0 && expert.wide ? 8 : 4, false, "rows_out");
+  Rows positions_out;
+  if (positions) positions_out = rows_like(*positions, "positions_out", index, k, ScalarType::Int);
+  if (positions) check_output(positions_out, 4, "positions_out");
+  const Rows in = one_row(const_cast<void*>(expert.data), expert.count);
+  const Rows outs[] = {one_row(count_out, experts), one_row(rows_out, expert.count), positions_out};
+  const char* const names[] = {"tokens_per_expert_out", "rows_out", "positions_out"};
+  for (int i = 0; i < 3; ++i) {
+    check_overlap(outs[i], 4, in, expert.wide ? 8 : 4, false, names[i]);
+    for (int j = 0; j < i; ++j) check_overlap(outs[i], 4, outs[j], 4, false, names[i]);
+  }
 
   std::vector<int32_t> next(experts + 1);
   for (int64_t i = 0; i < expert.count; ++i) ++next[expert[i] + 1];
@@ -46,7 +49,7 @@ void sort_by_expert_out(const Tensor& index, int64_t experts, const OptionalTens
   for (int64_t i = 0; i < expert.count; ++i) {
     const int32_t place = next[expert[i]]++;
     if (rows_out) rows_out[place] = static_cast<int32_t>(i / k);
-    if (positions_out) positions_out[i] = place;
+    if (positions_out) positions_out.at<int32_t>(i / k)[i % k] = place;
   }
 }
 
