@@ -125,7 +125,7 @@ def experts_of(caller: str, model: nn.Module, ignored: set[str]) -> dict[str, nn
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if not _holds_experts(module) or {path, path.rpartition(".")[2]} & ignored:
+        if not holds_experts(module) or {path, path.rpartition(".")[2]} & ignored:
             continue
         kind = type(module).__name__
         if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in PROJECTIONS) or (
@@ -138,7 +138,7 @@ def experts_of(caller: str, model: nn.Module, ignored: set[str]) -> dict[str, nn
     return found
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
     """Whether it is one that transformers' experts interface serves."""
     return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "_is_expert_parallel"))
 
