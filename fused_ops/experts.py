@@ -13,6 +13,8 @@ from torch import Tensor
 from ._check import FLOATS, INDICES, check
 from ._op import invoke, op
 
+MOST = 65536  # experts
+
 # --- sort_by_expert ---
 
 
@@ -34,8 +36,8 @@ def _(top_k_index, num_experts) -> None:
     check("sort_by_expert", top_k_index=(top_k_index, "T k", INDICES))
     if type(num_experts) is not int:
         raise TypeError(f"sort_by_expert: num_experts is {type(num_experts).__name__}, expected an int")
-    if not 1 <= num_experts < 2**31:
-        raise ValueError(f"sort_by_expert: num_experts is {num_experts}, expected at least 1, below 2^31")
+    if not 1 <= num_experts <= MOST:
+        raise ValueError(f"sort_by_expert: num_experts is {num_experts}, expected 1 to {MOST}")
     if not top_k_index.is_contiguous():
         raise ValueError(f"sort_by_expert: top_k_index has strides {top_k_index.stride()}, expected contiguous memory")
 
@@ -73,7 +75,7 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
     Args:
         top_k_index: int32 or int64 [T, k], contiguous: the experts of each token, 0 to num_experts - 1.
-        num_experts: E, at least 1.
+        num_experts: E, 1 to 65,536.
 
     Returns:
         tokens_per_expert: int32 [E], how many pairs each expert has.

@@ -21,7 +21,8 @@ ALL = [pytest.param(op, id=name) for name, op in OPS.items()]
 COMPILED = "cpu" in OPS["rms_norm"].backends
 # Promise 4a: the same bits on every backend.
 MOVES = ("all_reduce", "reduce_scatter", "all_gather", "all_gather_quantized")
-BITWISE = ("quantize", "sort_by_expert", "sum_experts", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat", *MOVES)
+EXPERTS = ("sort_by_expert", "sum_experts")
+BITWISE = ("quantize", *EXPERTS, "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat", *MOVES)
 HEADS = [name for name in OPS if "rope" in name]  # more in their own files
 ATTENTION = [name for name in OPS if "attention" in name]
 COLLECTIVES = [name for name, op in OPS.items() if op.argument("workspace") is not None]
@@ -32,8 +33,7 @@ OTHER_ROWS = (
     *GATHERS,
     "scaled_linear",
     "grouped_scaled_linear",
-    "sort_by_expert",
-    "sum_experts",
+    *EXPERTS,
     "dual_rms_norm",
     "qk_all_reduce_rms_norm",
 )  # of several widths: in their own files

@@ -9,6 +9,8 @@
 namespace fused_ops {
 namespace {
 
+constexpr int64_t kMostExperts = 65536;
+
 int32_t* ints_of(const OptionalTensor& tensor, std::initializer_list<int64_t> sizes, const char* name) {
   if (!tensor) return nullptr;
   const auto found = tensor->sizes();
@@ -22,7 +24,7 @@ int32_t* ints_of(const OptionalTensor& tensor, std::initializer_list<int64_t> si
 void sort_by_expert_out(const Tensor& index, int64_t experts, const OptionalTensor& tokens_per_expert,
                         const OptionalTensor& rows, const OptionalTensor& positions) {
   STD_TORCH_CHECK(index.dim() == 2, "top_k_index: expected [T, k]");
-  STD_TORCH_CHECK(experts >= 1 && experts < int64_t{1} << 31, "num_experts: expected at least 1, below 2^31");
+  STD_TORCH_CHECK(experts >= 1 && experts <= kMostExperts, "num_experts: expected 1 to ", kMostExperts);
   const Integers expert(index, "top_k_index");
   const int64_t k = index.size(1);
   STD_TORCH_CHECK(expert.count < int64_t{1} << 31, "top_k_index: expected less than 2^31 of them");
@@ -54,7 +56,7 @@ void sort_by_expert_out(const Tensor& index, int64_t experts, const OptionalTens
 }
 
 std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& index, int64_t experts) {
-  STD_TORCH_CHECK(index.dim() == 2 && experts >= 1, "top_k_index: expected [T, k]");
+  STD_TORCH_CHECK(index.dim() == 2 && experts >= 1 && experts <= kMostExperts, "top_k_index: expected [T, k]");
   const int64_t tokens = index.size(0), k = index.size(1), count = tokens * k, one = 1, steps[] = {std::max(k, one), 1};
   const int64_t sizes[] = {tokens, k};
   std::tuple<Tensor, Tensor, Tensor> made = {empty_strided(1, &experts, &one, ScalarType::Int, kCpu),
@@ -72,6 +74,7 @@ ExpertsSum sum_of(const Tensor& y, const Tensor& positions, const Tensor& weight
   p.weight = dtype_of(weights);
   p.positions = Integers(positions, "positions");
   STD_TORCH_CHECK(y.dim() == 2 && p.y.device == kCpu && is_float(p.dtype), "y: expected floats [R, N] on the CPU");
+  STD_TORCH_CHECK(p.y.cols > 0, "y: expected at least one column");
   STD_TORCH_CHECK(positions.dim() == 2 && weights.dim() == 2 && p.weights.device == kCpu &&
                       positions.size(0) == weights.size(0) && positions.size(1) == weights.size(1),
                   "weights: expected [T, k] as positions");

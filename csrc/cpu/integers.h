@@ -15,6 +15,7 @@ struct Integers {
     const ScalarType dtype = dtype_of(tensor);
     STD_TORCH_CHECK(tensor.is_cpu() && (dtype == ScalarType::Int || dtype == ScalarType::Long), name,
                     ": expected int32 or int64 on the CPU");
+    rows_of(tensor, name);  // for empty ones too
     STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected contiguous memory");
     data = tensor.data_ptr();
     wide = dtype == ScalarType::Long;
