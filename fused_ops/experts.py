@@ -1,6 +1,6 @@
 """Around the products of routed experts: which rows are whose, and the sum over a token's experts.
 
-    rows sorted by expert -> grouped_scaled_linear -> activation -> grouped_scaled_linear -> out_t = sum_j w_tj * y_tj
+rows sorted by expert -> grouped_scaled_linear -> activation -> grouped_scaled_linear -> out_t = sum_j w_tj * y_tj
 """
 
 from __future__ import annotations
@@ -138,9 +138,10 @@ def _(tokens: int, cols: int, key: None, dtype: torch.dtype, device: str) -> tup
 
 
 def sum_experts(y: Tensor, positions: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """`out_t = round_S(sum_j weights_tj * y[positions_tj])`: what a token gets of its experts, in order of j, in float32.
+    """`out_t = round_S(sum_j weights_tj * y[positions_tj])`: what a token gets of its experts, added in order of j.
 
-    A product is rounded to S where the weights are in S, as the model code does, and stays float32 where they are.
+    Sums are float32. A product is rounded to S where the weights are in S, as the model code does, and stays float32
+    where they are float32.
 
     Args:
         y: [R, N] of dtype S (bfloat16, float16, float32), rows of experts.

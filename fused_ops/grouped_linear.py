@@ -129,7 +129,7 @@ def _(data, scale, key, weight, weight_scale, tokens_per_expert, rows, bias, out
 # --- examples ---
 
 
-def _stacked(experts: int, *inputs: Any) -> tuple[QuantizedActivation, Tensor, Tensor, Tensor | None]:
+def _stacked(experts: int, *inputs: Any) -> tuple[Any, ...]:
     """`linear_inputs` with a weight for each expert."""
     x, *weight = linear_inputs(*inputs)
     weights = [weight, *(linear_inputs(1, *inputs[1:])[1:] for _ in range(experts - 1))]
@@ -195,8 +195,8 @@ def grouped_scaled_linear(
             fresh ones are uninitialized.
         bias: [E, N] bfloat16, float16 or float32.
         out_dtype: bfloat16, float16 or float32.
-        rows: int32 or int64 [R]: which row of the activation each row of the result is made of, so that a token that goes
-            to several experts is quantized once, and copied for none. None: each of its own.
+        rows: int32 or int64 [R]: which row of the activation each row of the result is made of, so that a token of
+            several experts is quantized once, and copied for none. None: each of its own.
         weight_key: as in `scaled_linear`, of one expert's weight.
         weight_scale2: float32 [E, 1]: NVFP4's second scales.
         out: the result's shape in out_dtype, written instead of a fresh tensor.

@@ -39,18 +39,20 @@ def decoder_layer(
     attention, mlp = sublayers
     x, residual = _enter(self, attention, hidden_states, norm, fed[0])
     pending = _leave(self, attention, self.self_attn(hidden_states=x, **kwargs), residual, norm)
-    x, residual = _enter(self, mlp, pending, norm, fed[1], {"keep_unquantized": True} if routed else {})
+    x, residual = _enter(self, mlp, pending, norm, fed[1], routed)
     pending = _leave(self, mlp, self.mlp(x), residual, norm)
     return pending.sum() if self._forward_hooks else pending  # a hook expects the tensor
 
 
 def _enter(
-    layer: Any, sublayer: Sublayer, x: Tensor | Pending, norm: Norm, fed: str | None, options: dict[str, Any] = {}
+    layer: Any, sublayer: Sublayer, x: Tensor | Pending, norm: Norm, fed: str | None, routed: bool = False
 ) -> tuple[Any, Tensor]:
     """(the input of the sublayer's module, residual)"""
     quant = UNQUANTIZED
     if fed is not None:
-        quant = getattr(getattr(layer, sublayer.module), fed).input_quant() | options
+        quant = getattr(getattr(layer, sublayer.module), fed).input_quant()
+    if routed:
+        quant = {**quant, "keep_unquantized": True}
     if sublayer.before is not None:
         return _normed(norm.of(getattr(layer, sublayer.before)), x, quant)
     x = x.sum() if isinstance(x, Pending) else x
@@ -98,9 +100,8 @@ def mixture(self: Any, hidden_states: Tensor | QuantizedActivation, *, role: Mix
 
     shares: whether the shared ones take the activation that the routed ones do.
     """
-    plain = hidden_states
+    plain: Any = hidden_states
     if isinstance(hidden_states, QuantizedActivation):
-        assert hidden_states.unquantized is not None
         plain = hidden_states.unquantized
     if self.training:  # where a router may add noise
         return type(self).forward(self, plain)

@@ -79,7 +79,9 @@ def test_names_in_files_and_back(tmp_path):
     save_quantized(model, tmp_path / "one")
     names = load_file(tmp_path / "one" / "model.safetensors").keys()
     projections = "gate_proj", "up_proj", "down_proj"
-    expected = {f"{EXPERTS}.{e}.{part}.{kind}" for e in range(4) for part in projections for kind in ("weight", "weight_scale")}
+    expected = {
+        f"{EXPERTS}.{e}.{part}.{kind}" for e in range(4) for part in projections for kind in ("weight", "weight_scale")
+    }
     assert {name for name in names if "experts" in name} == expected
     config = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
     assert len(config["config_groups"]) == 2
@@ -145,6 +147,6 @@ def test_what_stacked_layers_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"experts has experts of several formats, expected one"):
         load_quantized(tmp_path / "some")
     model = quantize(tiny_model("Qwen3Moe"), "fp8_block")
-    with pytest.raises(ValueError, match=r"experts has blocks of 128 rows with gates and ups, which files have apart"):
+    with pytest.raises(ValueError, match=r"experts has blocks of 128 rows of gates and ups, which files have apart"):
         save_quantized(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

@@ -9,6 +9,8 @@ from compare import EXPERTS_ERROR, assert_codes_close, assert_same
 from linear_operands import compiled_only, each_backend
 from patching import count, quantize, tiny_model
 from torch import nn
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 import fused_ops
 from fused_ops.experts import chosen
@@ -16,8 +18,6 @@ from fused_ops.linear import decode_weight
 from quant import INT8_DYNAMIC_TOKEN, MXFP8, formats
 from quant.checkpoint import calibrate
 from quant.methods import SCHEMES, QuantExperts, quantize_model
-from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
-from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 H, INNER, EXPERTS = 64, 96, 5
 
@@ -88,11 +88,11 @@ def test_rows_are_sorted_by_expert_and_keep_their_order(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_sum_is_that_of_transformers(backend, dtype):
     """In columns that it adds in order; of weights in S, whose products are rounded, and in float32."""
-    for count, top_k in (1, 1), (9, 8), (300, 2), (0, 2):
-        for weights in torch.rand(count, top_k), torch.rand(count, top_k).to(dtype):
-            y = torch.randn(count * top_k, H).to(dtype)
-            positions = torch.randperm(count * top_k).view(count, top_k)
-            expected = (y[positions.flatten()] * weights.view(-1, 1)).view(count, top_k, H).sum(1).to(dtype)
+    for total, top_k in (1, 1), (9, 8), (300, 2), (0, 2):
+        for weights in torch.rand(total, top_k), torch.rand(total, top_k).to(dtype):
+            y = torch.randn(total * top_k, H).to(dtype)
+            positions = torch.randperm(total * top_k).view(total, top_k)
+            expected = (y[positions.flatten()] * weights.view(-1, 1)).view(total, top_k, H).sum(1).to(dtype)
             with fused_ops.use_backend(backend):
                 assert_same(fused_ops.sum_experts(y, positions, weights), expected)
 
@@ -153,11 +153,11 @@ def test_the_layer_is_its_decoded_weights(scheme, kind):
         bias = projection._buffers["bias"]
         return x.double() @ w.double().t() + (0 if bias is None else bias[e].double())
 
-    for count, top_k in (1, 1), (7, 2), (3, 4), (0, 2):
-        x, (index, weights) = torch.randn(count, H), routed(count, torch.float32, top_k)
-        expected = torch.zeros(count, H, dtype=torch.float64)
+    for total, top_k in (1, 1), (7, 2), (3, 4), (0, 2):
+        x, (index, weights) = torch.randn(total, H), routed(total, torch.float32, top_k)
+        expected = torch.zeros(total, H, dtype=torch.float64)
         taken = fused_ops.quantize(x, **gate_up.input_quant()).dequantize(torch.float32)
-        for t, j in torch.cartesian_prod(torch.arange(count), torch.arange(top_k)).tolist():
+        for t, j in torch.cartesian_prod(torch.arange(total), torch.arange(top_k)).tolist():
             e = int(index[t, j])
             inner = gated(kind, product(taken[t : t + 1], gate_up, e).float())
             inner = fused_ops.quantize(inner, **down.input_quant()).dequantize(torch.float32)
@@ -194,7 +194,7 @@ def test_a_token_is_quantized_once():
     layer = quantized("Qwen3Moe", "int8_token")
     x, (index, weights) = torch.randn(6, H).bfloat16(), routed(6, torch.bfloat16, 4)
     calls = count(lambda: layer(x, index, weights))
-    assert calls == {
+    assert dict(calls) == {
         "sort_by_expert": 1, "quantize": 2, "grouped_scaled_linear": 2, "sum_experts": 1,  # the second in between
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"experts.gate_up_proj: x is quantized as MXFP8, expected INT8_DYNAMIC_TOKEN"):

@@ -18,9 +18,10 @@ from linear_operands import (
     rows,
     weight,
 )
+from torch.nn.functional import pad
 
 import fused_ops
-from fused_ops.linear import exact_values, usual_weight
+from fused_ops.linear import exact_values, quantize_weight, usual_weight
 from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, MXFP8, NVFP4
 
 OUTS = 150  # several tiles, blocks of 128 and a short one
@@ -47,7 +48,10 @@ def by_expert(x, alone, counts, index, bias=None):
     """Of rows of x, one expert after the other."""
     parts = index.split(list(counts))
     return torch.cat(
-        [linear(rows(x, part), w, None if bias is None else bias[e]) for e, (w, part) in enumerate(zip(alone, parts))]
+        [
+            linear(rows(x, part), w, None if bias is None else bias[e])
+            for e, (w, part) in enumerate(zip(alone, parts, strict=True))
+        ]
     )
 
 
@@ -130,6 +134,29 @@ def test_dtypes_and_leading_dimensions(dtype):
     assert_same(grouped(cube, w, torch.tensor([4, 3]), bias, dtype, rows=index), expected)
 
 
+@compiled_only
+@pytest.mark.parametrize("key", [INT8_DYNAMIC_TOKEN, FP8_DYNAMIC_TOKEN, MXFP8], ids=str)
+def test_a_padded_hidden_size_changes_no_bit(key):
+    """A norm pads for the experts; the router reads a view without the padding."""
+    x, residual = torch.randn(2, 9, 2880).bfloat16()
+    norm, index, counts = torch.rand(2880), torch.randint(9, (12,)), torch.tensor([5, 0, 7])
+    (padded, _), (plain, _) = (
+        fused_ops.fused_add_rms_norm_pad(x, residual, norm, 1e-6, 256),
+        fused_ops.fused_add_rms_norm(x, residual, norm, 1e-6),
+    )
+    assert_same(padded[:, :2880].contiguous(), plain)
+    values = torch.randn(3 * 40, 2880)
+    weights = [quantize_weight(values, usual_weight(key)), quantize_weight(pad(values, (0, 192)), usual_weight(key))]
+    plain_y, padded_y = (
+        fused_ops.grouped_scaled_linear(
+            fused_ops.quantize(y, key), data.unflatten(0, (3, 40)), scale.unflatten(0, (3, 40)), counts,
+            out_dtype=torch.bfloat16, rows=index,
+        )
+        for y, (data, scale, _) in zip((plain, padded), weights, strict=True)
+    )  # fmt: skip
+    assert_same(padded_y, plain_y)
+
+
 # --- what is refused ---
 
 X = activation(6, 64, INT8_DYNAMIC_TOKEN)
@@ -182,7 +209,7 @@ def test_out_may_not_lie_over_an_input():
     memory = torch.zeros(3 * 8 * 64, dtype=torch.int8)
     weight = memory.view(3, 8, 64)
     out = memory[: 6 * 8 * 4].view(torch.float32).view(6, 8)
-    with pytest.raises(ValueError, match="out:? overlaps another argument in memory"):
+    with pytest.raises(ValueError, match=r"out:? overlaps another argument in memory"):
         fused_ops.grouped_scaled_linear(X, weight, SCALE, COUNT, out_dtype=torch.float32, out=out)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from compare import assert_same
-from patching import FAMILIES, L, UNLISTED, count, generate, quantize, tiny, tiny_model, tokens
+from patching import FAMILIES, UNLISTED, L, count, generate, quantize, tiny, tiny_model, tokens
 from transformers.models.minimax_m2 import modeling_minimax_m2 as minimax_m2
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 

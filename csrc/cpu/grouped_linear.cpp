@@ -111,8 +111,8 @@ void grouped_scaled_linear_out(const Tensor& data, const Tensor& scale, int64_t 
   STD_TORCH_CHECK(!rows || (y->dim() == 2 && y->size(0) == rows->size(0)), "y_out: unexpected shape");
   p.y = rows_like(*y, "y_out", rows ? *y : data, p.w.rows, dtype);
   const OptionalTensor given[] = {data, scale, weight, weight_scale, tokens_per_expert};
-  check_result(p, {&given[0], &given[1], &given[2], &given[3], &given[4], &rows, &scale2, &zero_point, &weight_scale2,
-                   &bias});
+  check_result(
+      p, {&given[0], &given[1], &given[2], &given[3], &given[4], &rows, &scale2, &zero_point, &weight_scale2, &bias});
   grouped.run();
 }
 

@@ -1,7 +1,7 @@
 // Products of codes, pass by pass: rows are decoded to memory that the cache holds, and meet every weight once.
-#include "linear.h"
-
 #include <memory>
+
+#include "linear.h"
 
 #define KERNELS "linear.inc"
 #include "each_isa.inc"
@@ -9,7 +9,7 @@
 namespace fused_ops {
 namespace {
 
-constexpr int64_t kCodes = 8;      // that cost what other operations spend on an element
+constexpr int64_t kCodes = 8;       // that cost what other operations spend on an element
 constexpr int64_t kWeightRows = 4;  // rows of x whose products cost as much as reading the weight
 
 // What a group is worked on in: how many, what one costs beside those of other groups, and its work for threads.

@@ -20,7 +20,7 @@ def calibrate(
     ignore: tuple[str, ...] = ("lm_head",),
     progress: bool = True,
 ) -> Calibration:
-    """The span of the input of each linear layer, and projection of experts, over `data`, which static scales come from.
+    """The span of what each linear layer, and each product of experts, gets over `data`: static scales come from it.
 
         spans = calibrate(model, batches)
         save_quantized(quantize_model(model, "nvfp4", spans), "smollm2-nvfp4")

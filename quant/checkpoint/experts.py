@@ -63,7 +63,7 @@ def parts_of(path: str, experts: QuantExperts) -> Iterator[tuple[str, str, Part]
                 rows = slice(number * size, (number + 1) * size)
             else:
                 rows = slice(number, outs, len(names))
-            for expert in range(layer.experts or 0):
+            for expert in range(layer.experts):
                 yield f"{path}.{expert}.{part}", f"{path}.{name}", Part(expert, rows)
 
 

@@ -90,9 +90,7 @@ class _Slots:
     parts: by the tensor's name, where in the layers of experts it goes.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, files: TensorFiles, config: Path, dtype: torch.dtype
-    ):
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, files: TensorFiles, config: Path, dtype: torch.dtype):
         self.model, self.files = model, files
         self.takes: dict[str, list[tuple[str, str]]] = {}
         self.parts: dict[str, experts.Slot] = {}

@@ -25,8 +25,9 @@ from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, 
 def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Write a model as compressed-tensors does, for transformers, vLLM and `load_quantized`, which gives the same bits.
 
-    Codes and scales are those of the layers, whatever device they are on, those of experts one by one; scales are float32, which those who read
-    them widen to anyway. Buffers `k_scale` and `v_scale` of attentions are written too. The tokenizer is not.
+    Codes and scales are those of the layers, whatever device they are on, those of experts one by one, as layers of
+    their own; scales are float32, which those who read them widen to anyway. Buffers `k_scale` and `v_scale` of
+    attentions are written too. The tokenizer is not.
 
     Args:
         model: of transformers, with `QuantLinear` layers, patched or not.
@@ -165,7 +166,9 @@ def _of_experts(path: str, module: QuantExperts) -> dict[str, Tensor]:
         assert isinstance(layer, QuantGroupedLinear)
         high = layer.method.scheme.weight_key.scale.group_shape.rows
         if high > 1 and (part.rows.step or part.rows.start % high):
-            raise ValueError(f"save_quantized: {path} has blocks of {high} rows with gates and ups, which files have apart")
+            raise ValueError(
+                f"save_quantized: {path} has blocks of {high} rows of gates and ups, which files have apart"
+            )
         for buffer, tensor in layer.named_buffers(recurse=False):
             own = part.of(layer, buffer, tensor)
             key, own = (f"{name}.bias", own) if buffer == "bias" else _stored(name, layer, buffer, own)

@@ -67,9 +67,9 @@ def quantize_model(
         inputs = {name: spans.get(f"{path}.{name}") for name in PROJECTIONS}
         with _named(path):
             made[path] = quantized_experts(path, module, chosen, inputs)
-    for path, layer in made.items():
+    for path, module in made.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
+        setattr(model.get_submodule(parent), name, module)
     for module in experts.values():
         strip(module)
     return model

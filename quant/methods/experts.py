@@ -33,6 +33,7 @@ class QuantGroupedLinear(QuantLinear):
     """
 
     method: ScaledLinearMethod
+    experts: int
 
     def __init__(
         self,
@@ -182,12 +183,12 @@ def strip(experts: nn.Module) -> None:
 @contextmanager
 def observed(experts: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     """Modules that get the input of each projection, by its path, while the model runs in this block."""
-    probes = {f"{path}.{name}": nn.Identity() for path in experts for name in PROJECTIONS}
+    probes: dict[str, nn.Module] = {f"{path}.{name}": nn.Identity() for path in experts for name in PROJECTIONS}
     before = {path: vars(module).get("forward") for path, module in experts.items()}
     try:
         for path, module in experts.items():
-            own = [probes[f"{path}.{name}"] for name in PROJECTIONS]
-            module.forward = partial(_observed_forward, module, *own)  # type: ignore[assignment]
+            forward: Any = partial(_observed_forward, module, [probes[f"{path}.{name}"] for name in PROJECTIONS])
+            module.forward = forward
         yield probes
     finally:
         for path, module in experts.items():
@@ -196,9 +197,7 @@ def observed(experts: dict[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
                 module.forward = before[path]  # type: ignore[assignment]
 
 
-def _observed_forward(
-    experts: Any, gate_up_probe: nn.Module, down_probe: nn.Module, x: Tensor, index: Tensor, weights: Tensor
-) -> Tensor:
+def _observed_forward(experts: Any, probes: list[nn.Module], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     weights_and_biases = [weights_of(experts, name) for name in PROJECTIONS]
     tokens, rows, positions = fused_ops.sort_by_expert(index, len(weights_and_biases[0][0]))
 
@@ -206,5 +205,5 @@ def _observed_forward(
         parts = x.split(tokens.tolist())
         return torch.cat([linear(x, weight[e], None if bias is None else bias[e]) for e, x in enumerate(parts)])
 
-    y = experts._apply_gate(products(gate_up_probe(x)[rows], *weights_and_biases[0]))
-    return fused_ops.sum_experts(products(down_probe(y), *weights_and_biases[1]), positions, weights)
+    y = experts._apply_gate(products(probes[0](x)[rows], *weights_and_biases[0]))
+    return fused_ops.sum_experts(products(probes[1](y), *weights_and_biases[1]), positions, weights)
