@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from .. import QuantKey
 from ..key import E8M0
-from ..methods import QuantLinear, ScaledLinearMethod, Scheme
+from ..methods import QuantExperts, QuantGroupedLinear, QuantLinear, ScaledLinearMethod, Scheme
 from .config import CONFIG
+from .experts import parts_of, target_of
 from .files import INDEX
 from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, container
 
@@ -25,8 +26,9 @@ from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, 
 def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Write a model as compressed-tensors does, for transformers, vLLM and `load_quantized`, which gives the same bits.
 
-    Codes and scales are those of the layers, whatever device they are on; scales are float32, which those who read
-    them widen to anyway. Buffers `k_scale` and `v_scale` of attentions are written too. The tokenizer is not.
+    Codes and scales are those of the layers, whatever device they are on, those of experts one by one, as layers of
+    their own; scales are float32, which those who read them widen to anyway. Buffers `k_scale` and `v_scale` of
+    attentions are written too. The tokenizer is not.
 
     Args:
         model: of transformers, with `QuantLinear` layers, patched or not.
@@ -85,7 +87,8 @@ def _quantization_config(model: nn.Module) -> dict[str, Any]:
     ignored = []
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            layers.setdefault(_scheme(path, module), []).append(path)
+            stacked = isinstance(module, QuantGroupedLinear)
+            layers.setdefault(_scheme(path, module), []).append(target_of(path) if stacked else path)
         elif isinstance(module, nn.Linear):
             ignored.append(path)
     if not layers:
@@ -142,9 +145,14 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     tensors: dict[str, Tensor] = {}
     owners: dict[tuple[int, torch.Size], str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantExperts):
+            tensors |= _of_experts(path, module)
     for key, tensor in model.state_dict().items():
         path, _, name = key.rpartition(".")
-        if (layer := quantized.get(path)) is not None and name != "bias":
+        if isinstance(layer := quantized.get(path), QuantGroupedLinear):
+            continue
+        if layer is not None and name != "bias":
             key, tensor = _stored(path, layer, name, tensor)
         elif tensor.numel() and owners.setdefault((tensor.data_ptr(), tensor.shape), key) != key:
             if key not in tied:  # safetensors has no shared memory
@@ -152,6 +160,24 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
             else:
                 continue
         tensors[key] = tensor.cpu()
+    return tensors
+
+
+def _of_experts(path: str, module: QuantExperts) -> dict[str, Tensor]:
+    """By the names of linear layers of their own, which is how files have them."""
+    tensors = {}
+    for name, stacked, part in parts_of(path, module):
+        layer = module.get_submodule(stacked.removeprefix(f"{path}."))
+        assert isinstance(layer, QuantGroupedLinear)
+        high = layer.method.scheme.weight_key.scale.group_shape.rows
+        if high > 1 and (part.rows.step or part.rows.start % high):
+            raise ValueError(
+                f"save_quantized: {path} has blocks of {high} rows of gates and ups, which files have apart"
+            )
+        for buffer, tensor in layer.named_buffers(recurse=False):
+            own = part.of(layer, buffer, tensor)
+            key, own = (f"{name}.bias", own) if buffer == "bias" else _stored(name, layer, buffer, own)
+            tensors[key] = own.cpu().clone()
     return tensors
 
 
