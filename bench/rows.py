@@ -23,7 +23,8 @@ LARGE = 4096
 SMALL = {op: 1536 for op in fused_ops.OPS if "mul" in op or "relu2" in op}  # SmolLM2's sizes; its hidden one is 576
 ATTENTION = tuple(op for op in fused_ops.OPS if "attention" in op)  # measured in `attention`
 COLLECTIVES = tuple(op for op in fused_ops.OPS if "reduce" in op or "gather" in op)  # of several processes
-ELSEWHERE = ("scaled_linear", *ATTENTION, *COLLECTIVES)  # scaled_linear in `linear`
+EXPERTS = ("grouped_scaled_linear", "sort_by_expert", "sum_experts")  # nowhere yet
+ELSEWHERE = ("scaled_linear", *EXPERTS, *ATTENTION, *COLLECTIVES)  # scaled_linear in `linear`
 CACHES = tuple(op.name for op in fused_ops.OPS.values() if op.written)  # on caches of S, and FP8
 TABLE = "cos_sin_cache"  # the argument of which an operation reads a row a token
 

@@ -29,7 +29,9 @@ from .collective import (
     qk_all_reduce_rms_norm,
 )
 from .dual_norm import dual_rms_norm
+from .experts import sort_by_expert, sum_experts
 from .gather import all_gather, all_gather_quantized
+from .grouped_linear import grouped_scaled_linear
 from .kv_cache import qk_norm_rope_kv_cache_write, rope_kv_cache_write
 from .linear import scaled_linear
 from .linear_gpu import load as _load_linear_gpu
@@ -81,6 +83,7 @@ __all__ = [
     "fused_add_rms_norm_quant",
     "gelu_tanh_mul",
     "gelu_tanh_mul_quant",
+    "grouped_scaled_linear",
     "layer_norm",
     "layer_norm_quant",
     "matmul_reduce_scatter",
@@ -105,6 +108,8 @@ __all__ = [
     "scaled_linear",
     "silu_mul",
     "silu_mul_quant",
+    "sort_by_expert",
+    "sum_experts",
     "swiglu_oai_mul",
     "swiglu_oai_mul_quant",
     "use_backend",

@@ -72,7 +72,7 @@ def check_written(op: Op, args: tuple) -> None:
 
 _READ_FIRST = ("x", "residual", "gate", "up")
 # Outputs as callers know them; others are the argument `..._out`.
-_OUTPUTS = {"y": "out", "q_pe": "out"}
+_OUTPUTS = {"y": "out", "q_pe": "out", "sum": "out"}
 _OUTPUTS |= {name: f"out.{name}" for name in ("data", "scale", "zero_point", "unquantized")}
 _OUTPUTS |= {name: f"out ({name})" for name in ("q", "k", "kv")}
 

@@ -138,6 +138,17 @@ def scale_shape(shape: Sequence[int], group: GroupShape) -> list[int]:
     return [1 if n == -1 else -(-size // n) for size, n in zip(shape, group, strict=True)]
 
 
+def weight_code_of(weight_key: Any, weight: Any, weight_scale: Any) -> int:
+    """The code of a weight's key, as kernels take it; None is inferred."""
+    if weight_key is None:
+        return INFERRED
+    if type(weight_key) is not QuantKey:
+        raise TypeError(f"scaled_linear: weight_key is {type(weight_key).__name__}, expected a QuantKey")
+    if weight_key.code < 0:
+        _check_blocks(weight, weight_scale, weight_key)
+    return weight_key.code
+
+
 def _check_blocks(weight: Any, weight_scale: Any, key: QuantKey) -> None:
     """Kernels take no code of a key whose groups span rows: they infer it, and here is checked that this is right."""
     group = key.scale.group_shape
@@ -359,14 +370,7 @@ def _write(
 ) -> Tensor:
     """Run the `out` overload, which alone takes what is seldom given: each argument costs every call 0.2 us."""
     data, _, _, weight, weight_scale, _, out_dtype = inputs
-    code = INFERRED
-    if weight_key is not None:
-        if type(weight_key) is not QuantKey:
-            raise TypeError(f"scaled_linear: weight_key is {type(weight_key).__name__}, expected a QuantKey")
-        code = weight_key.code
-        if code < 0:
-            _check_blocks(weight, weight_scale, weight_key)
-    args = (*inputs, scale2, zero_point, code, *of_weight)
+    args = (*inputs, scale2, zero_point, weight_code_of(weight_key, weight, weight_scale), *of_weight)
     try:
         if out is None:
             if not (isinstance(data, Tensor) and isinstance(weight, Tensor) and weight.ndim and out_dtype in FLOATS):

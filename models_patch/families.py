@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from fused_ops import gelu_tanh_mul_quant, silu_mul_quant
+from fused_ops import gelu_tanh_mul_quant, silu_mul_quant, swiglu_oai_mul_quant
 
 from . import stock
 from .forwards import experts_gate, gated_mlp, oai_experts_gate, packed_mlp
-from .roles import Norm, Sublayer
-from .source import first_argument, formula, reads
+from .roles import Mixture, Norm, Sublayer
+from .source import first_argument, formula, reads, statements
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Gated:
     body: Callable
     method: str = "forward"
     activation: str | None = None
-    operation: str = ""
+    operation: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,17 @@ GATED = {
     "mlp.shared_experts": (Gated(stock.GatedMLP, gated_mlp, activation="act_fn"),),
     "mlp.experts": (
         Gated(stock.PackedExperts, experts_gate, "_apply_gate", activation="act_fn"),
-        Gated(stock.OaiExperts, oai_experts_gate, "_apply_gate", operation="swiglu_oai_mul"),
+        Gated(stock.OaiExperts, oai_experts_gate, "_apply_gate", operation=swiglu_oai_mul_quant),
     ),
 }
+
+MIXTURES = (
+    Mixture(stock.Routed),
+    Mixture(stock.RoutedAndShared, shared="shared_experts"),
+    Mixture(stock.RoutedWithScores, router="router", scores=True),
+    Mixture(stock.RoutedWithJitter),
+    Mixture(stock.RoutedWithCorrection, correction="e_score_correction_bias"),
+)
 
 PRE_NORM = Family(_ATTENTION, _MLP, _LLAMA_NORM)
 GRANITE = replace(
@@ -163,7 +171,7 @@ def mismatch(module: nn.Module, expected: type, role: str) -> str | None:
         if name.startswith("__"):
             continue
         if isinstance(value, FunctionType):
-            known = computes(getattr(type(module), name, None), formula(value))
+            known = _alike(getattr(type(module), name, None), value)
         else:
             known = _same(getattr(module, name, None), value)
         if not known:
@@ -204,6 +212,12 @@ def activation_of(module: nn.Module) -> tuple[Callable | None, str | None]:
     return (ACTIVATIONS[problems.index(None)][1], None) if None in problems else (None, problems[0])
 
 
+def mixture_of(module: nn.Module) -> tuple[Mixture | None, str]:
+    """(how its experts are routed, why that isn't known)"""
+    problems = [mismatch(module, each.stock, "mixture of experts") for each in MIXTURES]
+    return (MIXTURES[problems.index(None)], "") if None in problems else (None, str(problems[0]))
+
+
 def passes_on(module: nn.Module, linears: tuple[str, ...]) -> bool:
     """Whether all that `module` does with its input is to ask for its leading shape and give it to these layers.
 
@@ -220,6 +234,13 @@ def computes(function: Any, expected: str | None) -> bool:
     """Whether the formula of `function`, where there is one, is this."""
     found = None if function is None else formula(function)
     return found is not None and found == expected
+
+
+def _alike(found: Any, expected: FunctionType) -> bool:
+    """Whether a function computes what `expected` does, or has its very statements where it isn't one expression."""
+    if (wanted := formula(expected)) is not None:
+        return computes(found, wanted)
+    return found is not None and statements(found) == statements(expected)
 
 
 def _same(found: Any, expected: Any) -> bool:

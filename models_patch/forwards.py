@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_ops import quantize, rms_norm_quant, swiglu_oai_mul
+from fused_ops import quantize, rms_norm_quant, swiglu_oai_mul_quant
 from quant import QuantizedActivation
 
 from .pending import Pending
 from .ranks import workspace_of
-from .roles import Norm, Sublayer
+from .roles import Mixture, Norm, Sublayer
 
 UNQUANTIZED: dict[str, Any] = {"quant_key": None}
 
@@ -27,24 +27,32 @@ def decoder_layer(
     sublayers: tuple[Sublayer, Sublayer],
     norm: Norm,
     fed: tuple[str | None, str | None],
+    routed: bool = False,
     **kwargs: Any,
 ) -> Tensor | Pending:
     """A layer whose additions happen in the norm that follows: in this layer, or in the next one.
 
     sublayers: attention and MLP. norm: the kind of all their norms.
-    fed: the linear layer of each that says how the one activation for it and others is quantized; None: it isn't.
+    fed: the layer of each that says how the one activation for it and others is quantized; None: it isn't.
+    routed: whether the MLP is a mixture, whose router reads what is quantized for the experts.
     """
     attention, mlp = sublayers
     x, residual = _enter(self, attention, hidden_states, norm, fed[0])
     pending = _leave(self, attention, self.self_attn(hidden_states=x, **kwargs), residual, norm)
-    x, residual = _enter(self, mlp, pending, norm, fed[1])
+    x, residual = _enter(self, mlp, pending, norm, fed[1], routed)
     pending = _leave(self, mlp, self.mlp(x), residual, norm)
     return pending.sum() if self._forward_hooks else pending  # a hook expects the tensor
 
 
-def _enter(layer: Any, sublayer: Sublayer, x: Tensor | Pending, norm: Norm, fed: str | None) -> tuple[Any, Tensor]:
+def _enter(
+    layer: Any, sublayer: Sublayer, x: Tensor | Pending, norm: Norm, fed: str | None, routed: bool = False
+) -> tuple[Any, Tensor]:
     """(the input of the sublayer's module, residual)"""
-    quant = UNQUANTIZED if fed is None else getattr(getattr(layer, sublayer.module), fed).input_quant()
+    quant = UNQUANTIZED
+    if fed is not None:
+        quant = getattr(getattr(layer, sublayer.module), fed).input_quant()
+    if routed:
+        quant = {**quant, "keep_unquantized": True}
     if sublayer.before is not None:
         return _normed(norm.of(getattr(layer, sublayer.before)), x, quant)
     x = x.sum() if isinstance(x, Pending) else x
@@ -84,16 +92,44 @@ def packed_mlp(
 
 
 def _down(mlp: Any, gate: Tensor, up: Tensor, activate: Callable, quantized: bool) -> Tensor:
-    quant = mlp.down_proj.input_quant() if quantized else UNQUANTIZED
-    return mlp.down_proj(activate(gate, up, round_activation=True, **quant))
+    return mlp.down_proj(activate(gate, up, round_activation=True, **_quant_of_down(mlp, quantized)))
 
 
-def experts_gate(self: Any, gate_up: Tensor, *, activate: Callable, quantized: bool) -> Tensor:
+def mixture(self: Any, hidden_states: Tensor | QuantizedActivation, *, role: Mixture, shares: bool) -> Any:
+    """Routed experts, and shared ones; the router reads its input unquantized.
+
+    shares: whether the shared ones take the activation that the routed ones do.
+    """
+    plain: Any = hidden_states
+    if isinstance(hidden_states, QuantizedActivation):
+        plain = hidden_states.unquantized
+    if self.training:  # where a router may add noise
+        return type(self).forward(self, plain)
+    correction = () if role.correction is None else (getattr(self, role.correction),)
+    _, weights, index = getattr(self, role.router)(plain.view(-1, plain.shape[-1]), *correction)
+    y = self.experts(hidden_states, index, weights)
+    if role.shared is not None:
+        y = y + getattr(self, role.shared)(hidden_states if shares else plain)
+    return (y, weights) if role.scores else y
+
+
+def experts_gate(self: Any, gate_up: Tensor, *, activate: Callable, quantized: bool) -> Any:
     """The activation between the products of experts, of gates and then ups."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return activate(gate, up, round_activation=True, **UNQUANTIZED)
+    return activate(gate, up, round_activation=True, **_quant_of_down(self, quantized))
 
 
-def oai_experts_gate(self: Any, gate_up: Tensor) -> Tensor:
+def oai_experts_gate(self: Any, gate_up: Tensor, *, quantized: bool) -> Any:
     """gpt-oss's, of gates and ups that alternate."""
-    return swiglu_oai_mul(gate_up, None, alpha=self.alpha, limit=self.limit, round_activation=True)
+    stock = stock_of(self)
+    quant = _quant_of_down(self, quantized)
+    return swiglu_oai_mul_quant(gate_up, None, alpha=stock.alpha, limit=stock.limit, round_activation=True, **quant)
+
+
+def stock_of(experts: Any) -> Any:
+    """The module that says how experts are activated: quantized ones keep the model's."""
+    return getattr(experts, "stock", experts)
+
+
+def _quant_of_down(module: Any, quantized: bool) -> dict[str, Any]:
+    return module.down_proj.input_quant() if quantized else UNQUANTIZED

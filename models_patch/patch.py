@@ -24,12 +24,13 @@ from .families import (
     family_of,
     mismatch,
     mismatch_stream,
+    mixture_of,
     passes_on,
 )
-from .forwards import UNQUANTIZED, decoder_layer, last_norm
+from .forwards import UNQUANTIZED, decoder_layer, last_norm, mixture, stock_of
 from .ranks import workspace_of
 from .report import Entry, Report
-from .roles import Attention, LatentAttention
+from .roles import Attention, LatentAttention, value_at
 
 DOWN = ("down_proj",)
 OUTPUT = ("o_proj",)
@@ -210,10 +211,14 @@ class _Plan:
         attention_note: str,
         first: bool,
     ) -> None:
-        sublayers, fed = (family.attention, family.mlp), []
+        sublayers, fed, routed = (family.attention, family.mlp), [], False
         for sublayer in sublayers:
             module = getattr(layer, sublayer.module)
-            key, note, linears = _shared_key(module, sublayer.linears)
+            if hasattr(getattr(module, "experts", None), "input_quant"):
+                key, note, linears = self.plan_mixture(module)
+                routed = key is not None
+            else:
+                key, note, linears = _shared_key(module, sublayer.linears)
             if self.part and not self.after and key is not None and _is_of_tensor(key):
                 key, note = None, f"{linears[0]} takes one scale for the whole tensor, so each quantizes its input"
             feeds = linears if key else ()
@@ -230,7 +235,28 @@ class _Plan:
             if workspace_of(module) is not None:
                 self.part = f"{path}.{sublayer.module}", module
             first = False
-        self.bind(decoder_layer, layer, sublayers=sublayers, norm=family.norm, fed=tuple(fed))
+        self.bind(decoder_layer, layer, sublayers=sublayers, norm=family.norm, fed=tuple(fed), routed=routed)
+
+    def plan_mixture(self, module: Any) -> tuple[QuantKey | None, str, tuple[str, ...]]:
+        """`_shared_key` of a block whose experts are quantized, which the router's input is for too; binds its body."""
+        role, problem = mixture_of(module)
+        problem = replaced(module, "forward") or problem
+        if role is None or problem:
+            return None, f"{problem}, so its experts quantize their input", ()
+        linears: tuple[str, ...] = ("experts",)
+        note = "the router reads it unquantized"
+        if role.shared is not None:
+            shared = getattr(module, role.shared)
+            key, reason, names = _shared_key(shared, ("gate_proj", "up_proj"))
+            together = (*linears, *(f"{role.shared}.{name}" for name in names))
+            if key is not None:
+                key, reason = _agreed_key(module, together)
+            if key is not None:
+                linears = together
+            elif reason:
+                note += f"; {reason}"
+        self.bind(mixture, module, role=role, shares=len(linears) > 1)
+        return _agreed_key(module, linears)[0], note, linears
 
     def add_norm(
         self,
@@ -271,25 +297,28 @@ class _Plan:
             module: Any = layer.get_submodule(place)
         except AttributeError:
             return
-        problems = [_problem(module, gated.stock, "MLP") for gated in kinds]
-        if None not in problems:
-            routed = "the router and the products of the experts are the model's own"
-            self.leave(path, module, routed if hasattr(module, "experts") else str(problems[0]))
+        if hasattr(module, "experts"):
+            if (module, "forward") not in self.forwards:
+                self.leave(path, module, "the router and the products of the experts are the model's own")
             return
-        gated, activate, problem = kinds[problems.index(None)], None, None
+        stock = stock_of(module)
+        problems = [replaced(module, *vars(gated.stock)) or _problem(stock, gated.stock, "MLP") for gated in kinds]
+        if None not in problems:
+            self.leave(path, module, str(problems[0]))
+            return
+        gated, decided, problem = kinds[problems.index(None)], {}, None
+        activate = gated.operation
         if gated.activation is not None:
-            activation = getattr(module, gated.activation)
+            activation = getattr(stock, gated.activation)
             problem = replaced(activation, "forward")
             if problem is None:
                 activate, problem = activation_of(activation)
-        if problem is not None:
-            self.leave(path, module, problem)
-        elif activate is None:
-            self.bind(gated.body, module, gated.method)
-            self.call(path, module, gated.operation)
+            decided["activate"] = activate
+        if activate is None:
+            self.leave(path, module, str(problem))
         else:
             key, note = _agreed_key(module, DOWN)
-            self.bind(gated.body, module, gated.method, activate=activate, quantized=key is not None)
+            self.bind(gated.body, module, gated.method, **decided, quantized=key is not None)
             name = activate.__name__ if key else activate.__name__.removesuffix("_quant")
             self.call(path, module, name, key, DOWN if key else (), note)
 
@@ -336,7 +365,7 @@ def _shared_key(module: nn.Module, names: tuple[str, ...]) -> tuple[QuantKey | N
 
 def _agreed_key(module: nn.Module, linears: tuple[str, ...]) -> tuple[QuantKey | None, str]:
     """The key in which one activation serves all these linear layers, or None, and why not where they do quantize."""
-    first, *others = [_input_quant(getattr(module, name)) for name in linears]
+    first, *others = [_input_quant(value_at(module, tuple(name.split(".")))) for name in linears]
     for name, other in zip(linears[1:], others, strict=True):
         for field in dict.fromkeys([*first, *other]):
             if not _equal(first.get(field), other.get(field)):

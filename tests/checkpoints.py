@@ -61,6 +61,23 @@ def _observe(module, scheme, input_amax: float) -> None:
         module.input_zero_point.data.copy_(zero_point)
 
 
+def one_by_one(model):
+    """The model with each expert's projections as linear layers, which is how tools quantize and files name them."""
+    for module in list(model.modules()):
+        if isinstance(experts := getattr(module, "experts", None), nn.Module):
+            module.experts = nn.ModuleList(map(_expert, experts.gate_up_proj.data, experts.down_proj.data))
+    return model
+
+
+def _expert(gate_up, down) -> nn.Module:
+    made = nn.Module()
+    for name, weight in zip(("gate_proj", "up_proj", "down_proj"), (*gate_up.chunk(2), down), strict=True):
+        layer = nn.Linear(*weight.shape[::-1], bias=False, dtype=weight.dtype)
+        layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        setattr(made, name, layer)
+    return made
+
+
 # --- the others, by their definitions ---
 
 
@@ -107,8 +124,8 @@ def fp8_blocks(weight, powers=False, size=128):
     return fp8(weight, spread), scale
 
 
-def deepseek(weight, number, powers=False, name="weight_scale_inv"):
-    codes, scale = fp8_blocks(weight, powers)
+def deepseek(weight, number, powers=False, name="weight_scale_inv", size=128):
+    codes, scale = fp8_blocks(weight, powers, size)
     return {"weight": codes, name: scale.to(torch.float8_e8m0fnu) if powers else scale}
 
 

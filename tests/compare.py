@@ -21,6 +21,11 @@ QUANTIZED_ALIKE = 1.5
 # cores these vary by two themselves.
 SIMULATED, SIMULATED_TYPICALLY = 2.5, 1.4
 
+# Where a value between two products is of another order of sums, its code may be the next one: by how much a result
+# may differ then, of the largest. And what quantizing both products may cost, by scheme, as a relative error (norm).
+NEXT_CODE = 0.02
+EXPERTS_ERROR = {"int8_token": 0.03, "fp8_token": 0.08, "nvfp4": 0.35}
+
 
 # Attention on GPUs rounds its weights to S, and those of others or of MLA more on the way; its sums are float32, whose
 # logits' rounding errors are relative errors of the weights: steps of the largest term.
@@ -153,6 +158,14 @@ def assert_as_near_as(actual: Tensor, expected: Tensor, theirs: Tensor, of_their
         (a.double() - e.double()).square().mean().sqrt() for a, e in ((actual, expected), (theirs, of_theirs))
     )
     assert mine <= other, f"{mine:.4g} apart, theirs {other:.4g}"
+
+
+def assert_codes_close(actual: Tensor, exact: Tensor) -> None:
+    """Two products with codes between them, against float64 ones with codes of their own."""
+    assert actual.shape == exact.shape
+    if actual.numel():
+        apart = (actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1)
+        assert apart <= NEXT_CODE, f"{apart:.2g} of the largest apart"
 
 
 def assert_simulated(ratios: dict[str, float]) -> None:

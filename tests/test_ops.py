@@ -21,7 +21,8 @@ ALL = [pytest.param(op, id=name) for name, op in OPS.items()]
 COMPILED = "cpu" in OPS["rms_norm"].backends
 # Promise 4a: the same bits on every backend.
 MOVES = ("all_reduce", "reduce_scatter", "all_gather", "all_gather_quantized")
-BITWISE = ("quantize", "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat", *MOVES)
+EXPERTS = ("sort_by_expert", "sum_experts")
+BITWISE = ("quantize", *EXPERTS, "rope", "rope_kv_cache_write", "mla_rope_kv_cache_concat", *MOVES)
 HEADS = [name for name in OPS if "rope" in name]  # more in their own files
 ATTENTION = [name for name in OPS if "attention" in name]
 COLLECTIVES = [name for name, op in OPS.items() if op.argument("workspace") is not None]
@@ -31,6 +32,8 @@ OTHER_ROWS = (
     *ATTENTION,
     *GATHERS,
     "scaled_linear",
+    "grouped_scaled_linear",
+    *EXPERTS,
     "dual_rms_norm",
     "qk_all_reduce_rms_norm",
 )  # of several widths: in their own files
@@ -152,7 +155,7 @@ def test_compiled_kernels_match_the_reference(op):
                 assert_same(actual[name], e, context)
             elif op.name in ATTENTION:
                 assert_attention_close(actual[name], e, context)
-            elif op.name != "scaled_linear":  # products in test_linear.py
+            elif "scaled_linear" not in op.name:  # products in their own files
                 a = actual[name]
                 if (tokens := tokens_of(op, args)) is not None:
                     used = torch.arange(a.shape[1]) < tokens[:, None]

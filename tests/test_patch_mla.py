@@ -101,7 +101,7 @@ def test_queries_are_quantized_by_the_norm_of_their_latents(scheme):
     assert [(e.quant_key, e.feeds) for e in report if e.operation == "dual_rms_norm"] == [(key, ("q_b_proj",))] * L
     calls = count(lambda: model(ids, past_key_values=cache))
     assert calls["mla_attention_quant"] == L
-    assert calls["quantize"] == 2  # shared experts, whose input the router reads too
+    assert calls["quantize"] == 0
 
 
 def test_a_quantized_kv_b_proj_leaves_attention_to_the_model():

@@ -1,21 +1,15 @@
-// y = x * w^T of two tensors of codes, decoded on the way. Another format is one more struct in linear_formats.inc.
+// y = x * w^T of two tensors of codes: arguments and their checks. linear_passes.cpp multiplies. Another format is one
+// more struct in linear_formats.inc.
 //
 // Scales of 16 or 32 columns are multiplied into the values when those are decoded; the factors of larger groups are
 // applied to the sums of a block of columns, and those of whole rows or tensors to a result.
 #include "linear.h"
 
-#include <array>
 #include <cmath>
 #include <limits>
-#include <memory>
-
-#define KERNELS "linear.inc"
-#include "each_isa.inc"
 
 namespace fused_ops {
 namespace {
-
-constexpr int64_t kInferred = -1;  // instead of the key of a weight
 
 // What each code of a one-byte scale means.
 template <class Value>
@@ -25,9 +19,6 @@ std::array<float, 256> values_of(const Value& value) {
   return values;
 }
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-const std::array<float, 256> kE8m0Values = values_of([](int code) {
-  return code == 255 ? kNan : bits<float>(code ? code << 23 : 0x400000);  // 2^(code - 127)
-});
 // Not by decode_e4m3, whose subnormal float32s a process may have switched off before this is made.
 const std::array<float, 256> kE4m3Values = values_of([](int code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
@@ -49,8 +40,6 @@ const float* one_float(const OptionalTensor& tensor, const char* name) {
 bool is_shape(const Tensor& tensor, int64_t rows, int64_t cols) {
   return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols;
 }
-
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 int64_t columns_of(int64_t code) { return code >> 16; }  // of a group, 0: all
 
@@ -161,10 +150,24 @@ void set_weight(Linear& p, const Tensor& weight, const Tensor& scale, int64_t co
   }
 }
 
+// The bytes of a tensor of any strides, as one row.
+Rows memory_of(const Tensor& tensor) {
+  int64_t last = tensor.numel() > 0;
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  if (last)
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  return one_row(tensor.data_ptr(), last * static_cast<int64_t>(tensor.element_size()));
+}
+
+}  // namespace
+
+const std::array<float, 256> kE8m0Values = values_of([](int code) {
+  return code == 255 ? kNan : bits<float>(code ? code << 23 : 0x400000);  // 2^(code - 127)
+});
+
 Linear linear_of(const Tensor& data, const Tensor& scale, int64_t key, const Tensor& weight, const Tensor& weight_scale,
-                 const OptionalTensor& bias, ScalarType dtype, const OptionalTensor& scale2 = {},
-                 const OptionalTensor& zero_point = {}, int64_t weight_key = kInferred,
-                 const OptionalTensor& weight_scale2 = {}) {
+                 const OptionalTensor& bias, ScalarType dtype, const OptionalTensor& scale2,
+                 const OptionalTensor& zero_point, int64_t weight_key, const OptionalTensor& weight_scale2) {
   STD_TORCH_CHECK(is_float(dtype), "out_dtype: expected bfloat16, float16 or float32");
   Linear p;
   p.dtype = dtype;
@@ -175,6 +178,7 @@ Linear linear_of(const Tensor& data, const Tensor& scale, int64_t key, const Ten
   for (const int64_t group : {p.x_group, w_group})
     if (group) p.block = std::min(p.block, group);
   p.blocks = ceil_div(p.x.cols, p.block);
+  p.rows = p.x.rows;
   if (w_group)
     for (p.w_shift = 0; p.block << p.w_shift < w_group;) ++p.w_shift;
 
@@ -196,57 +200,21 @@ Linear linear_of(const Tensor& data, const Tensor& scale, int64_t key, const Ten
   return p;
 }
 
-// The activation's scales of rows [begin, end) of this pass, as factors: one a row, or one a block of columns.
-void fold_scales(const Linear& p, float* factors, int64_t begin, int64_t end) {
-  const int64_t count = p.x_group ? p.blocks : 1;
-  const bool packed = p.x.key.layout() == Key::kPackedUe8m0;
-  for (int64_t m = begin; m < end; ++m)
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t row = p.first + m, group = p.x_group ? b * p.block / p.x_group : 0;
-      factors[m * count + b] =
-          packed ? kE8m0Values[scale_at<uint8_t>(p.x_scale, row, group)] : scale_at<float>(p.x_scale, row, group);
-    }
+void check_result(const Linear& p, std::initializer_list<const OptionalTensor*> arguments) {
+  const int64_t bytes = byte_size(p.dtype);
+  check_output(p.y, bytes, "y_out");
+  check_overlap(p.y, bytes, p.x.codes, 1, false, "y_out");
+  for (const OptionalTensor* argument : arguments)
+    if (*argument) check_overlap(p.y, bytes, memory_of(**argument), 1, false, "y_out");
 }
 
-void run(Linear& p) {
-  if (p.x.rows == 0 || p.w.rows == 0) return;
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  const int64_t value_bytes = p.x.decoder == Decoder::kInt8 ? 2 : 4, row_bytes = p.blocks * p.block * value_bytes;
-  const int64_t most = std::min(p.x.rows, kMaxRows), factors = p.x_group ? p.blocks : 1;
-  const int64_t bytes = most * (row_bytes + factors * static_cast<int64_t>(sizeof(float)));
-  const std::unique_ptr<Line[]> memory(new Line[ceil_div(bytes, sizeof(Line))]);
-  p.decoded = memory.get();
-  float* x_factors = reinterpret_cast<float*>(memory[0].bytes + most * row_bytes);
-  if (p.x_scale) (p.x_group ? p.x_block : p.x_row) = {x_factors, factors, p.x_group != 0};
-  const int64_t tiles = ceil_div(p.w.rows, kTile);
-  constexpr int64_t kCodes = 8;  // that cost what other operations spend on an element
-  for (; p.first < p.x.rows; p.first += p.rows) {
-    p.rows = std::min(p.x.rows - p.first, kMaxRows);
-    parallel_rows(p.rows, p.x.cols / kCodes, [&](int64_t begin, int64_t end) {
-      if (p.x_scale) fold_scales(p, x_factors, begin, end);
-      PICK_ISA(linear_decode)(p, begin, end);
-    });
-    parallel_rows(tiles, kTile * p.x.cols * p.rows / kCodes,
-                  [&](int64_t begin, int64_t end) { PICK_ISA(linear_multiply)(p, begin, end); });
-  }
-}
-
-// The bytes of a tensor of any strides, as one row.
-Rows memory_of(const Tensor& tensor) {
-  int64_t last = tensor.numel() > 0;
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  if (last)
-    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
-  return one_row(tensor.data_ptr(), last * static_cast<int64_t>(tensor.element_size()));
-}
+namespace {
 
 Tensor scaled_linear(const Tensor& data, const Tensor& scale, int64_t key, const Tensor& weight,
                      const Tensor& weight_scale, const OptionalTensor& bias, ScalarType dtype) {
   Linear p = linear_of(data, scale, key, weight, weight_scale, bias, dtype);
   Tensor y = empty_rows(data, p.w.rows, dtype, p.y);
-  run(p);
+  run(&p, 1);
   return y;
 }
 
@@ -259,14 +227,9 @@ void scaled_linear_out(const Tensor& data, const Tensor& scale, int64_t key, con
       linear_of(data, scale, key, weight, weight_scale, bias, dtype, scale2, zero_point, weight_key, weight_scale2);
   if (!y) return;
   p.y = rows_like(*y, "y_out", data, p.w.rows, dtype);
-  const int64_t bytes = byte_size(dtype);
-  check_output(p.y, bytes, "y_out");
-  check_overlap(p.y, bytes, p.x.codes, 1, false, "y_out");
-  check_overlap(p.y, bytes, p.w.codes, 1, false, "y_out");
-  for (const Tensor* input : {&scale, &weight_scale}) check_overlap(p.y, bytes, memory_of(*input), 1, false, "y_out");
-  for (const OptionalTensor* input : {&scale2, &zero_point, &weight_scale2, &bias})
-    if (*input) check_overlap(p.y, bytes, memory_of(**input), 1, false, "y_out");
-  run(p);
+  const OptionalTensor given[] = {data, scale, weight, weight_scale};
+  check_result(p, {&given[0], &given[1], &given[2], &given[3], &scale2, &zero_point, &weight_scale2, &bias});
+  run(&p, 1);
 }
 
 }  // namespace

@@ -1,7 +1,11 @@
 // What a product of two quantized tensors is made of, for its checks (linear.cpp) and its kernels (linear.inc).
 #pragma once
 
+#include <array>
+#include <initializer_list>
+
 #include "../row.h"
+#include "integers.h"
 #include "threads.h"
 
 namespace fused_ops {
@@ -11,6 +15,7 @@ constexpr int64_t kTile = kLanes;  // weight rows that are worked on together
 constexpr int64_t kMaxRows = 256;  // rows of x in one pass over the weight
 
 constexpr float kOne = 1;
+constexpr int64_t kInferred = -1;  // instead of the key of a weight
 
 // How codes become the values that are multiplied; see linear_formats.inc.
 enum class Decoder { kInt8, kFloatInt8, kE4m3, kMxE4m3, kMxE2m1, kNvE2m1 };
@@ -42,6 +47,7 @@ T scale_at(const ScaleOut& scale, int64_t row, int64_t group) {
 struct Linear {
   Operand x, w;
   Rows y;                              // [T, N]
+  Integers source;                     // which row of x a row of y is made of; absent: the same
   int64_t block = kBlock, blocks = 0;  // columns that are folded together, and how many of those make a row
 
   ScaleOut x_scale, zero_point;  // as they were given, either may be absent
@@ -55,13 +61,31 @@ struct Linear {
   const void* bias = nullptr;  // [N], may be absent
   ScalarType bias_dtype = ScalarType::Float, dtype = ScalarType::Float;
 
-  int64_t first = 0, rows = 0;  // rows of x in this pass
-  void* decoded = nullptr;      // [blocks, rows, block]
+  int64_t first = 0, rows = 0;  // rows of y that share this weight; in a pass, those in it
+  void* decoded = nullptr;      // [blocks, rows, block], of their rows of x
 
+  // The row of x that row m of this pass is made of.
+  int64_t row_of_x(int64_t m) const { return source ? source[first + m] : first + m; }
   // Factors of weight row n: of block b at b >> w_shift.
   const float* w_blocks(int64_t n) const { return w_block + (n >> w_row_shift) * w_stride; }
   // Columns of block b.
   int64_t block_cols(int64_t b) const { return std::min(block, x.cols - b * block); }
 };
+
+extern const std::array<float, 256> kE8m0Values;  // what each code means
+
+inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// A product from its arguments, of all rows and without y; throws before anything is written.
+Linear linear_of(const Tensor& data, const Tensor& scale, int64_t key, const Tensor& weight, const Tensor& weight_scale,
+                 const OptionalTensor& bias, ScalarType dtype, const OptionalTensor& scale2 = {},
+                 const OptionalTensor& zero_point = {}, int64_t weight_key = kInferred,
+                 const OptionalTensor& weight_scale2 = {});
+
+// Throws where p.y lies over itself or over one of the arguments, which may be absent.
+void check_result(const Linear& p, std::initializer_list<const OptionalTensor*> arguments);
+
+// The products of `count` groups of rows, each with a weight of its own and else alike.
+void run(Linear* groups, int64_t count);
 
 }  // namespace fused_ops

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..methods.calibration import Calibration, check_batches, observe
-from ..methods.convert import linear_layers
+from ..methods.calibration import Calibration, check_batches
+from ..methods.convert import calibrated_inputs, layers_of
 
 
 def calibrate(
@@ -20,7 +20,7 @@ def calibrate(
     ignore: tuple[str, ...] = ("lm_head",),
     progress: bool = True,
 ) -> Calibration:
-    """The span of each linear layer's input over `data`, which static scales come from.
+    """The span of what each linear layer, and each product of experts, gets over `data`: static scales come from it.
 
         spans = calibrate(model, batches)
         save_quantized(quantize_model(model, "nvfp4", spans), "smollm2-nvfp4")
@@ -43,8 +43,8 @@ def calibrate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate: model is {type(model).__name__}, expected a torch.nn.Module")
     check_batches("calibrate", "data", data)
-    layers = linear_layers("calibrate", model, ignore)
-    return observe("calibrate", "data", model, layers, data, _Progress(data) if progress else lambda done: None)
+    after = _Progress(data) if progress else lambda done: None
+    return calibrated_inputs("calibrate", "data", model, *layers_of("calibrate", model, ignore), data, after)
 
 
 class _Progress:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..key import FP8
-from ..methods import QuantLinear, ScaledLinearMethod
+from ..methods import QuantGroupedLinear, QuantLinear, ScaledLinearMethod
+from . import experts
 from .config import CONFIG, Recipe, read_recipe
 from .files import TensorFiles, open_tensors
 from .formats import KV_SCALES, Format, fit
@@ -24,6 +25,8 @@ _SHOWN = 8  # names in a message
 
 def load_quantized(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The causal language model in a folder, on the CPU, ready to run; its quantized layers are `QuantLinear`.
+
+    Experts, which files have one by one, become `QuantExperts`.
 
     Formats (docs/checkpoints.md lists them, with fields and tensors): compressed-tensors FP8, INT8, NVFP4, MXFP8 and
     MXFP4; `fp8` of DeepSeek and AutoFP8; `fbgemm_fp8`; ModelOpt's. Codes and scales are taken as they are, nothing is
@@ -54,9 +57,10 @@ def load_quantized(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pre
     recipe = read_recipe(folder)
     with open_tensors(folder) as files:
         model = _empty_model(folder, dtype)
-        slots = _Slots(model, recipe, files, folder / CONFIG)
+        slots = _Slots(model, recipe, files, folder / CONFIG, dtype)
         slots.check_names()
         slots.fill(dtype)
+        slots.check_tied()
     model.tie_weights()
     for path_of, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
@@ -84,11 +88,13 @@ class _Slots:
     """Which tensor of the files goes where.
 
     takes: by the tensor's name, the module and the name of its parameter or buffer; where several have the same, all.
+    parts: by the tensor's name, where in the layers of experts it goes.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, files: TensorFiles, config: Path):
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, files: TensorFiles, config: Path, dtype: torch.dtype):
         self.model, self.files = model, files
         self.takes: dict[str, list[tuple[str, str]]] = {}
+        self.parts: dict[str, experts.Slot] = {}
         self.formats: dict[str, Format] = {}
         self.missing: list[str] = []
         self.zeros: list[str] = []
@@ -100,17 +106,19 @@ class _Slots:
                 if f"{path}.weight" in self.tied:
                     raise ValueError(f"{config}: {path} is quantized, but tie_word_embeddings says it is the embedding")
                 self._add_quantized(path, module, form, config)
+            elif experts.holds_experts(module):
+                self._add_experts(path, module, recipe, config, dtype)
         if not self.formats:
             raise ValueError(f"{config}: quantization_config leaves no layer of {type(model).__name__} quantized")
         if recipe.kv_cache:
             self._add_kv_scales(required=recipe.kv_cache == "required")
         self._add_plain()
 
-    def _tied_names(self) -> set[str]:
+    def _tied_names(self) -> dict[str, str]:
         """Parameters that are others, so that files needn't have them."""
         if not getattr(self.model.config.get_text_config(decoder=True), "tie_word_embeddings", False):
-            return set()
-        return set(getattr(self.model, "_tied_weights_keys", None) or ())
+            return {}
+        return dict(getattr(self.model, "_tied_weights_keys", None) or {})
 
     def _has_scales(self, path: str, form: Format) -> bool:
         stored = form.dialect.stored("weight_scale", form.scheme.weight_key)
@@ -140,6 +148,29 @@ class _Slots:
         zeros = {f"{path}.{name}" for name in form.dialect.zero} & self.files.names.keys()
         self.zeros += zeros - self.takes.keys()
 
+    def _add_experts(self, path: str, module: nn.Module, recipe: Recipe, config: Path, dtype: torch.dtype) -> None:
+        try:
+            if (form := experts.format_of(path, module, recipe)) is None:
+                return
+            made = experts.empty_experts(path, module, form, dtype)
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from None
+        self.model.set_submodule(path, made)
+        given = dict(form.given)
+        for name, stacked, part in experts.parts_of(path, made):
+            self.formats[stacked] = form
+            layer = self.model.get_submodule(stacked)
+            for buffer, _ in layer.named_buffers(recurse=False):
+                stored = form.dialect.stored(buffer, form.scheme.weight_key).names
+                key = next((f"{name}.{each}" for each in stored if f"{name}.{each}" in self.files.names), None)
+                if key is not None:
+                    self.parts[key] = experts.Slot(stacked, buffer, part)
+                elif buffer in given:
+                    layer.get_buffer(buffer).fill_(given[buffer])
+                else:
+                    self.missing.append(f"{name}.{stored[0]}")
+            self.zeros += {f"{name}.{each}" for each in form.dialect.zero} & self.files.names.keys() - self.parts.keys()
+
     def _add(self, path: str, name: str, stored: Iterable[str]) -> bool:
         """Take the first of these tensors that is there, of a module, for its parameter or buffer `name`."""
         for each in stored:
@@ -165,7 +196,8 @@ class _Slots:
         for key in persistent:
             path, _, name = key.rpartition(".")
             module = self.model.get_submodule(path)
-            if (path, name) in taken or (isinstance(module, QuantLinear) and name != "bias"):
+            stacked = isinstance(module, QuantGroupedLinear)
+            if (path, name) in taken or stacked or (isinstance(module, QuantLinear) and name != "bias"):
                 continue
             if not self._add(path, name, (name,)) and key not in self.tied:
                 self.missing.append(key)
@@ -174,7 +206,7 @@ class _Slots:
         """Raise ValueError unless the files have the model's tensors, and no others."""
         if self.missing:
             raise ValueError(f"{self._places()}: missing {_some(self.missing)}")
-        known = self.takes.keys() | set(self.zeros) | self.tied
+        known = self.takes.keys() | self.parts.keys() | set(self.zeros) | self.tied.keys()
         ignored = [re.compile(each) for each in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         # Older versions of transformers saved this buffer, which is a function of the configuration.
         ignored.append(re.compile(r"rotary_emb\.inv_freq$"))
@@ -184,7 +216,9 @@ class _Slots:
 
     def file_of(self, path: str) -> Path:
         """The one with a layer's weight."""
-        return next(self.files.names[key] for key, places in self.takes.items() if (path, "weight") in places)
+        owners = {place: key for key, places in self.takes.items() for place in places}
+        owners |= {(slot.path, slot.buffer): key for key, slot in self.parts.items()}
+        return self.files.names[owners[path, "weight"]]
 
     def _places(self) -> str:
         return ", ".join(sorted({str(path) for path in self.files.names.values()})[:2])
@@ -199,9 +233,21 @@ class _Slots:
                     self._put(path, module, name, tensor, dtype)
                 except ValueError as error:
                     raise ValueError(f"{self.files.where(key)} {error}") from None
+        for key, slot in self.parts.items():
+            layer: Any = self.model.get_submodule(slot.path)
+            try:
+                experts.put(layer, slot, self.formats[slot.path], self.files.read(key))
+            except ValueError as error:
+                raise ValueError(f"{self.files.where(key)} {error}") from None
         for key in self.zeros:
             if self.files.read(key).any():
                 raise ValueError(f"{self.files.where(key)} has values other than zero, of a symmetric format")
+
+    def check_tied(self) -> None:
+        """Raise ValueError where a parameter that is another has values of its own in the files."""
+        for key, other in self.tied.items():
+            if key in self.takes and not torch.equal(*map(self.model.get_parameter, (key, other))):
+                raise ValueError(f"{self.files.where(key)} isn't {other}, but tie_word_embeddings says it is")
 
     def _put(self, path: str, module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         form = self.formats.get(path)
@@ -228,9 +274,9 @@ class _Slots:
             raise ValueError(f"is {tensor.dtype}, expected {old.dtype}, as it isn't quantized")
         if isinstance(old, nn.Parameter):
             wanted = self._dtype_of(f"{path}.{name}", dtype) if old.is_floating_point() else old.dtype
-            module._parameters[name] = nn.Parameter(tensor.to(wanted), requires_grad=False)
+            module._parameters[name] = nn.Parameter(_cast(tensor, wanted), requires_grad=False)
         else:
-            module._buffers[name] = tensor.to(dtype if isinstance(module, QuantLinear) else old.dtype)
+            module._buffers[name] = _cast(tensor, dtype if isinstance(module, QuantLinear) else old.dtype)
 
     def _dtype_of(self, key: str, dtype: torch.dtype) -> torch.dtype:
         """float32 for what the model keeps in it."""
@@ -238,6 +284,14 @@ class _Slots:
         if dtype == torch.float16:
             names |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if any(re.search(rf"(^|\.){re.escape(name)}(\.|$)", key) for name in names) else dtype
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises ValueError where a value becomes infinite."""
+    made = tensor.to(dtype)
+    if made.dtype != tensor.dtype and made.isinf().sum() != tensor.isinf().sum():
+        raise ValueError(f"has values beyond {dtype}")
+    return made
 
 
 def _some(names: list[str]) -> str:

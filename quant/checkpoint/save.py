@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel
 
 from .. import QuantKey
 from ..key import E8M0
-from ..methods import QuantLinear, ScaledLinearMethod, Scheme
+from ..methods import QuantExperts, QuantGroupedLinear, QuantLinear, ScaledLinearMethod, Scheme
 from .config import CONFIG
+from .experts import parts_of, target_of
 from .files import INDEX
 from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, container
 
@@ -24,8 +26,9 @@ from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, 
 def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Write a model as compressed-tensors does, for transformers, vLLM and `load_quantized`, which gives the same bits.
 
-    Codes and scales are those of the layers, whatever device they are on; scales are float32, which those who read
-    them widen to anyway. Buffers `k_scale` and `v_scale` of attentions are written too. The tokenizer is not.
+    Codes and scales are those of the layers, whatever device they are on, those of experts one by one, as layers of
+    their own; scales are float32, which those who read them widen to anyway. Buffers `k_scale` and `v_scale` of
+    attentions are written too. The tokenizer is not.
 
     Args:
         model: of transformers, with `QuantLinear` layers, patched or not.
@@ -34,8 +37,8 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
 
     Raises:
         TypeError: model is not a transformers model, or path is not a str or a Path.
-        ValueError: path is there and not empty; no layer is quantized; the format has no words for a layer's keys or
-            scales, by its path. Nothing is left behind.
+        ValueError: path is there and not empty, or a call that wrote it was ended; no layer is quantized; the format
+            has no words for a layer's keys or scales, by its path. Nothing is left behind.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"save_quantized: model is {type(model).__name__}, expected a model of transformers")
@@ -44,16 +47,20 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"save_quantized: path is {str(path)!r}, expected a folder that is new or empty")
+    partial = folder.absolute().with_name(f"{folder.absolute().name}.partial")
+    if partial.exists():
+        raise ValueError(f"save_quantized: {partial} is there, of a call that was ended or still runs: remove it first")
     quantization, tensors = _quantization_config(model), _tensors(model)
-    partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(parents=True)
+    new = [parent for parent in partial.parents if not parent.exists()]
     try:
+        partial.mkdir(parents=True)
         _write(model, quantization, tensors, partial, max_shard_size)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new:
+            with suppress(OSError):  # it isn't there, or others have written to it
+                parent.rmdir()
         raise
 
 
@@ -80,7 +87,8 @@ def _quantization_config(model: nn.Module) -> dict[str, Any]:
     ignored = []
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            layers.setdefault(_scheme(path, module), []).append(path)
+            stacked = isinstance(module, QuantGroupedLinear)
+            layers.setdefault(_scheme(path, module), []).append(target_of(path) if stacked else path)
         elif isinstance(module, nn.Linear):
             ignored.append(path)
     if not layers:
@@ -137,9 +145,14 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     tensors: dict[str, Tensor] = {}
     owners: dict[tuple[int, torch.Size], str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantExperts):
+            tensors |= _of_experts(path, module)
     for key, tensor in model.state_dict().items():
         path, _, name = key.rpartition(".")
-        if (layer := quantized.get(path)) is not None and name != "bias":
+        if isinstance(layer := quantized.get(path), QuantGroupedLinear):
+            continue
+        if layer is not None and name != "bias":
             key, tensor = _stored(path, layer, name, tensor)
         elif tensor.numel() and owners.setdefault((tensor.data_ptr(), tensor.shape), key) != key:
             if key not in tied:  # safetensors has no shared memory
@@ -147,6 +160,24 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
             else:
                 continue
         tensors[key] = tensor.cpu()
+    return tensors
+
+
+def _of_experts(path: str, module: QuantExperts) -> dict[str, Tensor]:
+    """By the names of linear layers of their own, which is how files have them."""
+    tensors = {}
+    for name, stacked, part in parts_of(path, module):
+        layer = module.get_submodule(stacked.removeprefix(f"{path}."))
+        assert isinstance(layer, QuantGroupedLinear)
+        high = layer.method.scheme.weight_key.scale.group_shape.rows
+        if high > 1 and (part.rows.step or part.rows.start % high):
+            raise ValueError(
+                f"save_quantized: {path} has blocks of {high} rows of gates and ups, which files have apart"
+            )
+        for buffer, tensor in layer.named_buffers(recurse=False):
+            own = part.of(layer, buffer, tensor)
+            key, own = (f"{name}.bias", own) if buffer == "bias" else _stored(name, layer, buffer, own)
+            tensors[key] = own.cpu().clone()
     return tensors
 
 

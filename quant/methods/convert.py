@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .calibration import Calibration, check_batches, observe
+from .experts import PROJECTIONS, experts_of, observed, quantized_experts, strip
 from .linear import QuantLinear, ScaledLinearMethod
 from .scheme import SCHEMES, Scheme
 
@@ -20,7 +22,11 @@ def quantize_model(
     *,
     ignore: tuple[str, ...] = ("lm_head",),
 ) -> nn.Module:
-    """Replace every `nn.Linear` of `model` by a `QuantLinear`, in place.
+    """Replace every `nn.Linear` of `model` by a `QuantLinear`, in place, and experts by `QuantExperts`.
+
+    Experts are those of transformers 5 that hold gates and ups, and downs, in one weight each: Qwen3-MoE, Mixtral,
+    DeepSeek, MiniMax-M2, GLM4-MoE, gpt-oss, ... Each expert's weight is quantized for itself; a calibrated scale of
+    their input is one for all of them. Routers stay as they are.
 
     Args:
         model: any module; its weights are bfloat16, float16 or float32.
@@ -38,7 +44,7 @@ def quantize_model(
     Raises:
         TypeError, ValueError: an argument is not as above, a weight isn't finite or is shared with another module, its
             columns are no multiple of the scheme's group (32 of mxfp8 and mxfp4, 16 of nvfp4), or it is on a GPU that
-            has no such product (`fused_ops.linear_gpu.DEVICES`); the model is left as it was.
+            has no such product (`fused_ops.linear_gpu.DEVICES`; for experts none has); the model is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -52,51 +58,94 @@ def quantize_model(
         raise ValueError(f"quantize_model: calibration is {got}, {scheme} {needs}")
     if calibration is not None and not isinstance(calibration, Calibration):
         check_batches("quantize_model", "calibration", calibration)
-    layers = linear_layers("quantize_model", model, ignore)
-    spans = _spans(model, layers, calibration)
-    made = {path: _quantized(path, layer, chosen, spans.get(path)) for path, layer in layers.items()}
-    for path, layer in made.items():
+    layers, experts = layers_of("quantize_model", model, ignore)
+    spans = _spans(model, layers, experts, calibration)
+    made: dict[str, nn.Module] = {}
+    for path, layer in layers.items():
+        made[path] = _quantized(path, layer, chosen, spans.get(path))
+    for path, module in experts.items():
+        inputs = {name: spans.get(f"{path}.{name}") for name in PROJECTIONS}
+        with _named(path):
+            made[path] = quantized_experts(path, module, chosen, inputs)
+    for path, module in made.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
+        setattr(model.get_submodule(parent), name, module)
+    for module in experts.values():
+        strip(module)
     return model
 
 
-def linear_layers(caller: str, model: nn.Module, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The layers to quantize, by path. Raises TypeError or ValueError where one of them can't be, or there is none."""
+def calibrated_inputs(
+    caller: str,
+    name: str,
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    experts: dict[str, nn.Module],
+    batches: Iterable[Any],
+    *after: Any,
+) -> Calibration:
+    """`observe` of linear layers, and of the projections of experts."""
+    with observed(experts) as probes:
+        return observe(caller, name, model, {**layers, **probes}, batches, *after)
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"quantize_model: {path}: {error}") from None
+
+
+def layers_of(
+    caller: str, model: nn.Module, ignore: tuple[str, ...]
+) -> tuple[dict[str, nn.Linear], dict[str, nn.Module]]:
+    """The linear layers and the modules of experts to quantize, by path.
+
+    Raises TypeError or ValueError where one of them can't be, or there is none.
+    """
     if not isinstance(ignore, (tuple, list, set)) or not all(isinstance(name, str) for name in ignore):
         raise TypeError(f"{caller}: ignore is {ignore!r}, expected a tuple of names")
     for name in set(ignore) - {"lm_head"}:  # the default, which not every model has
         if not any(name in (path, path.rpartition(".")[2]) for path, _ in model.named_modules()):
             raise ValueError(f"{caller}: ignore names {name!r}, and model has no module of that name")
+    ignored = set(ignore)
     layers: dict[str, nn.Linear] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not {path, path.rpartition(".")[2]} & set(ignore):
+        if isinstance(module, nn.Linear) and not {path, path.rpartition(".")[2]} & ignored:
             if type(module) is not nn.Linear:
                 raise ValueError(f"{caller}: {path} is {type(module).__name__}, expected nn.Linear (or ignore it)")
-            if module.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                raise TypeError(
-                    f"{caller}: the weight of {path} is {module.weight.dtype}, expected bfloat16, float16 or float32"
-                )
-            if module.weight.is_meta:
-                raise ValueError(f"{caller}: the weight of {path} is on meta, expected one with values")
             layers[path] = module
-    if not layers or "" in layers:
+    experts = experts_of(caller, model, ignored)
+    if not (layers or experts) or "" in layers:
         raise ValueError(f"{caller}: model is {type(model).__name__} and contains no nn.Linear to replace")
+    weights = {path: layer.weight for path, layer in layers.items()}
+    weights |= {f"{path}.{name}": getattr(module, name) for path, module in experts.items() for name in PROJECTIONS}
+    _check_weights(caller, model, weights)
+    return layers, experts
+
+
+def _check_weights(caller: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     owners: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
-    for path, layer in layers.items():
-        if len(shared := owners[id(layer.weight)]) > 1:
+    for path, weight in weights.items():
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise TypeError(f"{caller}: the weight of {path} is {weight.dtype}, expected bfloat16, float16 or float32")
+        if weight.is_meta:
+            raise ValueError(f"{caller}: the weight of {path} is on meta, expected one with values")
+        if len(shared := owners[id(weight)]) > 1:
             raise ValueError(f"{caller}: the weight of {path} is shared by {shared}; ignore that layer")
-    return layers
 
 
-def _spans(model: nn.Module, layers: dict[str, nn.Linear], calibration: Any) -> Mapping[str, Tensor]:
+def _spans(
+    model: nn.Module, layers: dict[str, nn.Linear], experts: dict[str, nn.Module], calibration: Any
+) -> Mapping[str, Tensor]:
     if calibration is None:
         return {}
     if not isinstance(calibration, Calibration):
-        return observe("quantize_model", "calibration", model, layers, calibration)
-    for path in layers:
+        return calibrated_inputs("quantize_model", "calibration", model, layers, experts, calibration)
+    for path in (*layers, *(f"{path}.{name}" for path in experts for name in PROJECTIONS)):
         span = calibration.get(path)
         if not (isinstance(span, Tensor) and span.shape == (2,) and span.isfinite().all()):
             got = "nothing" if span is None else repr(span)
@@ -108,11 +157,9 @@ def _quantized(path: str, layer: nn.Linear, scheme: Scheme, span: Tensor | None)
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
     method = ScaledLinearMethod(scheme)
-    try:
+    with _named(path):
         quantized = QuantLinear(layer.in_features, layer.out_features, method, bias, name=path, device=weight.device)
         made = scheme.quantize_weight(weight)
-    except ValueError as error:
-        raise ValueError(f"quantize_model: {path}: {error}") from None
     if span is not None:
         made |= scheme.calibrate(*span)
     for name, tensor in made.items():

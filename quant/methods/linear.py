@@ -73,12 +73,13 @@ class ScaledLinearMethod(QuantMethod):
         self.check_device(layer, torch.empty(0, device=device).device)
         shape = (layer.out_features, layer.in_features)
         key, weight_key = self.input_quant_key, self.scheme.weight_key
-        buffers = {
-            "weight": ((shape[0], shape[1] // weight_key.packing), weight_key.storage_dtype),
-            "weight_scale": (scale_shape(shape, weight_key.scale.group_shape), weight_key.scale.dtype),
+        each = () if layer.experts is None else (layer.experts,)
+        buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((*each, shape[0], shape[1] // weight_key.packing), weight_key.storage_dtype),
+            "weight_scale": ((*each, *scale_shape(shape, weight_key.scale.group_shape)), weight_key.scale.dtype),
         }
         if weight_key.scale2 is not None:
-            buffers["weight_scale2"] = (1,), torch.float32
+            buffers["weight_scale2"] = (*each, 1), torch.float32
         if key.scale.static:
             buffers["input_scale"] = (1,), torch.float32
             if not key.symmetric:
@@ -108,6 +109,8 @@ class ScaledLinearMethod(QuantMethod):
     def _product_on(self, layer: QuantLinear, device: torch.device) -> linear_gpu.Product | None:
         if (arch := linear_gpu.architecture(device)) is None:
             return None
+        if layer.experts is not None:
+            raise ValueError(f"{layer.name}: no product on {device} takes the weights of {layer.experts} experts")
         try:
             product = self.scheme.product(arch)
             product.check_sizes(layer.in_features, layer.out_features)
@@ -131,7 +134,8 @@ class ScaledLinearMethod(QuantMethod):
     def from_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
         return linear_gpu.arrange(weight_scale, self.scheme.weight_key, self.product)
 
-    def apply(self, layer: QuantLinear, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
+    def taken(self, layer: QuantLinear, x: Tensor | QuantizedActivation) -> QuantizedActivation:
+        """The layer's input quantized as it wants it: as it is, or by the layer. Raises ValueError for another key."""
         if isinstance(x, QuantizedActivation):
             if x.quant_key != self.input_quant_key:
                 raise ValueError(f"{layer.name}: x is quantized as {x.quant_key}, expected {self.input_quant_key}")
@@ -139,6 +143,10 @@ class ScaledLinearMethod(QuantMethod):
             raise ValueError(f"{layer.name}: x is {list(x.shape)}, expected [..., {layer.in_features}]")
         else:
             x = fused_ops.quantize(x, **layer.input_quant())
+        return x
+
+    def apply(self, layer: QuantLinear, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
+        x = self.taken(layer, x)
         buffers: dict[str, Any] = layer._buffers  # nn.Module's attribute lookup would cost as much as a small product
         return fused_ops.scaled_linear(
             x,
@@ -169,6 +177,7 @@ class QuantLinear(nn.Module):
         device: where its buffers live.
     """
 
+    experts: int | None = None  # that have a weight each, in QuantGroupedLinear
     weight: Tensor
     weight_scale: Tensor
     weight_scale2: Tensor  # these six where the scheme asks for them

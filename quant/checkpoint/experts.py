@@ -1,0 +1,147 @@
+"""Experts in files: linear layers of their own, `experts.3.gate_proj`, of which layers here hold several in one.
+
+A stacked layer has a scale for its input, and a second one for each weight, where the files' layers have their own. So
+an input's is the largest of theirs, as in vLLM; second scales and zero points must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_ops.linear import block_key
+
+from ..key import FP8
+from ..methods import QuantExperts, QuantGroupedLinear, ScaledLinearMethod, Scheme
+from ..methods.experts import PROJECTIONS, holds_experts, strip, weights_of
+from .config import Recipe
+from .formats import Format, fit
+
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a layer of the files is in a stacked one: some rows of an expert's weight."""
+
+    expert: int
+    rows: slice
+
+    def of(self, layer: QuantGroupedLinear, buffer: str, tensor: Tensor) -> Tensor:
+        """Its view of the layer's tensor of this name."""
+        if buffer.startswith("input"):
+            return tensor
+        own, high = tensor[self.expert], layer.method.scheme.weight_key.scale.group_shape.rows
+        if buffer == "weight_scale2" or (buffer == "weight_scale" and high == -1):
+            return own
+        if buffer == "weight_scale" and high > 1:
+            return own[self.rows.start // high : -(-self.rows.stop // high)]
+        return own[self.rows]
+
+
+class Slot(NamedTuple):
+    """Where a tensor of the files goes: a stacked layer, its buffer, and the part of it."""
+
+    path: str
+    buffer: str
+    part: Part
+
+
+def parts_of(path: str, experts: QuantExperts) -> Iterator[tuple[str, str, Part]]:
+    """(name of a layer in files, path of the stacked one, what it is there) of a module of experts."""
+    for name in PROJECTIONS:
+        layer: QuantGroupedLinear = getattr(experts, name)
+        outs, names = layer.out_features, PARTS[name]
+        for number, part in enumerate(names):
+            if len(names) == 1 or experts.stock.is_concatenated:
+                size = outs // len(names)
+                rows = slice(number * size, (number + 1) * size)
+            else:
+                rows = slice(number, outs, len(names))
+            for expert in range(layer.experts):
+                yield f"{path}.{expert}.{part}", f"{path}.{name}", Part(expert, rows)
+
+
+def format_of(path: str, experts: Any, recipe: Recipe) -> Format | None:
+    """How the files have a model's experts, or None where they aren't quantized; ValueError where they differ."""
+    count, linear = len(weights_of(experts, "down_proj")[0]), nn.Linear(1, 1, device="meta")
+    names = [f"{path}.{expert}.{part}" for expert in range(count) for parts in PARTS.values() for part in parts]
+    first, *others = [recipe.format_of(name, linear) for name in names]
+    if any(other != first for other in others):
+        raise ValueError(f"quantization_config: {path} has experts of several formats, expected one")
+    return first
+
+
+def empty_experts(path: str, experts: Any, form: Format, dtype: torch.dtype) -> QuantExperts:
+    """The experts, whose weights are on meta, with layers for the files' codes and scales."""
+    scheme = form.scheme
+    if scheme.weight_key.per_tensor:  # gates and ups have one each, so that rows have one
+        scheme = replace(scheme, weight_key=block_key(scheme.weight_key.dtype, 1, -1))
+    high, inner = scheme.weight_key.scale.group_shape.rows, weights_of(experts, "down_proj")[0].shape[2]
+    if high > 1 and (inner % high or not experts.is_concatenated):
+        raise ValueError(
+            f"quantization_config: {path} has {inner} rows of gates and of ups, expected them one after the other and "
+            f"a multiple of {high}: blocks of {high} would have both"
+        )
+    layers = {name: _empty_layer(path, experts, name, scheme, dtype) for name in PROJECTIONS}
+    strip(experts)
+    return QuantExperts(layers["gate_up_proj"], layers["down_proj"], experts)
+
+
+def _empty_layer(path: str, experts: Any, name: str, scheme: Scheme, dtype: torch.dtype) -> QuantGroupedLinear:
+    (weight, bias), method = weights_of(experts, name), ScaledLinearMethod(scheme)
+    count, outs, cols = weight.shape
+    bias = None if bias is None else torch.empty(bias.shape, dtype=dtype)
+    try:
+        layer = QuantGroupedLinear(count, cols, outs, method, bias, name=f"{path}.{name}", device="cpu")
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {path}: {error}") from None
+    for buffer, tensor in layer.named_buffers(recurse=False):
+        if buffer.startswith("input_scale"):
+            tensor.zero_()
+        elif buffer == "weight_scale2":
+            tensor.fill_(float("nan"))
+        elif buffer == "input_zero_point":
+            tensor.fill_(_UNSET)
+    return layer
+
+
+_UNSET = torch.iinfo(torch.int32).max
+
+
+def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> None:
+    """Write a tensor of the files where it belongs. Raises ValueError where it can't be."""
+    name, place = slot.buffer, slot.part.of(layer, slot.buffer, layer.get_buffer(slot.buffer))
+    if name == "bias":
+        if list(tensor.shape) != list(place.shape) or not tensor.is_floating_point():
+            raise ValueError(f"is {tensor.dtype} {list(tensor.shape)}, expected floats {list(place.shape)}")
+        place.copy_(tensor)
+        return
+    one = name == "weight_scale" and form.scheme.weight_key.per_tensor
+    like = place[:1] if one else place
+    value = form.dialect.stored(name, form.scheme.weight_key).load(fit(tensor, like))
+    if name == "weight" and value.dtype == FP8 and (value.view(torch.uint8) & 0x7F == 0x7F).any():
+        raise ValueError("has values that aren't finite")
+    if name in ("input_scale", "input_scale2"):
+        if not (value.isfinite() & (value > 0)).all():
+            raise ValueError(f"is {value.item()}, expected a positive, finite scale")
+        value = torch.maximum(place, value)
+    elif name in ("weight_scale2", "input_zero_point"):
+        unset = place.isnan() if place.is_floating_point() else place == _UNSET
+        if not unset.all() and not torch.equal(place, value):
+            raise ValueError(f"is {value.item()}, and {place.item()} elsewhere in {slot.path}, which has one")
+    place.copy_(value.expand_as(place))
+
+
+def target_of(path: str) -> str:
+    """The layers of the files that a stacked one is, as compressed-tensors' targets name them."""
+    experts, _, name = path.rpartition(".")
+    return f"re:{re.escape(experts)}[.][0-9]+[.]({'|'.join(PARTS[name])})$"
+
+
+__all__ = ["Slot", "empty_experts", "format_of", "holds_experts", "parts_of", "put", "target_of"]
