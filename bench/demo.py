@@ -1,7 +1,7 @@
 """A real model, stock and through fused operations and quantized layers: `python -m bench.demo` (`make demo`).
 
 SmolLM2-135M-Instruct, or Gemma3-270M with `--model gemma3`, reads a page of English and writes an answer: as it is,
-patched, and with each scheme.
+patched, and with the schemes that most checkpoints have, or those after `--schemes`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from statistics import median
@@ -29,10 +29,15 @@ BEGINNING = "Once upon a time, in a small village by the sea,"  # for a model th
 READ = {"smollm2": 1000, "gemma3": 400}  # tokens; of Gemma's 262,144 logits each
 TURNS, TOKENS_A_TURN = 5, 10
 STOCK = "stock, bfloat16"  # what all others are compared with
-NOTE = """int8_static and int8_static_asym have one scale for all tokens of an activation, which its outliers stretch;
-mxfp4 rounds weights and activations to 4 bits as they are. Hence their perplexity.
-Ratios are to the stock model in bfloat16. Without bfloat16 instructions torch reads faster in float32.
+USUAL = ("int8_token", "fp8_static", "fp8_token", "fp8_block", "mxfp8", "nvfp4")
+NOTE = """Ratios are to the stock model in bfloat16. Without bfloat16 instructions torch reads faster in float32.
 Kernels sum in another order than torch, which turns a word now and then: patched text may differ from stock text."""
+NOTES = {  # on what a scheme does to the figures
+    ("int8_static", "int8_static_asym"): "one scale for all tokens of an activation, which its outliers stretch",
+    ("fp8_block",): "weights by 128x128, activations by 1x128",
+    tuple(name for name in SCHEMES if "fp" in name): "codes decoded by the kernel before it multiplies them",
+    ("mxfp4", "nvfp4"): "weights and activations rounded to 4 bits as they are, hence the perplexity",
+}
 
 
 @dataclass
@@ -62,7 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=models.MODELS, default="smollm2", help="(default: smollm2)")
     parser.add_argument("--tokens", type=int, help="how many tokens are read (default: 1000; by Gemma3 400)")
+    parser.add_argument("--schemes", nargs="+", default=USUAL, choices=[*SCHEMES, "all"], help="(default: the usual)")
     options = parser.parse_args(arguments)
+    schemes = [name for name in SCHEMES if name in options.schemes or "all" in options.schemes]
     length = options.tokens or READ[options.model]
     start = time.perf_counter()
 
@@ -74,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     reading = models.tokens(tokenizer)[:, :length]
     calibration = [models.tokens(tokenizer, models.CALIBRATION)[:, : length // 2]]
     variants = []
-    for name, make in recipes(stock, calibration).items():
+    for name, make in recipes(stock, calibration, schemes).items():
         progress(f"{name}: ", end="")
         model, report = make()
         variants.append(Variant(name, model))
@@ -91,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     for variant in variants:
         answer = takewhile(lambda token: token != tokenizer.eos_token_id, variant.tokens)
         print(f"\n{variant.name}:\n  {tokenizer.decode(list(answer))}")
-    print(f"\n{summary(variants)}\n\n{NOTE}\n")
+    print(f"\n{summary(variants)}\n\n{notes(schemes, reading)}\n")
     progress("done")
 
 
@@ -104,7 +111,9 @@ def prompted(tokenizer: PreTrainedTokenizerBase) -> tuple[str, Tensor]:
     return QUESTION, chat["input_ids"]
 
 
-def recipes(stock: PreTrainedModel, calibration: list[Tensor]) -> dict[str, Callable[[], tuple]]:
+def recipes(
+    stock: PreTrainedModel, calibration: list[Tensor], schemes: Iterable[str] = SCHEMES
+) -> dict[str, Callable[[], tuple]]:
     """How to make each variant: name -> function that returns (model, patch report or None)."""
 
     embedding = stock.get_input_embeddings().weight  # most of a small model; no scheme changes it
@@ -123,7 +132,7 @@ def recipes(stock: PreTrainedModel, calibration: list[Tensor]) -> dict[str, Call
         STOCK: lambda: (stock, None),
         "stock, float32": lambda: (copy.deepcopy(stock).float(), None),
         "patched, bfloat16": lambda: patched(copied()),
-        **{f"patched, {scheme}": lambda scheme=scheme: quantized(scheme) for scheme in SCHEMES},
+        **{f"patched, {scheme}": lambda scheme=scheme: quantized(scheme) for scheme in schemes},
     }
 
 
@@ -148,6 +157,15 @@ def write(variant: Variant, prompt: Tensor, count: int) -> None:
         if variant.tokens:  # the first comes with the reading of the prompt
             variant.seconds.append(time.perf_counter() - began)
         variant.tokens.append(new)
+
+
+def notes(schemes: Sequence[str], reading: Tensor) -> str:
+    """What was measured, and on what."""
+    lines = [f"Perplexity of {reading.shape[1]} tokens of {models.SOURCE}, {reading.shape[1] - 1} of them predicted."]
+    for names, what in NOTES.items():
+        if shown := [name for name in names if name in schemes]:
+            lines.append(f"{', '.join(shown)}: {what}.")
+    return "\n".join([*lines, NOTE])
 
 
 def summary(variants: list[Variant]) -> str:

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from .cache import cached
 
+SOURCE = 'the chapter "Objects, values and types" of Python\'s documentation'
 CALIBRATION = "execmodel"  # the text for it, which no perplexity is measured on
 ROWS = 256  # of logits at a time: Gemma's vocabulary has 262,144 tokens
 

@@ -22,7 +22,7 @@ Collective collective_of(const char* name, const Tensor& workspace, int64_t rank
   of.bytes = rows.cols;
   of.rank = rank;
   of.ranks = header.ranks;
-  count_attempt(of);
+  of.begun = begin_call(of);
   return of;
 }
 

@@ -166,6 +166,11 @@ inline Rows rows_like(const Tensor& tensor, const char* name, const Tensor& like
   return rows;
 }
 
+// Ascending, by insertion: there are few (and gcc 12 warns of bounds that std::sort doesn't leave).
+inline void sort_dims(std::pair<int64_t, int64_t>* dims, int n) {
+  for (int i = 1; i < n; ++i) std::rotate(std::upper_bound(dims, dims + i, dims[i]), dims + i, dims + i + 1);
+}
+
 // The bytes that rows cover: (stride, count) from the outermost on, around `inner` bytes at once.
 struct Extent {
   int dims = 0;
@@ -174,7 +179,7 @@ struct Extent {
   Extent(const Rows& rows, int64_t bytes) : inner(rows.cols * bytes) {
     std::pair<int64_t, int64_t> sorted[kMaxDims];
     for (int d = 0; d < rows.dims; ++d) sorted[d] = {rows.stride[d], rows.size[d]};
-    std::sort(sorted, sorted + rows.dims);
+    sort_dims(sorted, rows.dims);
     for (int d = rows.dims - 1; d >= 0; --d) {
       const auto [step, size] = sorted[d];
       if (dims && stride[dims - 1] == step * size) {
@@ -237,7 +242,7 @@ inline Rows one_row(void* data, int64_t cols) {
 inline void check_output(const Rows& out, int64_t out_bytes, const char* name) {
   std::pair<int64_t, int64_t> dims[kMaxDims];  // (stride, size), innermost first
   for (int d = 0; d < out.dims; ++d) dims[d] = {out.stride[d], out.size[d]};
-  std::sort(dims, dims + out.dims);
+  sort_dims(dims, out.dims);
   int64_t extent = out.cols * out_bytes;
   for (int d = 0; d < out.dims && out.count; ++d) {
     STD_TORCH_CHECK(dims[d].first >= extent, name, ": rows overlap in memory");

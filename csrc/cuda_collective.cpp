@@ -15,6 +15,7 @@ struct Workspace {
   int64_t two_shot_above;
   uint64_t limit;  // nanoseconds
   cuda::Failure* failure;
+  const int64_t* refused;  // how many calls the rank has refused by itself
 };
 
 // Workspaces that are open, by where their own memory begins: a tensor is one of them, or is refused.
@@ -86,9 +87,10 @@ int64_t bits_of(double value) {
   return bits;
 }
 
-// Bits of a call's first word.
+// Bits of a call's first word; above them are the calls that the rank has refused, so that it differs where the others
+// haven't.
 enum Options { kNorms = 1, kRoundBefore = 2, kPlusOne = 4, kWeight = 8, kAdds = 16, kScattered = 32, kGathers = 64 };
-constexpr int kSquares = 128;
+constexpr int kSquares = 128, kRefusedFrom = 32;
 
 // As fused_ops/_symmetric.py reads it.
 cuda::Call call_of_rows(const Pipeline& p, int options) {
@@ -112,6 +114,7 @@ cuda::Ranks ranks_of(const Workspace& memory, int64_t rows, const cuda::Call& ca
   ranks.all = rows;
   ranks.share = (rows + memory.ranks - 1) / memory.ranks;
   ranks.call = call;
+  ranks.call.words[0] |= *memory.refused << kRefusedFrom;
   return ranks;
 }
 

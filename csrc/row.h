@@ -6,6 +6,8 @@
 // fills in a Pipeline; row_op.h makes its overloads from that.
 #pragma once
 
+#include <memory>
+
 #include "memory.h"
 
 namespace fused_ops {
@@ -44,6 +46,7 @@ struct Collective {
   char* memory = nullptr;      // the workspace's
   int64_t bytes = 0, rank = 0, ranks = 0;
   bool scattered = false;
+  std::shared_ptr<void> begun;  // the call, on the CPU: while a copy of this lives, the rank is in it
 
   explicit operator bool() const { return name != nullptr; }
 };

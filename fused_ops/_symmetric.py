@@ -64,8 +64,9 @@ class Call(ctypes.Structure):
         return f"{name} of {', '.join(said)}, {('one', 'two')[part & 1]}-shot, by {by}"
 
 
-# Bits of a call's first word.
+# Bits of a call's first word, which the calls that the rank has refused lie above.
 NORMS, ROUND_BEFORE, PLUS_ONE, WEIGHT, ADDS, SCATTERED, GATHERS, SQUARES, TRITON = (1 << i for i in range(9))
+REFUSED_FROM = 32
 NUMBER_OF = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -100,6 +101,7 @@ class _Memory(ctypes.Structure):
         ("two_shot_above", ctypes.c_int64),
         ("limit", ctypes.c_uint64),
         ("failure", ctypes.c_void_p),
+        ("refused", ctypes.c_void_p),
     )
 
 
@@ -108,6 +110,8 @@ class Memory:
 
     buffer: uint8, this rank's, zeroed before any rank uses it. addresses: of every rank's, here.
     failure: at least 144 bytes of the host that kernels can write.
+    refused: how many calls this rank has refused by itself; each call carries it, so that no other rank takes the
+        next one for the refused one.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class Memory:
     ):
         self.buffer, self.addresses, self.rank, self.timeout, self.above = buffer, addresses, rank, timeout, above
         self.failure, self._keep = failure, keep
+        self.refused = ctypes.c_int64(0)
         self._record = Failure.from_address(failure.data_ptr())
         _open[buffer.data_ptr()] = self
         _tell_cuda(self)
@@ -132,6 +137,11 @@ class Memory:
             raise TimeoutError(f"{name}: rank {rank} did not come within {self.timeout:g} s to {call}: {broken}")
         if reason == OTHER_CALL:
             theirs = self._record.theirs
+            mine, other = (each.words[0] >> REFUSED_FROM for each in (call, theirs))
+            if mine < other:
+                raise ValueError(f"{name}: rank {rank} has refused a call, this rank called {call}: {broken}")
+            if mine > other:
+                raise ValueError(f"{name}: this rank has refused a call, rank {rank} called {theirs}: {broken}")
             raise ValueError(f"{name}: this rank called {call}, but rank {rank} called {theirs}: {broken}")
         raise TimeoutError(f"{name}: rank {rank} gave up, and says why; this rank called {call}: {broken}")
 
@@ -185,6 +195,7 @@ def _tell_cuda(memory: Memory) -> None:
         memory.above,
         round(memory.timeout * 1e9),
         memory.failure.data_ptr(),
+        ctypes.addressof(memory.refused),
     )
     library.fused_ops_open_workspace(ctypes.byref(told))
 

@@ -8,8 +8,9 @@ call the same operations in the same order, with the same shapes, dtypes and opt
 
 `qk_all_reduce_rms_norm` is a norm of rows whose columns the ranks share: only sums of squares cross.
 
-The reference backend gathers every rank's x through the group, and finds no call that differs between ranks. Where
-ranks are on several hosts the sum is the group's own, in its own order (see `AllReduceWorkspace`).
+The reference backend gathers every rank's x through the group. Of calls that differ between ranks it finds, on CPUs,
+those that one has refused, and those of which x isn't alike. Where ranks are on several hosts the sum is the group's
+own, in its own order (see `AllReduceWorkspace`).
 
 Source: Shoeybi et al., "Megatron-LM", 2019.
 """
@@ -26,6 +27,7 @@ from quant import QuantizedActivation, QuantKey
 from . import norm
 from ._check import FLOATS, check
 from ._op import Shared, invoke, op
+from ._shared import meet
 from .apart import FusedNorm, apart, by_group, invoke_apart, run_norm
 from .norm import (
     _fused_add_rms_norm,
@@ -45,9 +47,14 @@ def world_of(group: str) -> int:
     return _resolve_process_group(group).size()  # type: ignore[arg-type]
 
 
-def gathered(x: Tensor, group: str) -> list[Tensor]:
-    """x of every rank of the group, by the group's own all-gather."""
+def gathered(x: Tensor, workspace: Tensor, rank: int, group: str) -> list[Tensor]:
+    """x of every rank of the group, by the group's own all-gather.
+
+    Raises ValueError, on every rank, where one has refused this call, or hands over another x.
+    """
     world = world_of(group)
+    if world > 1:
+        meet(f"{x.dtype} {list(x.shape)}", workspace, rank, group)
     ops = torch.ops._c10d_functional
     stacked = ops.wait_tensor(ops.all_gather_into_tensor(x.reshape(-1), world, group))
     return list(stacked.view(world, *x.shape))
@@ -63,14 +70,14 @@ def summed(parts: list[Tensor]) -> Tensor:
 
 @op("y")
 def _all_reduce(x: Tensor, workspace: Shared, rank: int, group: str):
-    return summed(gathered(x, group))
+    return summed(gathered(x, workspace, rank, group))
 
 
 @op("y")
 def _all_reduce_rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, flags: int, workspace: Shared, rank: int, group: str
 ):
-    return _rms_norm.reference(summed(gathered(x, group)), weight, eps, flags)
+    return _rms_norm.reference(summed(gathered(x, workspace, rank, group)), weight, eps, flags)
 
 
 @op("y residual")
@@ -85,7 +92,7 @@ def _all_reduce_fused_add_rms_norm(
     group: str,
     x_multiplier: float = 1.0,
 ):
-    x = summed(gathered(x, group))
+    x = summed(gathered(x, workspace, rank, group))
     return _fused_add_rms_norm.reference(x, residual, weight, eps, flags, x_multiplier)
 
 
@@ -101,7 +108,7 @@ def _qk_all_reduce_rms_norm(
     rank: int,
     group: str,
 ):
-    parts = gathered(sums_of_squares(q, k), group)
+    parts = gathered(sums_of_squares(q, k), workspace, rank, group)
     return _normed_both(q, k, q_weight, k_weight, eps, flags, summed(parts), len(parts))
 
 

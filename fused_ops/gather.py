@@ -31,7 +31,7 @@ def own(tokens: Any, rank: int, group: str) -> slice:
 def _all_gather(x: Tensor, rows: torch.SymInt, workspace: Shared, rank: int, group: str):
     share = -(-rows // world_of(group))
     data = x.new_empty(x.shape).copy_(x).view(-1).view(torch.uint8).view(x.shape[0], x.shape[1] * x.element_size())
-    parts = gathered(pad(data, (0, 0, 0, share - x.shape[0])), group)
+    parts = gathered(pad(data, (0, 0, 0, share - x.shape[0])), workspace, rank, group)
     return torch.cat(parts)[:rows].reshape(-1).view(x.dtype).view(rows, x.shape[1])
 
 

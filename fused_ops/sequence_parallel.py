@@ -34,7 +34,7 @@ from .workspace import AllReduceWorkspace, counted, ranks_of
 
 @op("y")
 def _reduce_scatter(x: Tensor, workspace: Shared, rank: int, group: str):
-    return summed(gathered(x, group))[own(x.shape[0], rank, group)]
+    return summed(gathered(x, workspace, rank, group))[own(x.shape[0], rank, group)]
 
 
 @op("y")

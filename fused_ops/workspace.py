@@ -1,45 +1,31 @@
 """Memory that the ranks of a process group share, for collectives fused with what follows them.
 
-On the CPU it is one anonymous mapping of all ranks' processes, which has no name and so is gone with the last of them,
-however they end. csrc/collective.h says what lies in it.
+`_shared` has that of CPUs, `_symmetric` that of GPUs.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import inspect
 import os
-import platform
-import secrets
-import stat
-import struct
+import threading
 from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import _symmetric
+from . import _shared, _symmetric
 from ._check import FLOATS
+from ._shared import attempts_of, calling_of, everywhere, from_all, shared_memory
 
 DEFAULT_TIMEOUT = 60.0  # seconds
 # Bytes of a rank's rows from which on each rank sums its share of them and all read the sums, rather than everyone
 # summing all. On two cores, of 4096 columns of bfloat16: 2 MiB are faster in one shot with 2, 3 and 4 ranks, 8 MiB in
 # two shots with 3, 4 and 8, and about as fast with 2.
 TWO_SHOT_ABOVE = 1 << 22
-
-# As in csrc/collective.h.
-_MAGIC = 0x32736F7073667573
-_HEADER = struct.Struct("=7q")  # magic, bytes, ranks, bytes of a slot, timeout in ns, two_shot_above, nonce
-_BROKEN = struct.Struct("=q")  # ranks waited for (or that failed) | rank that gave up << 32 | 1 << 62
-_RANK = struct.Struct("=q56xqqqq")  # turns; in a call; process; its address of the memory; attempts
-_HAS_ENDED = 1 << 61  # in the same, where their processes have
-_BROKEN_AT, _RANKS_AT, _RANK_BYTES, _CALLING_AT, _ATTEMPTS_AT = 64, 128, 384, 64, 88
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -54,8 +40,8 @@ class AllReduceWorkspace:
     A rank that waits longer than `timeout`, or for a process that has ended, raises TimeoutError, and the workspace is
     broken: every later call with it does the same, on every rank. Calls that differ between ranks raise ValueError on
     all of them and break nothing, and so does a call that one rank refuses by itself, say for an argument that it alone
-    has wrong: the next one is the next on all. On a GPU differences and limits are found while the kernel runs: its
-    results are NaN, a later call raises, and the workspace is broken.
+    has wrong: the next one is the next on all. On a GPU both, and limits, are found while the kernel runs: its results
+    are NaN, a later call raises, and the workspace is broken. Ranks that share no memory find neither.
     A call belongs to the process that made the workspace, one thread at a time: a child that was forked is no rank.
     Operations write `buffer`, so compiled graphs keep their order; a compiler that copies what is written, as
     `backend="aot_eager"` does where Inductor doesn't, is refused when it calls, for nobody waits behind a copy.
@@ -117,26 +103,29 @@ class AllReduceWorkspace:
             settings = [max_tokens, hidden_size, FLOATS.index(dtype), round(timeout * 1e9), above, on_cpu]
         except Exception as error:  # raised when the other ranks know, since they would wait
             refusal = error
-        every = _from_all(group, [refusal is None, *settings])
+        every = from_all(group, [refusal is None, *settings])
         if refusal is not None:
             raise refusal
         _check_alike(every)
         header = [self.world_size, slot, round(timeout * 1e9), above]
         self._memory: _symmetric.Memory | None = None
         if on_cpu:
-            self.buffer = _shared_memory(group, header)
+            self.buffer = shared_memory(group, header)
         else:
             size = _symmetric.bytes_for(most, hidden_size, dtype)
             self._memory = _memory_of_gpus(group, size, timeout, two_shot_above, self.device)
             self.buffer = None if self._memory is None else self._memory.buffer
         self.shared = self.buffer is not None
         self._process = os.getpid()
-        self._attempts: Any = None  # of this rank, where it shares memory on a CPU
-        if on_cpu and self.buffer is not None:
-            at = self.buffer.data_ptr() + _RANKS_AT + self.rank * _RANK_BYTES
-            self._attempts = ctypes.c_int64.from_address(at + _ATTEMPTS_AT)
-            self._calling = ctypes.c_int64.from_address(at + _CALLING_AT)
-            self._attempts.memory = self.buffer  # which stays as long as they are read
+        # Calls of this rank: what it has refused, on CPUs also what has reached kernels, and whether it is in one.
+        self._attempts: Any = ctypes.c_int64(0)
+        self._calling: Any = ctypes.c_int64(0)
+        self._thread = threading.RLock()
+        if self._memory is not None:
+            self._attempts = self._memory.refused
+        elif self.buffer is not None:
+            self._attempts = attempts_of(self.buffer, self.rank)
+            self._calling = calling_of(self.buffer, self.rank)
         if self.buffer is None:
             self.buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
 
@@ -151,7 +140,7 @@ class AllReduceWorkspace:
         """
         if self._memory is not None:
             self._memory.close()
-        self._memory = self.buffer = self._attempts = None
+        self._memory = self.buffer = self._attempts = self._calling = None
 
     def __enter__(self) -> AllReduceWorkspace:
         return self
@@ -188,9 +177,12 @@ def counted(function: Function) -> Function:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         workspace = args[position] if position < len(args) else kwargs.get("workspace")
-        attempts = getattr(workspace, "_attempts", None)
-        if attempts is None:
+        if not isinstance(workspace, AllReduceWorkspace) or workspace.buffer is None:
             return function(*args, **kwargs)
+        if not workspace._thread.acquire(blocking=False):  # nothing of it would tell the two calls apart
+            name = function.__name__
+            raise ValueError(f"{name}: workspace: rank {workspace.rank} is in a call already, by another thread")
+        attempts = workspace._attempts
         before = attempts.value
         try:
             return function(*args, **kwargs)
@@ -199,45 +191,22 @@ def counted(function: Function) -> Function:
             if own and attempts.value == before and not workspace._calling.value:
                 attempts.value += 1
             raise
+        finally:
+            workspace._thread.release()
 
     return call  # type: ignore[return-value]
+
+
+def raise_if_broken(name: str, buffer: Tensor) -> None:
+    """TimeoutError if a rank has given up waiting in this workspace; on a GPU also what else went wrong there."""
+    _symmetric.raise_if_failed(name, buffer)
+    _shared.raise_if_broken(name, buffer)
 
 
 def share_of(tokens: Any, world: int, rank: int) -> slice:
     """The rows of `tokens` that are a rank's: ceil(tokens / world) each, the last ones fewer or none."""
     share = -(-tokens // world)
     return slice(torch.sym_min(rank * share, tokens), torch.sym_min((rank + 1) * share, tokens))
-
-
-def raise_if_broken(name: str, buffer: Tensor) -> None:
-    """TimeoutError if a rank has given up waiting in this workspace; on a GPU also what else went wrong there."""
-    _symmetric.raise_if_failed(name, buffer)
-    if type(buffer) is not Tensor or buffer.device.type != "cpu" or buffer.numel() < _RANKS_AT or buffer.ndim != 1:
-        return
-    header = bytes(buffer[:_RANKS_AT].tolist())
-    magic, size, world, _, timeout, *_ = _HEADER.unpack_from(header)
-    (broken,) = _BROKEN.unpack_from(header, _BROKEN_AT)
-    if magic != _MAGIC or size != buffer.numel() or not broken:
-        return
-    waited, by = [rank for rank in range(world) if broken >> rank & 1], broken >> 32 & 15
-    if waited == [by]:
-        raise TimeoutError(f"{name}: rank {by} failed in a call; the workspace is broken on all ranks: make a new one")
-    absent = ", ".join(f"rank {rank} ({_process(buffer, rank)})" for rank in waited)
-    long = "" if broken & _HAS_ENDED else f" {timeout / 1e9:g} s"
-    raise TimeoutError(
-        f"{name}: rank {by} waited{long} for {absent}; the workspace is broken on all ranks: make a new one"
-    )
-
-
-def _process(buffer: Tensor, rank: int) -> str:
-    """A rank's process, and whether it lives, as far as this one can see."""
-    at = _RANKS_AT + rank * _RANK_BYTES
-    pid = _RANK.unpack(bytes(buffer[at : at + _RANK.size].tolist()))[2]
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        state = "X"
-    return f"process {pid}, which {'has ended' if state in 'ZX' else 'is alive'}"
 
 
 def _check_arguments(max_tokens: Any, hidden_size: Any, dtype: Any, timeout: Any, above: Any) -> None:
@@ -281,38 +250,11 @@ def _check_alike(every: list[list[int]]) -> None:
         raise ValueError(f"AllReduceWorkspace: rank 0 {words(*every[0])}, but rank {other} {words(*every[other])}")
 
 
-def _from_all(group: ProcessGroup, values: list[int]) -> list[list[int]]:
-    """The ints of every rank, by the group's own all-gather."""
-    devices = group._device_types
-    device = torch.device("cpu") if torch.device("cpu") in devices or not devices else devices[0]
-    ops = torch.ops._c10d_functional
-    mine = torch.tensor(list(map(int, values)), dtype=torch.int64, device=device)
-    every = ops.wait_tensor(ops.all_gather_into_tensor(mine, group.size(), group.group_name))
-    return every.view(group.size(), -1).tolist()
-
-
-def _everywhere(group: ProcessGroup, make: Callable[[], Any]) -> Any:
-    """What `make` returns; where it raises on a rank, all ranks raise."""
-    made, failure = None, None
-    try:
-        made = make()
-    except Exception as error:  # raised when the other ranks know, since they would wait
-        failure = error
-    mine = 0 if failure is None else getattr(failure, "errno", None) or errno.EIO
-    codes = [code for (code,) in _from_all(group, [mine])]
-    if failure is not None:
-        raise failure
-    rank = next((rank for rank, code in enumerate(codes) if code), None)
-    if rank is not None:
-        raise OSError(codes[rank], f"AllReduceWorkspace: rank {rank} has no memory: {os.strerror(codes[rank])}")
-    return made
-
-
 def _memory_of_gpus(
     group: ProcessGroup, size: int, timeout: float, above: int | None, device: torch.device
 ) -> _symmetric.Memory | None:
     """This rank's memory; None where the ranks' GPUs don't reach each other's."""
-    buffer = _everywhere(group, lambda: _symmetric.empty(size, device))
+    buffer = everywhere(group, lambda: _symmetric.empty(size, device))
 
     def reached() -> _symmetric.Memory | None:
         try:
@@ -320,69 +262,5 @@ def _memory_of_gpus(
         except _symmetric.UnreachableError:
             return None
 
-    memory = _everywhere(group, reached)
-    return memory if all(have for (have,) in _from_all(group, [memory is not None])) else None
-
-
-def _host() -> int:
-    """A number of this machine, as it runs now."""
-    try:
-        name = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        name = platform.node()
-    return int.from_bytes(sha256(name.encode()).digest()[:8], "little", signed=True)
-
-
-def _shared_memory(group: ProcessGroup, header: list[int]) -> Tensor | None:
-    """Memory that all ranks map, with the header in it; None where they are on several hosts."""
-    world, slot, *_ = header
-    size = -(-(_RANKS_AT + world * _RANK_BYTES) // 4096) * 4096 + world * 2 * slot
-    nonce, fd = secrets.randbits(62), -1
-    every = _from_all(group, [_host()])
-    if any(host != every[0] for host in every):
-        return None
-
-    def create() -> Tensor | None:
-        nonlocal fd
-        if group.rank() != 0:
-            return None
-        if not hasattr(os, "memfd_create"):
-            raise OSError(errno.ENOSYS, "AllReduceWorkspace: this system has no memory without a name")
-        fd = os.memfd_create("fused_ops")
-        os.ftruncate(fd, size)
-        created = _mapped(os.getpid(), fd, size)
-        _put(created, 0, _HEADER.pack(_MAGIC, size, *header, nonce))
-        return created
-
-    try:
-        mine = _everywhere(group, create)
-        pid, theirs, known = _from_all(group, [os.getpid(), fd, nonce])[0]
-
-        def join() -> Tensor:
-            buffer = _mapped(pid, theirs, size) if mine is None else mine
-            if _HEADER.unpack(bytes(buffer[: _HEADER.size].tolist()))[-1] != known:
-                raise OSError(errno.ESRCH, f"AllReduceWorkspace: process {pid}, rank 0, is another one here")
-            at = _RANKS_AT + group.rank() * _RANK_BYTES
-            _put(buffer, at, _RANK.pack(0, 0, os.getpid(), buffer.data_ptr(), 0))
-            return buffer
-
-        return _everywhere(group, join)
-    finally:
-        if fd >= 0:
-            os.close(fd)  # the mapping stays
-
-
-def _mapped(pid: int, fd: int, size: int) -> Tensor:
-    """The memory behind another process's file descriptor; OSError where there is no such memory of that size."""
-    path = f"/proc/{pid}/fd/{fd}"
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
-        raise OSError(errno.ESRCH, f"AllReduceWorkspace: {path} is not rank 0's memory here")
-    try:
-        return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise OSError(errno.ENOMEM, f"AllReduceWorkspace: {size} bytes can't be mapped: {error}") from error
-
-
-def _put(buffer: Tensor, at: int, data: bytes) -> None:
-    buffer[at : at + len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    memory = everywhere(group, reached)
+    return memory if all(have for (have,) in from_all(group, [memory is not None])) else None

@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .blocks import BlockTables, OutOfBlocks, Step
-from .paged_layer import PagedLayer
+from .paged_layer import PagedLayer, Scales, checked_scales, kv_scales
 from .slots import Slots
 
-__all__ = ["OutOfBlocks", "PagedKVCache", "PagedLayer", "Step"]
+__all__ = ["OutOfBlocks", "PagedKVCache", "PagedLayer", "Step", "kv_scales"]
 
 
 class PagedKVCache(Cache):
@@ -46,23 +46,35 @@ class PagedKVCache(Cache):
 
     Args:
         config: the model's; it says how many layers there are, and whether they hold latents (`kv_lora_rank`): the
-            keys of one head and, beside them, what is rotated. Heads, dtype and device come from the first keys.
+            keys of one head and, beside them, what is rotated. Heads, S and device come from the first keys.
         num_blocks, block_size: the memory, in blocks and in tokens of each.
+        dtype: FP8 or int8, to hold codes, sat(round(k * (1 / k_scale))), and v likewise; None: S. Latents are in S.
+        scales: of codes, (k_scale, v_scale) of each layer: numbers, or float32 [1] or [kv_heads]; a checkpoint's are
+            `kv_scales(model)`.
 
     Raises:
-        ValueError: num_blocks or block_size isn't a positive int.
+        TypeError, ValueError: an argument isn't as above; num_blocks or block_size isn't a positive int.
         OutOfBlocks: by whatever needs blocks; see `step`.
     """
 
     layers: list[PagedLayer]  # type: ignore[assignment]
 
-    def __init__(self, config: PreTrainedConfig, num_blocks: int, block_size: int = 16) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        dtype: torch.dtype | None = None,
+        scales: Sequence[Scales | tuple[float, float]] | None = None,
+    ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"PagedKVCache: config is {type(config).__name__}, expected the model's config")
         self.tables = BlockTables(num_blocks, block_size)
         text = config.get_text_config(decoder=True)
         latent = getattr(text, "kv_lora_rank", None) is not None
-        super().__init__(layers=[PagedLayer(num_blocks, block_size, latent) for _ in range(text.num_hidden_layers)])
+        each = checked_scales(dtype, scales, text.num_hidden_layers, latent)
+        super().__init__(layers=[PagedLayer(num_blocks, block_size, latent, dtype, pair) for pair in each])
         self.rows: list[int] = []  # the sequences of a batch
         self.current: Step | None = None
         self._named = False  # whether sequences were added since a batch was announced: calls come with steps
@@ -195,8 +207,8 @@ class PagedKVCache(Cache):
         def read() -> tuple[Tensor, Tensor]:
             return layer.read(step, batch)
 
-        caches = layer.k_cache, layer.v_cache
-        return Slots(*caches, slot_mapping, read, sequences=tuple(sequences), kv_cache=layer.kv_cache)
+        caches = layer.k_cache, layer.v_cache, slot_mapping, read, layer.k_scale, layer.v_scale
+        return Slots(*caches, sequences=tuple(sequences), kv_cache=layer.kv_cache)
 
     @torch.compiler.disable
     def update(

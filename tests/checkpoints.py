@@ -124,8 +124,8 @@ def fp8_blocks(weight, powers=False, size=128):
     return fp8(weight, spread), scale
 
 
-def deepseek(weight, number, powers=False, name="weight_scale_inv"):
-    codes, scale = fp8_blocks(weight, powers)
+def deepseek(weight, number, powers=False, name="weight_scale_inv", size=128):
+    codes, scale = fp8_blocks(weight, powers, size)
     return {"weight": codes, name: scale.to(torch.float8_e8m0fnu) if powers else scale}
 
 

@@ -152,6 +152,14 @@ def assert_as_near(actual: Tensor, exact: Tensor, theirs: Tensor) -> None:
     assert mine <= QUANTIZED_ALIKE * other, f"{mine:.4g} from the exact logits, the other {other:.4g}"
 
 
+def assert_as_near_as(actual: Tensor, expected: Tensor, theirs: Tensor, of_theirs: Tensor) -> None:
+    """Ours differs from what it is to be at most as much as theirs does: by the mean square, of all elements."""
+    mine, other = (
+        (a.double() - e.double()).square().mean().sqrt() for a, e in ((actual, expected), (theirs, of_theirs))
+    )
+    assert mine <= other, f"{mine:.4g} apart, theirs {other:.4g}"
+
+
 def assert_codes_close(actual: Tensor, exact: Tensor) -> None:
     """Two products with codes between them, against float64 ones with codes of their own."""
     assert actual.shape == exact.shape

@@ -62,3 +62,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """What is compiled is compiled anew: a graph from the compiler's cache is shown to no pass, and to no report."""
+    from torch._functorch import config as autograd
+    from torch._inductor import config as inductor
+
+    torch._dynamo.reset()
+    with inductor.patch(fx_graph_cache=False), autograd.patch(enable_autograd_cache=False), torch.no_grad():
+        yield

@@ -12,6 +12,9 @@ from models_patch.passes.rewrite import path_of
 
 HEADS = {"rope", "qk_norm_rope"}
 WRITES = {"rope_kv_cache_write", "qk_norm_rope_kv_cache_write"}
+NORMS = "rms_norm", "fused_add_rms_norm", "rms_norm_add", "rms_norm_add_rms_norm", "dual_rms_norm"
+ACTIVATIONS = "silu_mul", "gelu_tanh_mul", "relu2", "swiglu_oai_mul"
+OWN = {name + end for name in NORMS + ACTIVATIONS for end in ("", "_quant")}
 
 
 class Calls(Pass):
@@ -93,3 +96,17 @@ def heads_put_in(report) -> Counter:
 def heads_by_hand(report) -> Counter:
     names = without_blocks(report)
     return Counter((e.operation, e.path) for e in report.replaced if e.operation in HEADS & set(names))
+
+
+def by_hand(report) -> Counter:
+    return Counter((entry.path, entry.operation) for entry in report.replaced if entry.operation in OWN)
+
+
+def by_passes(sites: Counter) -> Counter:
+    """`patch` names MLA's norms after their attention; those of heads are done with the rotation."""
+    found = Counter()
+    for (path, name), times in sites.items():
+        attention, _, norm = path.rpartition(".")
+        if name in OWN and norm not in ("q_norm", "k_norm"):
+            found[attention if norm in ("q_a_layernorm", "kv_a_layernorm") else path, name] += times
+    return found

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif("cpu" not in OPS["all_reduce"].backends, reason=
 
 
 def test_ranks_that_share_no_memory_use_the_groups_own_sum(monkeypatch):
-    monkeypatch.setattr("fused_ops.workspace._host", iter(range(99)).__next__)
+    monkeypatch.setattr("fused_ops._shared._host", iter(range(99)).__next__)
     made = workspaces(2, 4, 64)
     assert not any(w.shared for w in made)
     x, residual, weight = [torch.randn(5, 64) for _ in made], torch.randn(5, 64), torch.randn(64)
@@ -39,7 +39,7 @@ def test_ranks_that_share_no_memory_use_the_groups_own_sum(monkeypatch):
 
 def test_ranks_that_share_no_memory_refuse_what_others_do(monkeypatch):
     """Before they exchange anything, and no result is a constant to a backward pass."""
-    monkeypatch.setattr("fused_ops.workspace._host", iter(range(99)).__next__)
+    monkeypatch.setattr("fused_ops._shared._host", iter(range(99)).__next__)
     made = workspaces(2, 4, 64)
     x, q = torch.randn(4, 8), fused_ops.quantize(torch.randn(2, 8), FP8_DYNAMIC_TOKEN)
     out = torch.full((3, 4, 8), 7.0)

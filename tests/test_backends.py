@@ -1,8 +1,11 @@
 """Choosing a backend, and living without the compiled one."""
 
 import os
+import platform
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,22 +149,24 @@ def test_a_library_of_older_sources_is_refused_rather_than_left_out(monkeypatch)
         library._destroy()
 
 
-def test_every_stage_is_inlined():
-    """A helper that isn't inlined into an AVX2 stage would run as portable code, 26 times slower and silently."""
-    sources = Path(__file__).parent.parent / "csrc" / "cpu"
-    include = Path(torch.__file__).parent / "include"
-    # The built library is stripped, so the file is compiled again, with the flags that setup.py uses.
-    flags = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-fPIC"]
-    command = ["g++", *flags, "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}", "-S", "-o", "-"]
-    assembly = subprocess.run([*command, str(sources / "row.cpp")], capture_output=True, text=True, check=True).stdout
-    names = subprocess.run(["c++filt"], input=assembly, capture_output=True, text=True).stdout
-    functions = {
-        line.rstrip(":") for line in names.splitlines() if line.startswith(("fused_ops::", "void fused_ops::"))
-    }
-    stages = ("load_", "rms_norm", "layer_norm", "add_residual", "store_rows", "quantize", "run_", "pick_")
-    helpers = [f for f in functions if "::v3::" in f and not any(f"::v3::{stage}" in f for stage in stages)]
-    assert any("::v3::load_add" in f for f in functions)
-    assert not helpers
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set for all")
+def test_every_stage_is_of_its_instruction_set():
+    """What runs for AVX2 has no instruction from before it, and calls nothing else that computes: 26 times slower."""
+    (library,) = Path(fused_ops.__file__).parent.glob("_C*.so")
+    lines = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", library], stdout=subprocess.PIPE, text=True).stdout
+    older, called = Counter(), Counter()
+    for function in re.split(r"\n\n[0-9a-f]+ <", lines):
+        name, _, body = function.partition(">:\n")
+        isa = re.search(r"\bfused_ops::(v3|base)::", name)
+        if isa:
+            older[isa[1]] += len(re.findall(r"\t(?!v)\S+ .*%xmm", body))
+        if isa and isa[1] == "v3":
+            called.update(re.findall(r"\t(?:call|jmp) +[0-9a-f]+ <(?!.*\bfused_ops::v3::)(.*?)>", body))
+    assert older["base"] > 10_000
+    assert older["v3"] == 0
+    computes_nothing = {"memcpy@plt", "memset@plt", "fused_ops::Rows::offset_of_many(long) const"}
+    assert {name for name in called if "Pipeline::Pipeline" not in name} <= computes_nothing
 
 
 def test_quantized_activation_traces_through_a_compiled_model():

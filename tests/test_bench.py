@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_ops
-from bench import attention, bars, cache, gpu, readme, rows, run
+from bench import attention, bars, cache, demo, gpu, models, readme, rows, run
 from bench.emulate import EmulatedLinear
 from bench.peers import attention as peers
 from bench.peers import eager
@@ -18,6 +18,15 @@ from bench.table import table
 from quant.methods import SCHEMES, quantize_model
 
 CASES = [case for case in rows.cases([]) if case.cols != rows.LARGE]
+
+
+def test_the_demo_says_what_it_measured():
+    assert set(demo.USUAL) <= SCHEMES.keys()
+    text = demo.notes(demo.USUAL, torch.zeros(1, 1000, dtype=torch.int64))
+    assert text.startswith(f"Perplexity of 1000 tokens of {models.SOURCE}, 999 of them predicted.\n")
+    assert "\nfp8_static, fp8_token, fp8_block, mxfp8, nvfp4: codes decoded by the kernel" in text
+    assert "mxfp4" not in text
+    assert "\nmxfp4, nvfp4: weights" in demo.notes([*SCHEMES], torch.zeros(1, 2))
 
 
 def test_a_quick_run_writes_its_results(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from torch import nn
 import fused_ops
 import models_patch
 from quant import (
+    FP8_DYNAMIC_GROUP_64,
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
@@ -55,12 +57,17 @@ def set_inputs(**changes):
     return lambda scheme: [setattr(scheme.input_activations, name, value) for name, value in changes.items()]
 
 
+def set_blocks_of_64(scheme) -> None:
+    scheme.weights.block_structure, scheme.input_activations.group_size = [64, 64], 64
+
+
 STATIC = {"strategy": "tensor", "dynamic": False}
 COMPRESSED = {  # preset, change of it, the input's key
     "fp8": ("FP8", None, FP8_STATIC_TENSOR),
     "fp8-dynamic": ("FP8_DYNAMIC", None, FP8_DYNAMIC_TOKEN),
     "fp8-dynamic-tensor": ("FP8_DYNAMIC", set_inputs(strategy="tensor"), FP8_DYNAMIC_TENSOR),
     "fp8-block": ("FP8_BLOCK", None, FP8_DYNAMIC_GROUP_128),
+    "fp8-block-64": ("FP8_BLOCK", set_blocks_of_64, FP8_DYNAMIC_GROUP_64),
     "int8": ("W8A8", None, INT8_DYNAMIC_TOKEN),
     "int8-asym": ("W8A8", set_inputs(symmetric=False), INT8_DYNAMIC_TOKEN_ASYM),
     "int8-static": ("W8A8", set_inputs(**STATIC), INT8_STATIC_TENSOR),
@@ -87,6 +94,14 @@ def ue8m0(weight, number):
     return deepseek(weight, number, powers=True)
 
 
+def mxfp8_inv(weight, number):
+    return mxfp8(weight, number, name="weight_scale_inv")
+
+
+def autofp8_dynamic(weight, number):
+    return {name: value for name, value in autofp8(weight, number).items() if name != "input_scale"}
+
+
 def vector(weight, number):
     return by_rows(weight, number, shape=(-1,))
 
@@ -94,7 +109,10 @@ def vector(weight, number):
 BY_HAND = {  # configuration, a layer's tensors, the input's key
     "deepseek": (DEEPSEEK, deepseek, FP8_DYNAMIC_GROUP_128),
     "deepseek-ue8m0": ({**DEEPSEEK, "scale_fmt": "ue8m0"}, ue8m0, POWERS),
+    "deepseek-64": ({**DEEPSEEK, "weight_block_size": [64, 64]}, partial(deepseek, size=64), FP8_DYNAMIC_GROUP_64),
+    "deepseek-mxfp8": ({**DEEPSEEK, "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}, mxfp8_inv, MXFP8),
     "autofp8": ({"quant_method": "fp8", "activation_scheme": "static"}, autofp8, FP8_STATIC_TENSOR),
+    "autofp8-dynamic": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, autofp8_dynamic, FP8_DYNAMIC_TOKEN),
     "fbgemm": ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 3.0}, by_rows, FP8_DYNAMIC_TOKEN),
     "modelopt-fp8": (modelopt("FP8"), autofp8, FP8_STATIC_TENSOR),
     "modelopt-fp8-rows": (modelopt("FP8_PER_CHANNEL_PER_TOKEN"), vector, FP8_DYNAMIC_TOKEN),
@@ -200,6 +218,8 @@ IGNORED = [
     ("fp8", ["model.layers.1"], 7),
     ("fp8", ["re:.*[qk]_proj", "down_proj"], 8),
     ("fp8", ["model.layers.*.mlp"], 8),
+    ("fp8", ["model.layers.0.mlp.up.proj"], 14),  # dots are themselves
+    ("modelopt", ["lm_head", "re:.*mlp"], 14),  # no expressions
     ("modelopt", ["lm_head", "model.layers.0.self_attn*"], 10),
     ("modelopt", ["lm_head", "model.layers.0.mlp"], 11),
 ]

@@ -8,8 +8,11 @@ import torch
 from patching import quantize, tiny
 from safetensors.torch import load_file, save_file
 from test_checkpoint import DEEPSEEK, modelopt, nested
+from torch import nn
 
+from quant import FP8_STATIC_TENSOR, NVFP4
 from quant.checkpoint import load_quantized, save_quantized
+from quant.checkpoint.config import read_recipe
 
 UP = "model.layers.1.mlp.up_proj"
 FP8 = torch.float8_e4m3fn
@@ -66,6 +69,19 @@ def instead(quantization):
     return lambda config, _: config.__setitem__("quantization_config", quantization)
 
 
+def fbgemm(bound):
+    return instead({"quant_method": "fbgemm_fp8", "activation_scale_ub": bound})
+
+
+def described(algorithm, *, weights=(), inputs=(), targets=("Linear",)):
+    """ModelOpt's description of an algorithm, of which these fields are other ones; inputs None: of weights alone."""
+    base = {"dynamic": False, "num_bits": 8, "type": "float"}
+    base |= {"num_bits": 4, "group_size": 16} if algorithm == "NVFP4" else {}
+    group = {"weights": base | dict(weights), "targets": list(targets)}
+    group |= {} if inputs is None else {"input_activations": base | dict(inputs)}
+    return instead(modelopt(algorithm, config_groups={"g": group}))
+
+
 CONFIGS = {
     "unknown method": (put("quant_method", "gptq"), 'quant_method is "gptq", expected "compressed-tensors" or'),
     "no method": (lambda _, q: q.pop("quant_method"), "quant_method is null, expected"),
@@ -89,6 +105,20 @@ CONFIGS = {
     "no weights": (group("weights", None, None), "group_0.weights is missing"),
     "outputs": (group("output_activations", {"num_bits": 8}, None), "output_activations is .*, expected null"),
     "groups as a list": (put("config_groups", []), r"config_groups is \[\], expected dict"),
+    "no groups": (put("config_groups", {}), r"config_groups is \{\}, expected at least one"),
+    "no targets": (group("targets", None, None), "group_0.targets is missing"),
+    "empty targets": (group("targets", [], None), r"group_0.targets is \[\], expected a list of at least one string"),
+    "blocks of lists": (
+        group("block_structure", [[128], [128]]),
+        r"weights.block_structure is \[\[128\], \[128\]\], expected a list of two ints",
+    ),
+    "blocks of floats": (group("block_structure", [128.0, 128]), "block_structure is .*, expected a list of two ints"),
+    "groups beside blocks": (
+        lambda _, q: q["config_groups"]["group_0"]["weights"].update(
+            strategy="block", block_structure=[128, 128], group_size=128
+        ),
+        "weights.group_size is 128, expected null",
+    ),
     "targets as a string": (group("targets", "Linear", None), 'targets is "Linear", expected list'),
     "targets that fit none": (group("targets", ["Conv2d"], None), "leaves no layer of LlamaForCausalLM quantized"),
     "an expression": (put("ignore", ["re:("]), r"ignore has '\(', which is no regular expression"),
@@ -118,6 +148,10 @@ CONFIGS = {
         instead({"quant_method": "fbgemm_fp8", "activation_scale_ub": "1"}),
         'activation_scale_ub is "1", expected int or',
     ),
+    "fbgemm's bound, beyond float": (fbgemm(10**400), "activation_scale_ub is 10+, expected a positive number"),
+    "fbgemm's bound, beyond float32": (fbgemm(1e39), r"activation_scale_ub is 1e\+39, expected a positive number"),
+    "fbgemm's bound, NaN": (fbgemm(float("nan")), "activation_scale_ub is NaN, expected a positive number"),
+    "fbgemm's bound, negative": (fbgemm(-1.0), "activation_scale_ub is -1.0, expected a positive number"),
     "modelopt algorithm": (instead(modelopt("W4A16_NVFP4")), 'quant_algo is "W4A16_NVFP4", expected FP8 or'),
     "modelopt AWQ": (
         instead(nested("NVFP4", pre_quant_scale=True) | {"quant_method": "modelopt"}),
@@ -129,8 +163,48 @@ CONFIGS = {
         "kv_cache_quant_algo",
     ),
     "modelopt says two things": (
-        instead(modelopt("FP8", config_groups={"g": {"weights": {"num_bits": 4, "type": "float"}}})),
+        described("FP8", weights={"num_bits": 4}),
         "config_groups.g.weights.num_bits is 4, expected 8",
+    ),
+    "modelopt's strategy": (
+        described("FP8", weights={"strategy": "channel"}),
+        'g.weights.strategy is "channel", expected null or "tensor"',
+    ),
+    "modelopt's dynamic": (described("FP8", inputs={"dynamic": True}), "g.input_activations.dynamic is true, expected"),
+    "modelopt's group": (
+        described("NVFP4", weights={"group_size": 32}),
+        "g.weights.group_size is 32, expected null or",
+    ),
+    "modelopt's symmetry": (described("FP8", inputs={"symmetric": False}), "symmetric is false, expected null or true"),
+    "modelopt's weights alone": (described("FP8", inputs=None), "g.input_activations is null, expected an object"),
+    "modelopt's targets": (
+        described("FP8", targets=["Embedding"]),
+        r'g.targets is \["Embedding"\], expected null or \["Linear"\]',
+    ),
+    "modelopt's unknown": (described("FP8", weights={"observer": "x"}), "g.weights.observer is .*, a field that isn't"),
+    "modelopt's mixed targets": (
+        instead(
+            modelopt(
+                "MIXED_PRECISION",
+                quantized_layers={UP: {"quant_algo": "FP8"}},
+                config_groups={"g": {"targets": ["lm_head"]}},
+            )
+        ),
+        r'g.targets is \["lm_head"\], expected names of quantized_layers',
+    ),
+    "modelopt's mixed bits": (
+        instead(
+            modelopt(
+                "MIXED_PRECISION",
+                quantized_layers={UP: {"quant_algo": "FP8"}},
+                config_groups={"g": {"targets": [UP], "weights": {"num_bits": 4}}},
+            )
+        ),
+        "g.weights.num_bits is 4, expected 8",
+    ),
+    "modelopt's mixed none": (
+        instead(modelopt("MIXED_PRECISION", quantized_layers={})),
+        r"quantized_layers is \{\}, expected at least one",
     ),
     "no configuration": (
         lambda config, _: config.pop("quantization_config"),
@@ -154,11 +228,57 @@ def test_configurations(name, copy):
     assert str(folder / "config.json") in str(caught.value) or "model.safetensors" in str(caught.value)
 
 
+def test_what_modelopt_describes_is_understood(tmp_path):
+    """As its exporter writes it: "dynamic" is false everywhere, and an algorithm that it has no words for is named."""
+    base = {"dynamic": False, "num_bits": 8, "type": "float"}
+    layers = {
+        "FP8": (base, base),
+        "FP8_PER_CHANNEL_PER_TOKEN": ({**base, "strategy": "channel"}, base),
+        "NVFP4": ({**base, "num_bits": 4, "group_size": 16},) * 2,
+        "MXFP8": ({**base, "group_size": 32},) * 2,
+        "FP8_PB_WO": None,
+    }
+    groups = {
+        name: {"quant_algo": name} if parts is None else dict(zip(("weights", "input_activations"), parts, strict=True))
+        for name, parts in layers.items()
+    }
+    for group in groups.values():
+        group["targets"] = ["Linear"]
+    mixed = {name: {**group, "targets": [f"layer.{name}"]} for name, group in groups.items()}
+    quantized = {f"layer.{name}": {"quant_algo": name} for name in layers}
+    each = [modelopt(name, config_groups={"group_0": groups[name]}) for name in ("FP8", "NVFP4")]
+    for quantization in *each, modelopt("MIXED_PRECISION", config_groups=mixed, quantized_layers=quantized):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+        algorithm = quantization["quant_algo"]
+        theirs = nested(algorithm, **({"quantized_layers": quantized} if "MIXED" in algorithm else {}))
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps(theirs))
+        recipe = read_recipe(tmp_path)
+        assert recipe.format_of("lm_head", nn.Linear(1, 1)) is None
+        name = "NVFP4" if "MIXED" in algorithm else algorithm
+        form = recipe.format_of(f"layer.{name}", nn.Linear(1, 1))
+        assert form.scheme.input_quant_key == {"FP8": FP8_STATIC_TENSOR, "NVFP4": NVFP4}[name]
+
+
 def test_two_files_that_disagree(copy):
     folder = copy()
     edit_config(folder, instead(modelopt("FP8")))
     (folder / "hf_quant_config.json").write_text(json.dumps(nested("NVFP4")))
-    with pytest.raises(ValueError, match=r"config.json: .*quant_algo is 'FP8', .*hf_quant_config.json says 'NVFP4'"):
+    other = folder / "hf_quant_config.json"
+    for theirs, message in (
+        (nested("NVFP4"), "quant_algo is 'FP8', .*hf_quant_config.json has 'NVFP4'"),
+        (nested("FP8", exclude_modules=["*mlp*"]), r"exclude_modules is \['lm_head'\], .* has \['\*mlp\*'\]"),
+        (nested("FP8", kv_cache_quant_algo="FP8"), "kv_cache_quant_algo is None, .*hf_quant_config.json has 'FP8'"),
+        ({"quantization": [1]}, r"hf_quant_config.json.quantization is \[1\], expected an object"),
+        ({"quantization": {"quant_algo": ["FP8"]}}, r"quantization.quant_algo is \[\"FP8\"\], expected str"),
+    ):
+        other.write_text(json.dumps(theirs))
+        with pytest.raises(ValueError, match=message):
+            load_quantized(folder)
+    mixed = [{"quantized_layers": {UP: {"quant_algo": name}}} for name in ("FP8", "FP8_PB_WO")]
+    edit_config(folder, instead(modelopt("MIXED_PRECISION", **mixed[0])))
+    other.write_text(json.dumps(nested("MIXED_PRECISION", **mixed[1])))
+    message = rf"quantized_layers is \[\('{UP}', 'FP8'\)\], .* has \[\('{UP}', 'FP8_PB_WO'\)\]"
+    with pytest.raises(ValueError, match=message):
         load_quantized(folder)
 
 
@@ -284,9 +404,10 @@ def test_damaged_files(copy):
     path.unlink()
     with pytest.raises(ValueError, match=r"model.safetensors: "):
         load_quantized(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json: "):
-        load_quantized(folder)
+    for data in "{", "[" * 100_000:
+        (folder / "config.json").write_text(data)
+        with pytest.raises(ValueError, match=r"config.json: "):
+            load_quantized(folder)
 
 
 def test_damaged_indices(copy):
@@ -300,6 +421,9 @@ def test_damaged_indices(copy):
         (dict.fromkeys(others, "one.safetensors"), "one.safetensors: .* isn't in the index's weight_map"),
         (whole | {first: "two.safetensors"}, "two.safetensors: "),
         (whole | {first: "../one.safetensors"}, "expected a file of this folder"),
+        (whole | {first: ".."}, "weight_map names '..', expected a file of this folder"),
+        (whole | {first: ""}, "weight_map names '', expected a file of this folder"),
+        (whole | {first: "\0"}, "expected a file of this folder"),
         (None, "weight_map is NoneType"),
     ):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
@@ -328,6 +452,24 @@ def test_an_output_layer_that_is_quantized_and_tied(copy):
     edit_tensors(folder, lambda t: t.update(load_tied))
     with pytest.raises(ValueError, match=r"config.json: lm_head is quantized, but tie_word_embeddings"):
         load_quantized(folder)
+
+
+def test_an_output_layer_that_is_tied_and_has_values_of_its_own(copy):
+    folder = copy()
+    edit_config(folder, lambda config, _: config.update(tie_word_embeddings=True))
+    with pytest.raises(ValueError, match=r"lm_head.weight isn't model.embed_tokens.weight, but tie_word_embeddings"):
+        load_quantized(folder)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = load_quantized(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_weights_beyond_float16(copy):
+    folder = copy()
+    edit_tensors(folder, lambda t: t.update({"model.norm.weight": torch.full((64,), 1e5)}))
+    load_quantized(folder)
+    with pytest.raises(ValueError, match=r"model.norm.weight has values beyond torch.float16"):
+        load_quantized(folder, torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,13 @@ def test_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("quant.checkpoint.save.save_file", _full)
     with pytest.raises(OSError, match=r"No space"):
         save_quantized(model, tmp_path / "new")
+    with pytest.raises(OSError, match=r"No space"):
+        save_quantized(model, tmp_path / "a" / "b" / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    (tmp_path / "new.partial").mkdir()
+    with pytest.raises(ValueError, match=r"new.partial is there, of a call that was ended or still runs: remove it"):
+        save_quantized(model, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new.partial"]
 
 
 def _full(*_):

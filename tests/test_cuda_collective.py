@@ -91,13 +91,15 @@ def test_several_workspaces_side_by_side():
             assert_same(call.results["y"], summed(xs))
 
 
-def out_of_step(calls: list[list[tuple]]) -> tuple[list[list[RankCall]], list[Exception]]:
+def out_of_step(calls: list[list[tuple]], refused: int | None = None) -> tuple[list[list[RankCall]], list[Exception]]:
     """Each rank's calls (name, first arguments), of which not all have their like: as made, and what ranks raise then.
 
-    A rank that wasn't waiting when another gave up finds out by its next call.
+    A rank that wasn't waiting when another gave up finds out by its next call. refused: a rank that has refused one.
     """
     world, errors = len(calls), []
     with workspaces(world, 4, 64, torch.float32, timeout=1e-3) as memories:
+        if refused is not None:
+            memories[refused].refused.value += 1
 
         def made(rank: int, name: str, args: tuple) -> RankCall:
             return RankCall(OPS[name], (*args, None, 0, ""), memories[rank])
@@ -152,6 +154,24 @@ def test_calls_that_differ(other):
         assert said[1] != said[3]
     for own in made:
         assert own[0].results["y"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("all_reduce", (torch.ones(3, 64),)),
+        ("all_gather", (torch.ones(1, 64), 3)),
+        ("qk_all_reduce_rms_norm", (torch.ones(3, 64), torch.ones(3, 64), None, None, 1e-6, 0)),
+    ],
+    ids=lambda call: call[0],
+)
+def test_the_next_call_of_a_rank_that_refused_one_is_another(call):
+    made, errors = out_of_step([[call]] * 3, refused=1)
+    for rank, error in enumerate(errors):
+        assert type(error) is ValueError, error
+        said = "this rank has refused a call, rank " if rank == 1 else "rank 1 has refused a call, this rank called "
+        assert said in str(error), error
+        assert not any((y.isfinite() & (y < 1e38)).any() for y in made[rank][0].results.values())
 
 
 def test_what_is_no_workspace_is_refused():

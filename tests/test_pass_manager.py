@@ -1,5 +1,6 @@
 """Pass managers: which passes run where and in which order, what the cache knows them by, what they report."""
 
+import importlib
 import json
 import pickle
 from dataclasses import FrozenInstanceError
@@ -19,6 +20,7 @@ from models_patch.passes import (
     PassManager,
     Range,
     compile_range,
+    compiler,
     current_config,
     inductor_options,
     register_fusion,
@@ -28,6 +30,8 @@ from models_patch.passes import (
 from models_patch.passes import fusion as fusion_module
 from models_patch.passes.cleanup import NoOpElimination
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 
 @pytest.fixture
 def registry():
@@ -35,13 +39,6 @@ def registry():
     yield
     fusion_module._registered.clear()
     fusion_module._registered.update(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
 
 
 # Configurations.
@@ -110,12 +107,20 @@ def test_an_explicit_pipeline_is_all_there_is():
         ("models_patch.passes.cleanup.Nope", ValueError, r"models_patch.passes.cleanup has no Nope"),
         ("models_patch.passes.report", TypeError, r"which is function, expected a class"),
         (int, TypeError, r"\[1\] is int, expected a Pass"),
+        (passes.Pass, TypeError, r"\[1\] is Pass, a base class"),
+        ("models_patch.passes.FusionPass", TypeError, r"\[1\] is FusionPass, a base class"),
+        ("broken.Pass", ValueError, r"\[1\] is 'broken.Pass', but importing broken raises ZeroDivisionError: "),
+        ("broken_when_made.Own", ValueError, r"\[1\] is Own, and making it raises ZeroDivisionError: "),
         (3, TypeError, r"\[1\] is builtins.int, expected a pass"),
         (WithArgument, TypeError, r"\[1\] is WithArgument, which takes arguments: "),
         (Nothing, ValueError, "name is 'Nothing', which .*Nothing has already"),
     ],
 )
-def test_a_bad_entry_says_which_and_why(entry, error, message):
+def test_a_bad_entry_says_which_and_why(entry, error, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    own = "class Own(Nothing):\n    def __init__(self):\n        1 / 0"
+    (tmp_path / "broken_when_made.py").write_text(f"from sample_passes import Nothing\n{own}")
     with pytest.raises(error, match=message):
         PassManager.from_config(PassConfig(pass_pipeline=[Nothing, entry]))
 
@@ -155,9 +160,9 @@ def test_registered_fusions_run_where_they_say(registry):
 
 
 def test_every_hook_of_the_compiler_and_who_is_there_already():
-    own = Counting()
+    own, seen = Counting(), []
     managers = [PassManager([("nothing", Nothing())], hook) for hook in HOOKS[:-1]]
-    with torch._inductor.config.patch({POST_GRAD: own}):
+    with torch._inductor.config.patch({POST_GRAD: own, HOOKS[0]: seen.append}):
         options = inductor_options(*managers, PassConfig(pass_pipeline=[TwiceTanhFusion]))
     assert set(options) == set(HOOKS)
     x = torch.randn(3, 5)
@@ -165,6 +170,9 @@ def test_every_hook_of_the_compiler_and_who_is_there_already():
     for hook in HOOKS[:-1]:
         assert options[hook].report().operations["seen"] > 0, hook
     assert options[POST_GRAD].report().operations == {"TwiceTanh": 1}
+    assert len(seen) == 1
+    assert options[HOOKS[0]].uuid() is None  # a function has none, so that nothing is kept
+    assert options[POST_GRAD].uuid() is not None
     (graph,) = own.graphs  # behind the manager's: what was replaced isn't there any more
     assert "aten.add.Tensor" in graph
     assert "aten.mul.Tensor" not in graph
@@ -180,10 +188,39 @@ def test_every_hook_of_the_compiler_and_who_is_there_already():
 class Normed(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight, self.eps = torch.nn.Parameter(torch.ones(64)), 1e-6
+        self.weight = torch.nn.Parameter(torch.ones(64))
 
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+    def forward(self, x, eps=1e-6):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def test_a_number_that_is_an_input_becomes_a_constant():
+    """With a guard, where a pattern wants it; sizes stay open."""
+    model = Normed()
+
+    def graphs(function, *calls):
+        torch._dynamo.reset()
+        options = inductor_options()
+        compiled = torch.compile(function, options=options, dynamic=True)
+        for rows, number in calls:
+            x = torch.randn(rows, 64)
+            torch.testing.assert_close(compiled(x, number), function(x, number))
+        return len(passes.report(options).graphs), passes.report(options).operations["rms_norm"]
+
+    assert graphs(model, (4, 0.5), (7, 0.5), (7, 0.25)) == (2, 2)
+    assert graphs(lambda x, by: torch.tanh(x) * by, (4, 1.5), (7, 2.5)) == (1, 0)  # nobody wants it
+
+
+@torch._inductor.config.patch(fx_graph_cache=True)
+@torch._functorch.config.patch(enable_autograd_cache=True)
+def test_a_compilation_that_starts_again_is_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, model, options = torch.randn(4, 64), Normed(), inductor_options()
+    for from_cache in 0, 1:
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, options=options, dynamic=True)(x, 0.5), model(x, 0.5))
+        assert passes.report(options).from_cache == from_cache
+        assert len(passes.report(options).graphs) == 1
 
 
 def test_patterns_are_traced_apart_from_what_is_compiled(monkeypatch):
@@ -195,6 +232,8 @@ def test_patterns_are_traced_apart_from_what_is_compiled(monkeypatch):
     assert passes.report(options).operations == {"rms_norm": 1}
 
 
+@torch._inductor.config.patch(fx_graph_cache=True)
+@torch._functorch.config.patch(enable_autograd_cache=True)
 def test_a_graph_from_the_cache_says_so_and_computes_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     x, options = torch.randn(3, 5), inductor_options(PassConfig(pass_pipeline=[TwiceTanhFusion]))
@@ -234,6 +273,15 @@ def test_passes_run_for_the_sizes_they_are_for():
     with pytest.raises(ValueError, match="lower is 3 and upper 2"), compile_range(3, 2):
         pass
     assert ranges(torch.randn(3))[0] == Range()
+
+
+# The compiler.
+
+
+def test_another_torch_is_named(monkeypatch):
+    monkeypatch.delattr("torch._dynamo.symbolic_convert.TensorifyState")
+    with pytest.raises(ImportError, match=rf"torch {torch.__version__[:4]}.* differs from 2.13.*'TensorifyState'"):
+        importlib.reload(compiler)
 
 
 # Reports.

@@ -21,13 +21,7 @@ from models_patch.passes import (
     use_config,
 )
 
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 _UUID = """
 import sys
@@ -125,7 +119,11 @@ def fused(function):
 
 
 def test_functions_of_one_name_are_told_apart():
-    functions = [lambda x: x.tanh() * 2, lambda x: x.erf() * 2, *(_times(factor) for factor in (2.0, 3.0))]
+    functions = [
+        lambda x: x.tanh() * 2,
+        lambda x: x.erf() * 2,
+        *(_times(factor) for factor in (2.0, 3.0, *torch.arange(2))),
+    ]
     assert len({fused(function).uuid() for function in functions}) == len(functions)
     x = torch.randn(4, 5)
     for function in functions[:2]:  # what one was traced to isn't the other's

@@ -1,34 +1,16 @@
 """Passes over rows: every family gets the operations that `patch` gives it, at the same modules, with the same bits."""
 
 import copy
-from collections import Counter
 
 import pairwise
 import pytest
 import torch
-from passes import Compiled, heads_by_hand, heads_put_in, same_on_both_backends
-from patching import FAMILIES, UNLISTED, quantize, tiny, tokens
+from passes import Compiled, by_hand, by_passes, heads_by_hand, heads_put_in, same_on_both_backends
+from patching import FAMILIES, UNLISTED, quantize, tiny, tokens, without_blocks
+from tensor_parallel import cut, on_ranks
 
 import models_patch
 from quant.methods import SCHEMES
-
-NORMS = "rms_norm", "fused_add_rms_norm", "rms_norm_add", "rms_norm_add_rms_norm", "dual_rms_norm"
-ACTIVATIONS = "silu_mul", "gelu_tanh_mul", "relu2", "swiglu_oai_mul"
-OWN = {name + end for name in NORMS + ACTIVATIONS for end in ("", "_quant")}
-
-
-def by_hand(report) -> Counter:
-    return Counter((entry.path, entry.operation) for entry in report.replaced if entry.operation in OWN)
-
-
-def by_passes(sites: Counter) -> Counter:
-    """`patch` names MLA's norms after their attention; those of heads are done with the rotation."""
-    found = Counter()
-    for (path, name), times in sites.items():
-        attention, _, norm = path.rpartition(".")
-        if name in OWN and norm not in ("q_norm", "k_norm"):
-            found[attention if norm in ("q_a_layernorm", "kv_a_layernorm") else path, name] += times
-    return found
 
 
 def both(model):
@@ -86,6 +68,28 @@ def test_zero_points_of_granite():
     compiled, patched, report = both(model)
     assert_same_bits(compiled, patched)
     assert by_passes(compiled.sites) == by_hand(report)
+
+
+CUT = ["Llama", "MiniMaxM2", "Gemma3Text", "Qwen3", "DeepseekV3"]
+
+
+@pytest.mark.parametrize("name", CUT if pairwise.everything else CUT[:1])
+def test_cut_over_ranks_as_by_hand(name):
+    model = tiny(name, **FAMILIES.get(name, {}), num_hidden_layers=2)
+
+    def run(group):
+        part, _ = cut(model, group)
+        compiled, patched, report = both(part)
+        made, expected = (function(tokens(), use_cache=False).logits for function in (compiled, patched))
+        return torch.equal(made, expected), compiled, report
+
+    for same, compiled, report in on_ranks(2, run):
+        assert same
+        assert by_passes(compiled.sites) == by_hand(report)
+        assert heads_put_in(compiled.manager.report()) == heads_by_hand(report)
+        assert {n: t for n, t in compiled.calls.items() if "reduce" in n} == {
+            n: t for n, t in without_blocks(report).items() if "reduce" in n
+        }
 
 
 def test_any_number_of_tokens():

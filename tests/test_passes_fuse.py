@@ -51,6 +51,33 @@ def test_spellings_of_a_norm(spelling, dtype):
     torch.testing.assert_close(found, expected)
 
 
+ROOTS = {
+    "of columns": lambda x: x / torch.sqrt(x.square().mean(0, keepdim=True) + 1e-6),
+    "alone": lambda x: 1 / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+    "reciprocal": lambda x: (x.square().mean(-1, keepdim=True) + 1e-6).sqrt().reciprocal() * 3,
+    "of another": lambda x: (x + 1) / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+}
+
+
+@pytest.mark.parametrize("spelling", ROOTS)
+def test_a_root_of_no_norm_keeps_its_bits(spelling):
+    x = rows(5, 64, dtype=torch.float32)
+    compiled = Compiled(ROOTS[spelling])
+    assert torch.equal(compiled(x), ROOTS[spelling](x))
+    assert not compiled.calls
+
+
+def test_a_root_that_is_used_besides_its_norm_keeps_its_bits():
+    def function(x, weight):
+        root = torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return weight * (x / root), (x + 1) / root
+
+    x, weight = rows(5, 64, dtype=torch.float32), rows(64, dtype=torch.float32, seed=1)
+    compiled = Compiled(function)
+    assert torch.equal(compiled(x, weight)[1], function(x, weight)[1])
+    assert compiled.calls == {"rms_norm": 1}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, False)])
 def test_layer_norm(dtype, given):
@@ -85,6 +112,17 @@ def test_spellings_of_an_activation(spelling, dtype):
     with fused_ops.use_backend("reference"):
         assert torch.equal(compiled(x), ACTIVATIONS[spelling](x))
     assert compiled.calls == {spelling.partition(" ")[0]: 1}, compiled.misses
+
+
+def test_one_gate_of_several():
+    def function(gate, a, b):
+        return F.silu(gate) * a, b * F.silu(gate), F.silu(gate)
+
+    compiled, inputs = Compiled(function), [rows(3, 64, seed=seed) for seed in range(3)]
+    assert same_on_both_backends(lambda *x: compiled(*x)[2], lambda *x: function(*x)[2], *inputs)
+    with fused_ops.use_backend("reference"):
+        assert all(map(torch.equal, compiled(*inputs), function(*inputs)))
+    assert compiled.calls == {"silu_mul": 2}
 
 
 def test_limits_that_differ_are_left():
@@ -145,6 +183,29 @@ def test_views_that_split_rows_are_left():
     compiled = Compiled(function)
     assert same_on_both_backends(compiled, function, X, RESIDUAL)
     assert compiled.calls == {"silu_mul": 1, "quantize": 1}
+
+
+def test_a_result_that_is_used_before_all_inputs_are_there():
+    def function(x, residual, up):
+        total = x + residual
+        early = total * 2
+        y = llama(total, up.tanh()[0, 0])
+        return y, early
+
+    compiled = Compiled(function)
+    assert same_on_both_backends(compiled, function, X, RESIDUAL, X)
+    assert compiled.calls == {"fused_add_rms_norm": 1}, compiled.misses
+
+
+def test_a_result_that_an_input_depends_on_stays():
+    def function(x, residual):
+        total = x + residual
+        return llama(total, total.tanh()[0, 0])
+
+    compiled = Compiled(function)
+    assert same_on_both_backends(compiled, function, X, RESIDUAL)
+    assert compiled.calls == {"rms_norm": 1}
+    assert "which is an input, depends on" in compiled.misses
 
 
 def test_padded_rows():

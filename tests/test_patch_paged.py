@@ -16,7 +16,9 @@ from transformers.models.llama import modeling_llama as llama
 
 import fused_ops
 import models_patch
-from models_patch.paged_cache import PagedKVCache, PagedLayer
+from models_patch.paged_cache import PagedKVCache, PagedLayer, kv_scales
+from quant import formats
+from quant.checkpoint import load_quantized, save_quantized
 
 NAMES = ["Llama", "Mistral", "Qwen2", *FAMILIES]
 BACKENDS = [backend for backend in ("reference", "cpu") if backend in fused_ops.OPS["paged_attention"].backends]
@@ -116,6 +118,97 @@ def test_generation_without_padding(name, options, no_gathering):
     expected = model.generate(prompt, past_key_values=DynamicCache(), **options)
     models_patch.patch(model)
     assert torch.equal(model.generate(prompt, past_key_values=paged(model), **options), expected)
+
+
+# Caches that hold codes.
+
+SCALES = [(0.02 + layer / 100, torch.tensor([0.03, 0.04])) for layer in range(L)]  # of a layer, and of each head
+
+
+def coded(model, dtype: torch.dtype) -> PagedKVCache:
+    return PagedKVCache(model.config, 64, 4, dtype=dtype, scales=SCALES)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "SmolLM3"])  # rotated, normed too, and neither in some layers
+def test_a_cache_of_codes(name, dtype, backend):
+    """Patched, it reads codes where they are; unpatched, their values: both are what the scales say."""
+    model, ids = model_of(name), tokens(12)
+    exact = model(ids).logits
+    expected = in_chunks(model, ids, stock := coded(model, dtype))
+    assert not torch.equal(expected, exact)
+    models_patch.patch(model)
+    caches = [coded(model, dtype), paged(model)]
+    with fused_ops.use_backend(backend):
+        actual, _ = (in_chunks(model, ids, cache) for cache in caches)
+    assert_logits_close(actual, expected)
+    held, whole = (cache.layers[0] for cache in caches)  # whose keys and values depend on no code
+    for name, scale in zip(("k_cache", "v_cache"), SCALES[0], strict=True):
+        codes, values = getattr(held, name), getattr(whole, name)
+        assert codes.dtype == getattr(stock.layers[0], name).dtype == dtype
+        expected = formats.encode(values * (1 / torch.as_tensor(scale)).view(-1, 1), dtype)
+        assert torch.equal(codes.view(torch.uint8), expected)
+
+
+def test_sequences_share_blocks_of_codes():
+    model, prompt = model_of("Llama"), [5, 6, 7, 8, 9, 10]
+    models_patch.patch(model)
+    cache, alone = coded(model, torch.float8_e4m3fn), coded(model, torch.float8_e4m3fn)
+    first, other = cache.add(), alone.add()
+    cache.step({first: 6})
+    model(torch.tensor([prompt]), past_key_values=cache)
+    second = cache.add(prefix_of=first, length=5)  # in the middle of a block, which is copied when it is written
+    cache.step({second: 2})
+    shared = model(torch.tensor([[20, 21]]), past_key_values=cache).logits
+    alone.step({other: 7})
+    expected = model(torch.tensor([[*prompt[:5], 20, 21]]), past_key_values=alone).logits[:, 5:]
+    assert_logits_close(shared, expected)
+
+
+def test_a_checkpoints_scales_are_its_caches(tmp_path):
+    model = quantize(tiny("Llama", torch.float32, num_hidden_layers=L), "fp8_token")
+    with pytest.raises(ValueError, match=r"kv_scales: model has scales of layers \[\], expected all"):
+        kv_scales(model)
+    for number, layer in enumerate(model.model.layers):
+        for name in "k_scale", "v_scale":
+            layer.self_attn.register_buffer(name, torch.tensor([0.02 + number / 100]))
+    save_quantized(model, tmp_path / "model")
+    loaded = load_quantized(tmp_path / "model", torch.float32)
+    scales = kv_scales(loaded)
+    assert [k.item() for k, _ in scales] == torch.tensor([0.02 + number / 100 for number in range(L)]).tolist()
+
+    def logits() -> torch.Tensor:
+        cache = PagedKVCache(loaded.config, 64, dtype=torch.float8_e4m3fn, scales=scales)
+        return loaded(tokens(), past_key_values=cache).logits
+
+    expected = logits()
+    models_patch.patch(loaded)
+    assert_logits_close(logits(), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scales": SCALES}, ValueError, "scales are given, but dtype is None"),
+        ({"dtype": torch.bfloat16, "scales": SCALES}, TypeError, "dtype is torch.bfloat16, expected None or one of"),
+        ({"dtype": torch.int8}, TypeError, r"scales is NoneType, expected \(k_scale, v_scale\) of each layer"),
+        ({"dtype": torch.int8, "scales": SCALES[1:]}, ValueError, f"scales has {L - 1}, expected {L}, "),
+        ({"dtype": torch.int8, "scales": [1.0] * L}, ValueError, f"scales has {L}, expected {L}, "),
+        ({"dtype": torch.int8, "scales": [("1", 1.0)] * L}, TypeError, "scales has str, expected numbers or float32"),
+        ({"dtype": torch.int8, "scales": [(torch.ones(1).double(), 1.0)] * L}, TypeError, "scales has torch.float64"),
+        ({"dtype": torch.int8, "scales": [(10**400, 1.0)] * L}, ValueError, "expected what is positive and finite"),
+        ({"dtype": torch.int8, "scales": [(1.0, torch.zeros(1))] * L}, ValueError, "expected what is positive and"),
+    ],
+)
+def test_codes_that_are_refused(options, error, message):
+    with pytest.raises(error, match=f"PagedKVCache: .*{message}"):
+        PagedKVCache(model_of("Llama").config, 64, **options)
+
+
+def test_latents_are_no_codes():
+    with pytest.raises(ValueError, match=r"dtype is torch.int8, expected None: latents are held in S"):
+        PagedKVCache(model_of("DeepseekV3").config, 64, dtype=torch.int8, scales=SCALES)
 
 
 # Sliding windows, of which masks and attentions may say different things.

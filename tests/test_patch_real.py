@@ -17,7 +17,10 @@ from models_patch.paged_cache import PagedKVCache
 def real(request):
     name, _, dtype = request.param.partition("-")
     model, tokenizer = models.load(name, getattr(torch, dtype))
-    yield model, models.tokens(tokenizer)[:, :200]
+    ids = models.tokens(tokenizer)[:, :200]
+    with torch.no_grad():
+        stock = logits(model, ids)
+    yield model, ids, stock
     del model
     gc.collect()
 
@@ -29,7 +32,7 @@ def logits(model, ids):
 
 @torch.no_grad()
 def test_on_the_reference_backend_logits_are_stocks_bit_for_bit(real):
-    model, ids = real
+    model, ids, _ = real
     with fused_ops.use_backend("reference"):
         expected = logits(model, ids[:, :24])
         models_patch.patch(model)
@@ -44,10 +47,9 @@ def test_on_the_reference_backend_logits_are_stocks_bit_for_bit(real):
 # are allowed.
 @torch.no_grad()
 def test_on_the_cpu_backend_it_predicts_as_stock_does(real):
-    model, ids = real
+    model, ids, stock = real
     perplexity_bound, margin_bound = (1e-5, 1e-3) if model.dtype == torch.float32 else (0.012, 0.5)
     with fused_ops.use_backend("cpu"):
-        stock = logits(model, ids)
         models_patch.patch(model)
         patched = logits(model, ids)
         models_patch.unpatch(model)
@@ -63,8 +65,7 @@ def test_on_the_cpu_backend_it_predicts_as_stock_does(real):
 # Attention from blocks keeps its weights in float32, where stock rounds them to bfloat16; bounds are those above.
 @torch.no_grad()
 def test_from_blocks_it_predicts_as_stock_does(real):
-    model, ids = real
-    stock = logits(model, ids)
+    model, ids, stock = real
     models_patch.patch(model)
     cache, parts = PagedKVCache(model.config, 16), ids.split((150, 49, 1), 1)
     hidden = [model.model(part, past_key_values=cache).last_hidden_state[0].float() for part in parts]

@@ -9,10 +9,10 @@ import pytest
 import torch
 import virtual_ranks
 from test_ops import ALL, cases, results
-from virtual_ranks import RankCall
+from virtual_ranks import RankCall, workspaces
 
 import fused_ops
-from fused_ops import _symmetric
+from fused_ops import OPS, _symmetric
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -53,6 +53,15 @@ def together(ranks: list[list[RankCall]]) -> None:
 def by_one(op, args):
     with fused_ops.use_backend("triton"):
         return results(op, args)
+
+
+def test_the_next_call_of_a_rank_that_refused_one_is_another():
+    with workspaces(2, 4, 64, torch.float32) as memories:
+        memories[1].refused.value += 1
+        together([[RankCall(OPS["all_reduce"], (torch.ones(3, 64), None, 0, ""), memory)] for memory in memories])
+        for memory, said in zip(memories, ("rank 1 has", "this rank has"), strict=True):
+            with pytest.raises(ValueError, match=f"{said} refused a call"):
+                memory.check()
 
 
 @pytest.mark.parametrize("op", SUMS)

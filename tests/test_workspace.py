@@ -1,7 +1,9 @@
 """Workspaces of real processes: what they share, what ends a call, what is left behind."""
 
+import ctypes
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -11,7 +13,7 @@ from ranks import RESIDUAL, WEIGHT, Processes, X, everywhere, on_ranks, threads,
 from torch.distributed import PrefixStore, ProcessGroup, Store
 
 import fused_ops
-from fused_ops import OPS, AllReduceWorkspace
+from fused_ops import OPS, AllReduceWorkspace, _shared, _symmetric
 from fused_ops.collective import summed
 from fused_ops.collective_inputs import group_of
 from fused_ops.workspace import share_of
@@ -198,10 +200,19 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("two_shot_above", [0, 1 << 20], ids=["two shots", "one shot"])
-def test_what_one_rank_refuses_no_other_takes_for_its_next_call(two_shot_above):
+@pytest.mark.parametrize(
+    ("backend", "two_shot_above"),
+    [("cpu", 0), ("cpu", 1 << 20), ("reference", 0)],
+    ids=["two shots", "one shot", "reference"],
+)
+def test_what_one_rank_refuses_no_other_takes_for_its_next_call(backend, two_shot_above):
     """The others raise too, and the next call, which is the same to look at, has all ranks' rows of that call."""
     made = workspaces(3, 4, 64, two_shot_above=two_shot_above)
+    with fused_ops.use_backend(backend):
+        refuse_by_turns(made, "exchanges" if backend == "reference" else "calls all_reduce_fused_add_rms_norm_quant(")
+
+
+def refuse_by_turns(made, exchange: str) -> None:
     calls = [rows(i, 0, 3, 64, torch.float32) for i in range(3)]
     for i, (what, refused) in enumerate(REFUSED.items()):
         alone, times = i % 3, 1 + i % 2
@@ -215,7 +226,7 @@ def test_what_one_rank_refuses_no_other_takes_for_its_next_call(two_shot_above):
             return errors, [fused_ops.all_reduce(x * (w.rank + 1), w) for x in calls], usual(w)[1]
 
         for rank, (errors, sums, residual) in enumerate(everywhere(made, run)):
-            said = f"rank {alone} has refused this call, rank {rank} calls all_reduce_fused_add_rms_norm_quant("
+            said = f"rank {alone} has refused this call, rank {rank} {exchange}"
             assert all((said in error) is (rank != alone) for error in errors), f"{what}: {errors}"
             for x, total in zip(calls, sums, strict=True):
                 assert_same(total, summed([x * (r + 1) for r in range(3)]), what)
@@ -226,6 +237,19 @@ def test_what_one_rank_refuses_no_other_takes_for_its_next_call(two_shot_above):
                 refused(w)
     for y in everywhere(made, lambda w: fused_ops.all_reduce(X, w)):
         assert_same(y, summed([X, X, X]))
+
+
+def test_the_reference_finds_rows_that_differ():
+    made, other = workspaces(2, 4, 64), {"rows": X[:2], "dtype": X.bfloat16()}
+    with fused_ops.use_backend("reference"):
+        for x in other.values():
+            for rank, error in enumerate(on_ranks(made, lambda w, x=x: fused_ops.all_reduce((X, x)[w.rank], w))):
+                theirs, own = ((x, X), (X, x))[rank]
+                said = f"rank {1 - rank} exchanges {theirs.dtype} {list(theirs.shape)}, rank {rank} {own.dtype}"
+                assert type(error) is ValueError, error
+                assert said in str(error)
+            for y in everywhere(made, lambda w: fused_ops.all_reduce(X, w)):
+                assert_same(y, X + X)
 
 
 def test_a_rank_that_refuses_and_calls_no_more_is_waited_for_in_vain():
@@ -331,6 +355,80 @@ def test_one_thread_at_a_time_is_a_rank():
         assert_same(y, x + x)
 
 
+@pytest.mark.parametrize("call", ["function", "kernel"])
+def test_threads_that_call_at_once_take_turns_or_are_refused(call):
+    """Whoever comes second isn't counted, so the other rank meets each of the first's calls."""
+    made, tickets, refused = workspaces(2, 4, 64, timeout=30), iter(range(400)), []
+    x = [torch.randn(2, 8) for _ in made]
+
+    def run(w):
+        if call == "function":
+            return fused_ops.all_reduce(x[w.rank], w)
+        return torch.ops.fused_ops.all_reduce(x[w.rank], w.buffer, w.rank, w.group_name)
+
+    def until_it_is_served() -> None:
+        for _ in tickets:
+            while True:
+                try:
+                    run(made[0])
+                    break
+                except (ValueError, RuntimeError) as error:
+                    refused.append(str(error))
+
+    def rank(w):
+        if w is made[1]:
+            return [run(w) for _ in range(400)]
+        return until_it_is_served()
+
+    sums = everywhere([made[0], made[0], made[1]], rank)[2]
+    assert all(torch.equal(y, x[0] + x[1]) for y in sums)
+    assert refused
+    assert all("rank 0 is in a call already, by another thread" in error for error in refused), set(refused)
+
+
+def _serve_without_the_main_thread(group: ProcessGroup, _, reached) -> str:
+    workspace = AllReduceWorkspace(group, 4, 64, torch.float32, timeout=20)
+
+    def serve() -> None:
+        time.sleep(0.5)  # longer than others wait before they look
+        fused_ops.all_reduce(X, workspace)
+        reached()
+        time.sleep(60)
+
+    if group.rank() == 1:
+        threading.Thread(target=serve, daemon=True).start()
+        ctypes.CDLL(None).pthread_exit(None)
+    assert_same(fused_ops.all_reduce(X, workspace), X + X)
+    reached()
+    return _shared._process(workspace.buffer, 1)
+
+
+def test_a_process_whose_main_thread_has_ended_is_alive():
+    processes = Processes(2, _serve_without_the_main_thread)
+    try:
+        processes.wait(30)
+        assert "is alive" in processes.result(0)
+    finally:
+        processes.end()
+
+
+def test_a_gpus_workspace_counts_what_its_rank_refuses(monkeypatch):
+    """So that the next call says so: tests of each backend have the rest."""
+    monkeypatch.setattr(_symmetric, "empty", lambda size, device: torch.zeros(size, dtype=torch.uint8))
+
+    def opened(buffer, group, timeout, above):
+        failure = torch.zeros(256, dtype=torch.uint8)
+        return _symmetric.Memory(buffer, [buffer.data_ptr()] * 2, group.rank(), timeout, above or 0, failure)
+
+    monkeypatch.setattr(_symmetric, "opened", opened)
+    for w in workspaces(2, 4, 64, device="cuda:0"):
+        for _ in range(2):
+            with pytest.raises((TypeError, ValueError)):
+                fused_ops.all_reduce(X.long(), w)
+        assert w._memory.refused.value == 2
+        w.close()
+
+
 def test_what_one_rank_cannot_make_ends_all(monkeypatch):
     """No rank waits for one that raised, and ranks of one host share memory or say why not."""
 
@@ -353,16 +451,14 @@ def test_what_one_rank_cannot_make_ends_all(monkeypatch):
     for result in threads(2, make, {"max_tokens": (1 << 30, 1 << 30), "of": (usual, usual)}, wait=20):
         assert result.startswith("OSError: [Errno 12]"), result
 
-    from fused_ops import workspace
-
-    mapped, calls = workspace._mapped, iter(range(9))
+    mapped, calls = _shared._mapped, iter(range(9))
 
     def once(*where):
         if next(calls):
             raise OSError(13, "not for you")
         return mapped(*where)
 
-    monkeypatch.setattr(workspace, "_mapped", once)
+    monkeypatch.setattr(_shared, "_mapped", once)
     results = threads(2, make, {"max_tokens": (4, 4), "of": (usual, usual)}, wait=20)
     assert "rank 1 has no memory: Permission denied" in results[0]
     assert results[1] == "PermissionError: [Errno 13] not for you"

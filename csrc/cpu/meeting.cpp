@@ -47,7 +47,8 @@ int64_t now() {
   return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
 }
 
-// Whether a process is gone, or waits for its parent to take note.
+// Whether a process is gone, or waits for its parent to take note: with one thread, since one whose first thread has
+// ended is in the same state while others run.
 bool has_ended(int64_t process) {
   if (kill(static_cast<pid_t>(process), 0) && errno == ESRCH) return true;
   char text[512] = {};
@@ -56,8 +57,14 @@ bool has_ended(int64_t process) {
   if (!file) return false;
   text[std::fread(text, 1, sizeof(text) - 1, file)] = 0;
   std::fclose(file);
-  const char* const name_end = std::strrchr(text, ')');  // a space, and its state, follow
-  return name_end && std::strchr("ZXx", name_end[1] ? name_end[2] : 0) && name_end[2];
+  const char* const name_end = std::strrchr(text, ')');
+  char state = 0;
+  long threads = 0;
+  const int read =
+      name_end ? std::sscanf(name_end + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %ld",
+                             &state, &threads)
+               : 0;
+  return read == 2 && threads <= 1 && std::strchr("ZXx", state);
 }
 
 void pause() {
@@ -68,9 +75,15 @@ void pause() {
 
 }  // namespace
 
-void count_attempt(const Collective& of) {
-  Rank& mine = ranks_in(of)[of.rank];
-  if (of.ranks > 1 && is_of_this_process(mine, of) && !mine.calling) ++mine.attempts;
+std::shared_ptr<void> begin_call(const Collective& of) {
+  Rank* const mine = ranks_in(of) + of.rank;
+  // One rank alone waits for nobody.
+  STD_TORCH_CHECK(of.ranks == 1 || is_of_this_process(*mine, of),
+                  "workspace: expected the buffer that this process has made as rank ", of.rank, ", not a copy");
+  STD_TORCH_CHECK(!mine->calling.exchange(1), "workspace: rank ", of.rank, " is in a call already, by another thread");
+  std::shared_ptr<void> begun(mine, [](Rank* rank) { rank->calling.store(0, std::memory_order_release); });
+  mine->attempts.fetch_add(1, std::memory_order_relaxed);
+  return begun;
 }
 
 Meeting::Meeting(const Collective& of, const Call& call)
@@ -82,11 +95,7 @@ Meeting::Meeting(const Collective& of, const Call& call)
   STD_TORCH_CHECK(rank_ < header_.ranks, "rank: expected 0 to ", header_.ranks - 1);
   mine_ = each_ + rank_;
   slots_ = of.memory + slots_at(header_.ranks);
-  // One rank alone waits for nobody.
-  STD_TORCH_CHECK(header_.ranks == 1 || is_of_this_process(*mine_, of),
-                  "workspace: expected the buffer that this process has made as rank ", rank_, ", not a copy");
   STD_TORCH_CHECK(!*broken_, "workspace: a rank has given up waiting");
-  STD_TORCH_CHECK(!mine_->calling.exchange(1), "workspace: rank ", rank_, " is in a call already, by another thread");
   turn_ = mine_->turns.load(std::memory_order_relaxed) / 2;
   call_.attempt = mine_->attempts.load(std::memory_order_relaxed);
 }
@@ -96,7 +105,6 @@ Meeting::~Meeting() {
   int64_t none = 0;
   if (compared_ && alone_ && std::uncaught_exceptions() > exceptions_)
     broken_->compare_exchange_strong(none, kIsBroken | rank_ << 32 | int64_t{1} << rank_);
-  mine_->calling.store(0, std::memory_order_release);
 }
 
 void Meeting::meet(bool half) {

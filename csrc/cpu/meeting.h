@@ -1,4 +1,4 @@
-// What the ranks of a workspace share, and how they meet in it (fused_ops/workspace.py makes the memory).
+// What the ranks of a workspace share, and how they meet in it (fused_ops/_shared.py makes the memory).
 //
 //   header                 what the workspace is; 64 bytes, then 64 with `broken`
 //   a Rank for each        how far it is, and what it calls
@@ -10,11 +10,13 @@
 // for what they call, so a rank compares before it writes any result; if two differ, every rank differs from one.
 //
 // Attempts are numbered too, also such as a rank refuses before it meets the others. Ranks that meet in an earlier one
-// than another rank raise, since that one has refused it; who is ahead waits for them in the turn that follows.
+// than another rank raise, since that one has refused it; who is ahead waits for them in the turn that follows. A call
+// that another thread makes meanwhile is none of the rank's, and has no number.
 #pragma once
 
 #include <atomic>
 #include <exception>
+#include <memory>
 
 #include "../collective.h"
 
@@ -37,11 +39,12 @@ struct Rank {
 };
 static_assert(sizeof(Rank) == 384 && std::atomic<int64_t>::is_always_lock_free);
 
-// Numbers a call of this rank, unless it isn't this process's, or is in another one.
-void count_attempt(const Collective& of);
+// Begins a call of this rank, and numbers it; it ends with the last copy of what is returned. Throws where this isn't
+// that rank's process, or it is in a call already.
+std::shared_ptr<void> begin_call(const Collective& of);
 
-// One rank's side of it, for the time of a call. Throws where this isn't that rank's process, it calls already, or a
-// rank has given up waiting. No access leaves the memory, whatever lies in it.
+// One rank's side of a call that has begun. Throws where a rank has given up waiting. No access leaves the memory,
+// whatever lies in it.
 class Meeting {
  public:
   Meeting(const Collective& of, const Call& call);

@@ -71,6 +71,7 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
         end = min(total, begin + most)
         two_shot = not scattered and world > 1 and (end - begin) * row_bytes > memory.above
         words = _call(p, scattered, every, begin << 1 | two_shot)
+        words[0] |= memory.refused.value << _symmetric.REFUSED_FROM
         exchange = RankStages(
             kernel,
             world,

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._inductor import config as _inductor
-
 # Each registers its fusions, in the order of the default pipeline.
 # isort: off
+from .compiler import CustomGraphPass, inductor_config as _inductor
 from . import cleanup as _cleanup  # noqa: F401
 from . import lift_norm as _lift_norm  # noqa: F401
 from . import lift_activation as _lift_activation  # noqa: F401
@@ -27,7 +26,19 @@ from . import heads as _heads  # noqa: F401
 # isort: on
 from .backend import Backend
 from .config import PassConfig, Range, compile_range, current_config, use_config
-from .fusion import HOOKS, POST_GRAD, FusionPass, Outcome, Pass, PatternReplacement, Site, register_fusion, registered
+from .floats import SpecializeFloats
+from .fusion import (
+    HOOKS,
+    POST_GRAD,
+    Function,
+    FusionPass,
+    Outcome,
+    Pass,
+    PatternReplacement,
+    Site,
+    register_fusion,
+    registered,
+)
 from .manager import PassManager
 
 __all__ = [
@@ -55,7 +66,9 @@ __all__ = [
 def inductor_options(*passes: PassManager | PassConfig) -> dict[str, Any]:
     """The options of `torch.compile` that run these passes: managers, each at its hook, or what one is made from.
 
-    A pass that `torch._inductor.config` has at a hook already runs after the manager's, as before.
+    A pass that `torch._inductor.config` has at a hook already runs after the manager's, as before. Where one is a plain
+    function the compiler keeps no graph, as it wouldn't without the manager. Numbers that `dynamic=True` makes inputs
+    become constants again, with a guard, where a pattern wants one.
 
     Raises:
         TypeError: one is neither. ValueError: two managers have one hook.
@@ -70,12 +83,27 @@ def inductor_options(*passes: PassManager | PassConfig) -> dict[str, Any]:
     for manager in managers:
         if manager.hook in options:
             raise ValueError(f"inductor_options: two managers are bound to {manager.hook}, expected one a hook")
-        there = getattr(_inductor, manager.hook)
-        for index, item in enumerate(there if isinstance(there, (list, tuple)) else [there]):
-            if item is not None and item is not manager and item not in [known for _, known in manager.passes]:
-                manager.add(item, f"{manager.hook}[{index}]")
         options[manager.hook] = manager
-    return options
+    if POST_GRAD in options:
+        floats = SpecializeFloats(options[POST_GRAD])
+        if floats.HOOK in options or _there(floats.HOOK):
+            _add(options.setdefault(floats.HOOK, PassManager(hook=floats.HOOK)), floats, "specialize_floats")
+    for hook, manager in options.items():
+        for index, item in enumerate(_there(hook)):
+            _add(manager, item, f"{hook}[{index}]")
+    return {floats.HOOK: floats} | options if POST_GRAD in options else options
+
+
+def _there(hook: str) -> list[Any]:
+    """What the compiler has at a hook, besides."""
+    items = getattr(_inductor, hook)
+    return [item for item in (items if isinstance(items, (list, tuple)) else [items]) if item is not None]
+
+
+def _add(manager: PassManager, item: Any, name: str) -> None:
+    item = item if isinstance(item, CustomGraphPass) or not callable(item) else Function(item)
+    if item is not manager and item not in [known for _, known in manager.passes]:
+        manager.add(item, name)
 
 
 def report(of: dict[str, Any] | Backend | PassManager) -> Any:

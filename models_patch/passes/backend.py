@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.backends.common import aot_autograd
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
+from .compiler import aot_autograd, auto_functionalized_v2, auto_functionalized_v2_dense, reinplace
 from .config import PassConfig
 from .floats import specialize_floats
 from .fusion import POST_GRAD
@@ -45,6 +45,7 @@ class Backend:
         for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
             node.target = aten.reshape.default
         self.manager(graph.graph)
+        _write_in_place(graph.graph)
         graph.recompile()
 
         def run(arguments: list[Any]) -> Any:
@@ -55,3 +56,11 @@ class Backend:
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
+
+
+def _write_in_place(graph: Graph) -> None:
+    """Let calls that functionalization has made of those that write write again, where nobody needs what was there."""
+    reinplace(graph)  # finds out where
+    for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
+        node.args = (*node.args, node.meta.get("only_clone_these_tensors"))
+        node.target = auto_functionalized_v2_dense

@@ -6,20 +6,21 @@ functionalization makes of it, `auto_functionalized_v2`, whose results are the o
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
 from fused_ops import OPS
 from fused_ops._op import Op
 
+from .compiler import auto_functionalized_v2
 from .matcher import Miss, form, value
-from .rewrite import _meta, call, item, mode_of, results_of
+from .rewrite import call, item, mode_of, results_of
+from .sizes import size_of
 
 aten = torch.ops.aten
 _OPS = {overload: (op, index) for op in OPS.values() for index, overload in enumerate((op.default, op.out))}
@@ -107,73 +108,59 @@ def emit(graph: Graph, op: Op, args: dict[str, Any], wanted: set[str], like: Nod
 def _functional(
     graph: Graph, op: Op, args: dict[str, Any], wanted: set[str] | None, written: list[str], like: Node
 ) -> Node:
+    """wanted: the results that the `out` overload writes; None: the default one, which returns all."""
     names = op.arguments[: op.required] if wanted is None else op.arguments
-    with mode_of([*args.values(), like]), torch.no_grad():
-        fake = [value(args[name]) for name in names]
-        op.check(*fake)
-        made = op.empty(*fake)
-    fresh: dict[str, Any] = dict(zip(op.outputs, made if isinstance(made, tuple) else (made,), strict=False))
-    results = list(fresh.values())[: op.returns] if wanted is None else [None]
-    bases: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for name in names:
-        if name in written:
-            kwargs[f"_{name}_base_index"] = len(bases)
-            bases.append(args[name])
-        else:
-            kwargs[name] = args[name]
-    for name in () if wanted is None else op.outputs:
-        given = wanted is not None and name in wanted
-        kwargs[f"_{name}_out_base_index"] = len(bases) if given else None
-        if given:
-            if fresh.get(name) is None:
+    memory: dict[str, Memory | None] = {name: Memory(args[name]) for name in written}
+    if wanted is not None:
+        with mode_of([*args.values(), like]), torch.no_grad():
+            fake = [value(args[name]) for name in names]
+            op.check(*fake)
+            made = op.empty(*fake)
+        fresh: dict[str, Any] = dict(zip(op.outputs, made if isinstance(made, tuple) else (made,), strict=False))
+        for name in op.outputs:
+            if name in wanted and fresh.get(name) is None:
                 raise Miss(f"{op.name} has no {name} of such arguments")
-            bases.append(_empty(graph, fresh[name], args, like))
-    overload = op.default if wanted is None else op.out
-    kwargs["_all_bases"] = bases
-    node = graph.call_function(auto_functionalized_v2, (overload,), kwargs)
-    node.meta = _meta(like, (*results, *map(value, bases)))
-    return node
+            given = name in wanted
+            memory[f"{name}_out"] = Memory(_empty(graph, fresh[name], args, like)) if given else None
+    given_args = {name: args[name] for name in names if name not in written}
+    return functionalized(graph, op.default if wanted is None else op.out, given_args, memory, like)
+
+
+class Memory(NamedTuple):
+    """What an argument that is written is: a node, or a view of it, as which this tensor is one of the node's."""
+
+    base: Node
+    view: Tensor | None = None
+
+
+def functionalized(
+    graph: Graph, overload: Any, args: dict[str, Any], written: Mapping[str, Memory | None], like: Node
+) -> Node:
+    """What functionalization makes of a call that writes, at the graph's insert point.
+
+    written: by argument; None where nothing is given. Raises what the operation raises.
+    """
+    bases: list[Any] = []
+    kwargs = dict(args)
+    for name, memory in written.items():
+        kwargs[f"_{name}_base_index"] = None if memory is None else len(bases)
+        if memory is not None:
+            bases.append(memory.base)
+        if memory is not None and (view := memory.view) is not None:
+            of_view = {"size": tuple(view.shape), "stride": view.stride(), "storage_offset": view.storage_offset()}
+            kwargs |= {f"_{name}_{kind}": number for kind, number in of_view.items()}
+    return call(graph, auto_functionalized_v2, (overload,), like, {**kwargs, "_all_bases": bases})
 
 
 def _empty(graph: Graph, tensor: Tensor, args: dict[str, Any], like: Node) -> Node:
     """Uninitialized memory like a fake tensor."""
-    sizes = [size if isinstance(size, int) else _size(graph, size, args, like) for size in tensor.shape]
+    sizes = [size_of(graph, size, like, args.values()) for size in tensor.shape]
     options: dict[str, Any] = {"dtype": tensor.dtype, "device": tensor.device, "pin_memory": False}
     if tensor.is_contiguous():
-        node = graph.call_function(aten.empty.memory_format, (sizes,), options)
-    elif all(isinstance(n, int) for n in (*sizes, *tensor.stride())):
-        node = graph.call_function(aten.empty_strided.default, (sizes, list(tensor.stride())), options)
-    else:
-        raise Miss("scales in this layout need sizes that are known")
-    node.meta = _meta(like, tensor)
-    return node
-
-
-def _size(graph: Graph, size: Any, args: dict[str, Any], like: Node) -> Node:
-    """A symbolic size of a result: that of an argument, or the product of an argument's leading ones."""
-    nodes = [a for a in args.values() if isinstance(a, Node) and isinstance(value(a), Tensor)]
-    for node in nodes:
-        for dim, of in enumerate(value(node).shape):
-            if str(of) == str(size):
-                return _sized(graph, node, dim, like)
-    for node in nodes:
-        rows = value(node).shape[:-1]
-        if str(rows.numel()) == str(size):
-            product = _sized(graph, node, 0, like)
-            for dim in range(1, len(rows)):
-                more = _sized(graph, node, dim, like)
-                both = value(product) * value(more)
-                product = graph.call_function(operator.mul, (product, more))
-                product.meta = _meta(like, both)
-            return product
-    raise Miss(f"no input has the size {size}")
-
-
-def _sized(graph: Graph, node: Node, dim: int, like: Node) -> Node:
-    size = graph.call_function(aten.sym_size.int, (node, dim))
-    size.meta = _meta(like, value(node).shape[dim])
-    return size
+        return call(graph, aten.empty.memory_format, (sizes,), like, options)
+    if all(isinstance(n, int) for n in (*sizes, *tensor.stride())):
+        return call(graph, aten.empty_strided.default, (sizes, list(tensor.stride())), like, options)
+    raise Miss("scales in this layout need sizes that are known")
 
 
 def maker_of(node: Any) -> Any:

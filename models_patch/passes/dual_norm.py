@@ -74,7 +74,6 @@ def _feeds_product(call: Call) -> bool:
 def _fuse(graph: Graph, outcome: Outcome, q: Call, kv: Call) -> None:
     if q.args["flags"] != kv.args["flags"]:
         raise Miss("the norms of q and kv round in another order")
-    _hoist(kv.args["x"], q.node)
     args: dict[str, Any] = {"flags": q.args["flags"]}
     places: dict[str, Node] = {}
     for side, call in ("q", q), ("kv", kv):
@@ -87,18 +86,3 @@ def _fuse(graph: Graph, outcome: Outcome, q: Call, kv: Call) -> None:
 
 
 _NO_QUANTIZATION = {"key": NO_KEY, "given": None, "zero_point": None}
-
-
-def _hoist(x: Any, before: Node) -> None:
-    """Move what x is made of before a node, which it doesn't depend on."""
-    needed: set[Node] = set()
-    todo = [x]
-    while todo:
-        node = todo.pop()
-        if node is before:
-            raise Miss(f"{x} depends on the queries' norm")
-        if node not in needed and before < node:
-            needed.add(node)
-            todo += node.all_input_nodes
-    for node in sorted(needed):
-        before.prepend(node)

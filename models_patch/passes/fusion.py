@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import Graph, Node
 
+from .compiler import CustomGraphPass, is_fake
 from .config import PassConfig, Range, current_config, digest
 from .matcher import Miss, Pattern, form
 from .rewrite import insert, path_of
@@ -44,10 +46,11 @@ class Site(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a pass did to a graph."""
+    """What a pass did to a graph. wants_numbers: whether a pattern was left for a number that is an input there."""
 
     matches: list[Site] = field(default_factory=list)
     misses: list[Site] = field(default_factory=list)
+    wants_numbers: bool = False
 
     def matched(self, node: Node, operation: str) -> None:
         self.matches.append(Site(path_of(node), node.name, operation))
@@ -91,6 +94,20 @@ class Pass(ABC):
         return digest(sources, _described(mine), self.config.compute_hash())
 
 
+@dataclass(frozen=True)
+class Function(CustomGraphPass):
+    """A plain function of a graph, which the compiler takes too. It keeps no graph then, since nothing tells functions
+    apart."""
+
+    function: Callable[[Graph], Any]
+
+    def __call__(self, graph: Graph) -> None:
+        self.function(graph)
+
+    def uuid(self) -> None:
+        return None
+
+
 class FusionPass(Pass):
     """A pass of patterns and their replacements, in order of registration.
 
@@ -122,15 +139,23 @@ class FusionPass(Pass):
         for node in list(graph.nodes):
             if node.op != "call_function" or node._erased:
                 continue
-            nearest: Miss | None = None
             here = starting.get(str(form(node)), ())
-            for miss in (miss for replacement in here for miss in replacement.at(graph, node, outcome)):
-                if miss is None:
-                    break
-                nearest = miss if nearest is None or miss.matched > nearest.matched else nearest
-            else:
-                if nearest is not None and nearest.matched >= _NEAR:
-                    outcome.missed(node, nearest.reason)
+            matches, nearest = 0, _replaced(graph, node, here, outcome)
+            while nearest is None:  # one anchor may have several users
+                matches += 1
+                nearest = Miss("") if node._erased else _replaced(graph, node, here, outcome)
+            if not matches and nearest.matched >= _NEAR:
+                outcome.missed(node, nearest.reason)
+
+
+def _replaced(graph: Graph, node: Node, here: Iterable[PatternReplacement], outcome: Outcome) -> Miss | None:
+    """Replace the first pattern whose anchor this node is; returns None, or the nearest miss."""
+    nearest = Miss("")
+    for miss in (miss for replacement in here for miss in replacement.at(graph, node, outcome)):
+        if miss is None:
+            return None
+        nearest = miss if miss.matched > nearest.matched else nearest
+    return nearest
 
 
 class PatternReplacement(ABC):
@@ -189,6 +214,8 @@ class PatternReplacement(ABC):
                 match = pattern.find(node)
                 reason = self.check(**match.inputs)
                 if reason:
+                    numbers = [match.inputs[i.name] for i in pattern.inputs if isinstance(i.example, float)]
+                    outcome.wants_numbers |= any(isinstance(number, Node) for number in numbers)
                     raise Miss(reason, len(match.nodes))
                 try:
                     insert(graph, match, self.replacement)
@@ -205,7 +232,9 @@ class PatternReplacement(ABC):
 
     def uuid(self) -> str:
         return digest(
-            [source_of(cls) for cls in _classes(type(self))], _described(vars(self)), _described(self.inputs())
+            [source_of(cls) for cls in _classes(type(self))],
+            _described(vars(self)),
+            _described([{name: _example(of) for name, of in example.items()} for example in self.inputs()]),
         )
 
 
@@ -233,7 +262,7 @@ def _described(item: Any) -> Any:
     if isinstance(item, (list, tuple)):
         return [_described(of) for of in item]
     if isinstance(item, torch.Tensor):
-        return f"{item.dtype}{list(item.shape)}"
+        return [_example(item), _bytes(item)]
     if callable(getattr(item, "uuid", None)):
         return str(item.uuid())
     if isinstance(item, functools.partial):
@@ -242,6 +271,19 @@ def _described(item: Any) -> Any:
         cells = [cell.cell_contents for cell in getattr(item, "__closure__", None) or ()]
         return [item.__module__, item.__qualname__, _code(code), _described(cells), _described(item.__defaults__ or ())]
     return f"{item.__module__}.{item.__qualname__}" if callable(item) and hasattr(item, "__qualname__") else repr(item)
+
+
+def _example(item: Any) -> Any:
+    """Of a tensor only what it is, since an example's values don't count."""
+    return f"{item.dtype}{list(item.shape)}" if isinstance(item, torch.Tensor) else item
+
+
+def _bytes(tensor: torch.Tensor) -> str:
+    """A digest of the values; "" of one that has none."""
+    if tensor.is_meta or is_fake(tensor):
+        return ""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def _code(code: CodeType) -> list[Any]:

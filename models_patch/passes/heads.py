@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 from fused_ops import OPS
 from fused_ops.rope import WHOLE_VECTOR
 
+from .calls import Memory, functionalized
 from .fusion import Outcome, Pass, register_fusion
 from .matcher import Miss, form, value
 from .rewrite import aten, call, item, path_of, place, replace, results_of
@@ -136,6 +137,11 @@ def _fuse(graph: Graph, node: Node, name: str, put: Any, known: dict[Any, Node])
     results, slots = results_of(node), put.args[1][-1]
     _check_write(put)
     put_v = _write_of_values(put)
+    if value(put).shape[-1] != value(put_v).shape[-1]:
+        raise Miss(
+            f"{value(put).shape[-1]} columns of rotated keys and {value(put_v).shape[-1]} of latents or values are two "
+            "caches: rope_kv_cache_write takes equal ones, mla_rope_kv_cache_concat one for both"
+        )
     keys, values = _by_token(put, "keys"), _by_token(put_v, "values")
     if views_before(keys) != [keys] or keys.args[0] is not results[1]:
         raise Miss("keys are written in another order than that of tokens")
@@ -157,10 +163,11 @@ def _fuse(graph: Graph, node: Node, name: str, put: Any, known: dict[Any, Node])
         given: dict[str, Any] = dict(zip(before.arguments, node.args, strict=False))
         given |= {"v": v, "k_scale": None, "v_scale": None}
         given["slot_mapping"] = _slots(graph, slots, tuple(value(put).shape), node, known)
-        for i, cache in enumerate(("k_cache", "v_cache")):
-            given |= _as_blocks(cache, i, value(bases[i]))
-        target = torch.ops.higher_order.auto_functionalized_v2
-        new = call(graph, target, (operation,), node, {**given, "_all_bases": bases})
+        # [batch, heads, length, D] as [blocks, block_size, heads, D]
+        caches = {
+            f"{kind}_cache": Memory(base, value(base).transpose(1, 2)) for kind, base in zip("kv", bases, strict=True)
+        }
+        new = functionalized(graph, operation, given, caches, node)
         replace(last, replayed(graph, chain, item(graph, new, 0), node))
         for index, old in enumerate((put, put_v), 1):
             replace(old, item(graph, new, index))
@@ -235,14 +242,3 @@ def _numbered(graph: Graph, positions: Node, batch: int, length: int, like: Node
     none = call(graph, aten.full.default, ([], batch * length), like, of_none)
     slots = call(graph, aten.where.self, (beyond, none, slots), like)
     return call(graph, aten.reshape.default, (slots, [-1]), like)
-
-
-def _as_blocks(name: str, index: int, cache: torch.Tensor) -> dict[str, Any]:
-    """[batch, heads, length, D] as [blocks, block_size, heads, D], as `auto_functionalized_v2` knows views."""
-    view = cache.transpose(1, 2)
-    return {
-        f"_{name}_base_index": index,
-        f"_{name}_size": tuple(view.shape),
-        f"_{name}_stride": tuple(view.stride()),
-        f"_{name}_storage_offset": view.storage_offset(),
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import fused_ops
 
 from .fusion import FusionPass, Outcome, PatternReplacement, register_fusion
 from .matcher import form, value
-from .rewrite import call
+from .rewrite import call, hoist
 
 _EPS = 1.28379e-5  # stands for any
 INPUT = "{} is an input of the graph: torch._dynamo.config.specialize_float = True makes it a number"
@@ -127,15 +127,19 @@ class LiftNorm(FusionPass):
             self.register(LayerNorm(weight, bias))
 
     def __call__(self, graph: Graph, outcome: Outcome) -> None:
-        for node in list(graph.nodes):
-            _as_rsqrt(graph, node)
+        spelled = [pair for node in list(graph.nodes) for pair in _as_rsqrt(graph, node)]
         super().__call__(graph, outcome)
+        for old, new in spelled:
+            if not new._erased:  # of no norm, or used besides: it keeps its bits
+                hoist([old], new)
+                new.replace_all_uses_with(old)
 
 
-def _as_rsqrt(graph: Graph, root: Node) -> None:
-    """1 / sqrt(mean of squares + eps), by reciprocal or division, and x / sqrt(..), as x * rsqrt(..).
+def _as_rsqrt(graph: Graph, root: Node) -> Iterator[tuple[Node, Node]]:
+    """1 / sqrt(mean of squares + eps), by reciprocal or division, and x / sqrt(..), beside it as x * rsqrt(..).
 
-    In float32, where they differ by what the operation's own root, which is exact, may differ too.
+    In float32, where they differ by what the operation's own root, which is exact, may differ too. Yields what was
+    there, which nothing uses then, and what is used in its place.
     """
     found = form(root)
     if found is None or found.name != "aten.sqrt.default" or value(root).dtype != torch.float32:
@@ -155,7 +159,7 @@ def _as_rsqrt(graph: Graph, root: Node) -> None:
             if numerator != 1:
                 new = call(graph, torch.ops.aten.mul.Tensor, (numerator, new), user)
         user.replace_all_uses_with(new)
-        graph.erase_node(user)
+        yield user, new
 
 
 def _is_mean_of_squares(node: Any) -> bool:

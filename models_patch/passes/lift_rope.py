@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from .columns import A_COLUMN, B_COLUMN, SIGN, A, Axes, B, Reader
 from .fusion import Outcome, Pass, register_fusion
 from .matcher import Miss, form, value
 from .rewrite import aten, call, item, path_of, place, replace
-from .sizes import Sizes
+from .sizes import reshaped, size_of
 
 HALVES, PAIRS, SORTED = "halves", "pairs", "pairs that are sorted into halves"
 
@@ -105,13 +105,20 @@ def _ends(node: Node, reader: Reader) -> bool:
     return columns.terms.shape[-2] == 2 and len(columns.inner) == 1 and columns.summed
 
 
-def _parts(node: Node, reader: Reader) -> Iterator[Node]:
+def _parts(node: Node, reader: Reader) -> set[Node]:
     """The sums and products that a node is made of: what a rotation is made of is none itself."""
-    for before in node.all_input_nodes:
-        columns = reader.read(before)
-        if columns is not None and columns.products is not None:
-            yield before
-            yield from _parts(before, reader)
+    found: set[Node] = set()
+    todo = [node]
+    while todo:
+        for before in todo.pop().all_input_nodes:
+            if isinstance(value(before), (list, tuple)):  # parts of one
+                todo.append(before)
+                continue
+            columns = reader.read(before)
+            if before not in found and columns is not None and columns.products is not None:
+                found.add(before)
+                todo.append(before)
+    return found
 
 
 def _groups(found: Iterable[Rotation]) -> list[list[Rotation]]:
@@ -223,7 +230,6 @@ class _Emitter:
     def __init__(self, graph: Graph, reader: Reader) -> None:
         self.graph, self.reader = graph, reader
         self.tables: dict[Any, Node] = {}
-        self.sizes = Sizes(graph)
 
     def rope(self, q: Rotation, k: Rotation) -> Node:
         """q and k, rotated in one call, which take the place of what was there. Raises Miss."""
@@ -280,8 +286,7 @@ class _Emitter:
     def _as_before(self, rotated: Node, one: Rotation) -> Node:
         shape, axes = value(one.node).shape, [i for i in range(len(one.axes)) if i != one.heads]
         order = [*axes, one.heads]
-        sizes = [self.sizes.of(shape[i], one.node) for i in [*order, len(order)]]
-        rotated = self._call(aten.reshape.default, (rotated, sizes), one)
+        rotated = reshaped(self.graph, rotated, [shape[i] for i in [*order, len(order)]], one.node)
         if order == sorted(order):
             return rotated
         back = [order.index(i) for i in range(len(order))]
@@ -304,7 +309,7 @@ class _Emitter:
             rows = self._call(aten.cat.default, (halves, -1), one)
             shape, tokens = value(rows).shape, self._tokens(one)
             if list(map(str, shape[:-1])) != list(map(str, tokens)):
-                sizes = [self.sizes.of(size, one.node) for size in tokens]
+                sizes = [size_of(self.graph, size, one.node) for size in tokens]
                 rows = self._call(aten.expand.default, (rows, [*sizes, -1]), one)
             self.tables[key] = self._call(aten.reshape.default, (rows, [-1, 2 * len(table.cos_columns)]), one)
         return self.tables[key]

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import fused_ops
 
+from .compiler import CustomGraphPass, TracingContext
 from .config import PassConfig, Range, digest, overridden_range, use_config
-from .fusion import HOOKS, POST_GRAD, Outcome, Pass, registered
+from .fusion import HOOKS, POST_GRAD, FusionPass, Outcome, Pass, registered
 from .matcher import value
 from .report import GraphReport, PassReport, Ran
 
@@ -154,11 +153,11 @@ class PassManager(CustomGraphPass):
                 report.passes.append(entry)
         graph.lint()
         self.ran.graphs.append(report)
-        self.ran.shown.add(_compilation())
+        self.ran.shown.add(current_compilation())
 
     def uuid(self) -> str | None:
         """What the compiler's cache knows the manager by; None where a pass says that its graphs mustn't be kept."""
-        self.ran.asked.add(_compilation())
+        self.ran.asked.add(current_compilation())
         uuids = [(name, item.uuid()) for name, item in self.passes]
         if any(uuid is None for _, uuid in uuids):
             return None
@@ -178,10 +177,13 @@ class PassManager(CustomGraphPass):
         return {**vars(self), "ran": Ran()}
 
 
-def _compilation() -> Any:
+def current_compilation() -> Any:
     """What tells this compilation from others; None outside of one."""
     context = TracingContext.try_get()
     return None if context is None else weakref.ref(context)
+
+
+_BASES = (Pass, FusionPass, CustomGraphPass, PassManager)
 
 
 def _made(item: Any, index: int) -> tuple[str, Any]:
@@ -192,24 +194,35 @@ def _made(item: Any, index: int) -> tuple[str, Any]:
         if not module:
             raise ValueError(f"{where} is {item!r}, expected 'package.module.Class'")
         try:
-            found = getattr(importlib.import_module(module), name)
+            imported = importlib.import_module(module)
         except ImportError as error:
             raise ValueError(f"{where} is {item!r}, but {module} can't be imported: {error}") from error
-        except AttributeError as error:
-            raise ValueError(f"{where} is {item!r}, but {module} has no {name}") from error
+        except Exception as error:
+            raise ValueError(f"{where} is {item!r}, but importing {module} raises {_told(error)}") from error
+        if not hasattr(imported, name):
+            raise ValueError(f"{where} is {item!r}, but {module} has no {name}")
+        found = getattr(imported, name)
         if not inspect.isclass(found):
             raise TypeError(f"{where} is {item!r}, which is {type(found).__name__}, expected a class")
         item = found
     if inspect.isclass(item):
         if not issubclass(item, (Pass, CustomGraphPass)):
             raise TypeError(f"{where} is {item.__qualname__}, expected a Pass or a CustomGraphPass")
+        if item in _BASES or inspect.isabstract(item):
+            raise TypeError(f"{where} is {item.__qualname__}, a base class, which does nothing: expected a subclass")
         try:
             item = item()
         except TypeError as error:
             raise TypeError(f"{where} is {item.__qualname__}, which takes arguments: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{where} is {item.__qualname__}, and making it raises {_told(error)}") from error
     if not isinstance(item, (Pass, CustomGraphPass)):
         raise TypeError(f"{where} is {_class_name(item)}, expected a pass, its class or its name")
     return next((r.name for r in registered() if r.make is type(item)), type(item).__name__), item
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _class_name(item: Any) -> str:

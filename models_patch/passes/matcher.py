@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import tracing
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from .compiler import FakeTensorMode, make_fx, select_decompositions, tracing, unset_fake_temporarily
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -327,9 +326,4 @@ def trace(function: Callable, inputs: list[Any]) -> Graph:
     return traced.graph
 
 
-@lru_cache(1)
-def decompositions() -> dict:
-    """Those of the compiler's own back end."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    return dict(select_decomp_table())
+decompositions = lru_cache(1)(select_decompositions)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch.fx import Graph, Node
 
 from fused_ops import OPS
@@ -13,7 +12,8 @@ from fused_ops._op import Op
 from .add_norm import fuse
 from .calls import Call, behind_views, call_of, maker_of
 from .fusion import Outcome, Pass, register_fusion
-from .matcher import Miss, value
+from .matcher import value
+from .sizes import reshaped
 
 _OF_KEY = ["key", "given", "zero_point"]
 
@@ -70,15 +70,4 @@ def _shaped(graph: Graph, new: Node, old: Node) -> Node:
     if str(before.shape) == str(after.shape):
         return new
     with graph.inserting_after(new):
-        view = graph.call_function(torch.ops.aten.reshape.default, (new, _sizes(old)))
-    view.meta = {**new.meta, "val": before}
-    return view
-
-
-def _sizes(node: Node) -> list[int]:
-    """Sizes of a view; what is symbolic is at most one of them, or the first."""
-    sizes = list(value(node).shape)
-    unknown = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
-    if len(unknown) > 1:
-        raise Miss(f"views between have sizes {sizes}, expected at most one that isn't known")
-    return [-1 if i in unknown else size for i, size in enumerate(sizes)]
+        return reshaped(graph, new, before.shape, new)

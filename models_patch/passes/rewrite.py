@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from .compiler import FakeTensor, FakeTensorMode, make_fx
 from .matcher import Match, Miss, decompositions, value
 
 aten = torch.ops.aten
 _MODULE = "nn_module_stack"
+# A module that Dynamo comes to first as one of the layer that a hook of `models_patch.shard` knows.
+_HOOK = re.compile(r"\.\w+\._forward_hooks\[.*\]\.owner")
 
 
 def path_of(node: Node) -> str:
@@ -28,7 +30,7 @@ def path_of(node: Node) -> str:
 
 def _plain(path: str) -> str:
     """Dynamo's "L['self'].model.layers[0].mlp" as "model.layers.0.mlp"."""
-    path = path.removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
+    path = _HOOK.sub("", path).removeprefix("L['self']").removeprefix("L['fn']").lstrip(".")
     return path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").replace("_modules.", "")
 
 
@@ -101,18 +103,37 @@ def _kind(tensor: Tensor) -> str:
 def place(graph: Graph, inputs: Iterable[Any], outputs: Iterable[Node], inside: Iterable[Node] = ()) -> Node:
     """The node before which what takes the place of `outputs` may stand: right behind the last of its inputs.
 
-    inside: nodes that the replacement makes unneeded. Raises Miss where an output is used before all inputs are there.
+    Inputs move before the first that uses an output: compilers put users early. inside: nodes that the replacement
+    makes unneeded. Raises Miss where an input depends on an output.
     """
-    last = max((node for node in inputs if isinstance(node, Node)), default=None)
+    given = [node for node in inputs if isinstance(node, Node)]
     within = set(inside)
-    for output in outputs:
-        for user in output.users:
-            if user not in within and last is not None and user <= last:
-                raise Miss(f"{user} uses a result before {last}, which is an input, is there")
-    node: Node = next(iter(graph.nodes)) if last is None else last.next
+    users = {user for output in outputs for user in output.users} - within
+    if given and users and min(users) <= max(given):
+        hoist(given, min(users), users)
+    node: Node = max(given).next if given else next(iter(graph.nodes))
     while node.op == "placeholder":
         node = node.next
     return node
+
+
+def hoist(nodes: Iterable[Node], before: Node, users: Iterable[Node] = ()) -> None:
+    """Move nodes, and what they are made of, before another. Raises Miss where they depend on it, or one of `users`."""
+    barred = {before, *users}
+    needed: set[Node] = set()
+    todo = [(node, node) for node in nodes]
+    while todo:
+        node, of = todo.pop()
+        if node in needed or node < before:
+            continue
+        if node in barred:
+            raise Miss(f"{of}, which is an input, depends on {node}, which uses a result")
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            raise Miss(f"{of}, which is an input, depends on {node}, which writes in place")
+        needed.add(node)
+        todo += [(source, of) for source in node.all_input_nodes]
+    for node in sorted(needed):
+        before.prepend(node)
 
 
 def insert(graph: Graph, match: Match, function: Callable) -> None:
@@ -140,3 +161,6 @@ def insert(graph: Graph, match: Match, function: Callable) -> None:
                 new[node].meta = _meta(match.outputs[-1], value(node))
     for old, result in zip(match.outputs, results, strict=True):
         old.replace_all_uses_with(new[result])
+    for node in reversed(match.nodes):  # or it would be found again
+        if not node.users:
+            graph.erase_node(node)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -77,10 +77,9 @@ def read_recipe(folder: Path) -> Recipe:
     if fields.values.get("quant_method") is None and "quant_algo" in fields.values:
         fields.values["quant_method"] = "modelopt"  # which its first versions left out
     method = fields.only("quant_method", *_READERS)
-    recipe = _READERS[method](fields)
-    if method == "modelopt" and other.exists():
-        _same_algorithm(path, values, other)
-    return recipe
+    if method.startswith("modelopt") and other.exists():
+        _check_same(path, values, other)
+    return _READERS[method](fields)
 
 
 # --- names of layers ---
@@ -105,23 +104,26 @@ def _by_name_or_class(names: tuple[str, ...], where: str) -> Rule:
 
 
 def _by_part_of_name(names: tuple[str, ...], where: str) -> Rule:
-    """As transformers and vLLM: the path of a layer or of what contains it, its end, or an expression for either."""
+    """As transformers: the path of a layer or of what contains it, its end, or an expression for either.
+
+    There every name is an expression, whose dots fit anything; here one of letters, digits and dots is itself.
+    """
     ends = tuple(f".{name}" for name in names)
-    starts = [_regular(f"(?:{name})(?=[.]|$)", where) for name in names if not name.startswith("re:")]
-    starts += [_regular(name[3:], where) for name in names if name.startswith("re:")]
+    plain = [re.escape(name) if re.fullmatch(r"[\w.]*", name) else name for name in names]
+    starts = [_regular(f"(?:{name})(?=[.]|$)", where) for name in plain if not name.startswith("re:")]
+    starts += [_regular(name[3:], where) for name in plain if name.startswith("re:")]
     return lambda path, _: path.endswith(ends) or any(start.match(path) for start in starts)
 
 
-def _by_wildcard(names: tuple[str, ...], where: str) -> Rule:
+def _by_wildcard(names: Iterable[str]) -> Rule:
     """As ModelOpt: wildcards for paths; older versions give the path of what contains the layer, or the end of one."""
-    plain = tuple(name for name in names if not name.startswith("re:"))
-    patterns = [_regular(name[3:], where) for name in names if name.startswith("re:")]
-    ends = tuple(f".{name}" for name in plain)
-    return lambda path, _: (
-        path.endswith(ends)
-        or any(fnmatchcase(path, name) or fnmatchcase(path, f"{name}.*") for name in plain)
-        or any(pattern.match(path) for pattern in patterns)
-    )
+    ends = tuple(f".{name}" for name in names)
+    wildcards = [*names, *(f"{name}.*" for name in names)]
+    return lambda path, _: path.endswith(ends) or any(fnmatchcase(path, each) for each in wildcards)
+
+
+def _only(name: str) -> Rule:
+    return lambda path, _: path == name
 
 
 def _any(path: str, module: nn.Module) -> bool:
@@ -143,7 +145,7 @@ def _compressed_tensors(fields: Fields) -> Recipe:
     kv_cache = _kv_cache(fields.object("kv_cache_scheme"))
     groups = []
     for group in fields.objects("config_groups").values():
-        targets = _by_name_or_class(group.names("targets"), f"{group.where}.targets")
+        targets = _by_name_or_class(group.names("targets", required=True), f"{group.where}.targets")
         if group.values.get("input_activations") is None:
             raise group.error("input_activations", None, "an object: layers with quantized weights only aren't served")
         weight = _key(Fields(group.take("weights", dict), f"{group.where}.weights"), WEIGHTS)
@@ -167,10 +169,10 @@ def _key(fields: Fields, table: dict[Args, QuantKey]) -> QuantKey:
     fields.only("actorder", None, False, "static", "weight")  # of calibration: columns are in order
     bits, kind = fields.take("num_bits", int), fields.take("type", str)
     symmetric, dynamic = fields.take("symmetric", bool, True), fields.take("dynamic", (bool, str), False)
-    group, block = fields.take("group_size", int, None), fields.take("block_structure", list, None)
+    block = fields.sizes("block_structure")
+    group = fields.take("group_size", int, None) if block is None else fields.only("group_size", None)
     strategy = fields.take("strategy", str, "tensor" if group is None else "channel" if group == -1 else "group")
-    size = tuple(block) if block else None if group == -1 else group
-    args = Args(kind, bits, strategy, size, dynamic, symmetric)
+    args = Args(kind, bits, strategy, block or (None if group == -1 else group), dynamic, symmetric)
     if args not in table:
         known = "; ".join(_words(each) for each in table)
         raise ValueError(f"{fields.where} is {_words(args)}, expected one of: {known}")
@@ -239,7 +241,7 @@ def _fp8(fields: Fields) -> Recipe:
 
 
 def _fbgemm(fields: Fields) -> Recipe:
-    bound = float(fields.take("activation_scale_ub", (int, float), 1200.0))
+    bound = fields.positive("activation_scale_ub", 1200.0)
     names = (*fields.names("modules_to_not_convert"), "lm_head")
     ignored = _by_part_of_name(names, f"{fields.where}.modules_to_not_convert")
     fields.close()
@@ -259,61 +261,106 @@ _ALGORITHMS: dict[str, tuple[Scheme, int | None]] = {
 }
 
 
+class _ModelOpt(NamedTuple):
+    """What either of ModelOpt's two files says, in the words of hf_quant_config.json."""
+
+    quant_algo: str
+    exclude_modules: frozenset[str]
+    kv_cache_quant_algo: str | None
+    quantized_layers: frozenset[tuple[str, str]]  # (path, algorithm); "": all
+
+
 def _modelopt(fields: Fields) -> Recipe:
+    read = _read_modelopt(fields)
+    forms = {name: Format(scheme, MODELOPT) for name, (scheme, _) in _ALGORITHMS.items()}
+    groups = tuple((_only(path) if path else _any, forms[name]) for path, name in read.quantized_layers)
+    return Recipe(groups, _by_wildcard(read.exclude_modules), "optional" if read.kv_cache_quant_algo else None)
+
+
+def _read_modelopt(fields: Fields) -> _ModelOpt:
     fields.skip("producer")
     nested = fields.object("quantization")
     if nested is not None:  # as in hf_quant_config.json
         fields.close()
         fields = nested
-    lists = fields.names("ignore"), fields.names("exclude_modules")
-    ignored = _by_wildcard((*lists[0], *lists[1]), f"{fields.where}.ignore")
+    ignored = frozenset((*fields.names("ignore"), *fields.names("exclude_modules")))
     for name in "has_zero_point", "pre_quant_scale":  # AWQ's
         fields.only(name, None, False)
-    cache = "optional" if fields.only("kv_cache_quant_algo", None, "FP8") else None
+    cache = fields.only("kv_cache_quant_algo", None, "FP8")
     if _kv_cache(fields.object("kv_cache_scheme")):
-        cache = "optional"
-    layers = fields.values.get("quantized_layers")
-    if layers is None:
-        form = _algorithm(fields)
-        if (described := fields.values.get("config_groups")) is not None:
-            _check_described(Fields({"config_groups": described}, fields.where), form.scheme)
-            fields.skip("config_groups")
-        fields.close()
-        return Recipe(((_any, form),), ignored, cache)
-    fields.only("quant_algo", "MIXED_PRECISION")
-    fields.skip("group_size", "config_groups")  # of each layer below
-    groups: list[tuple[Rule, Format]] = []
-    for path, layer in fields.objects("quantized_layers").items():
-        form = _algorithm(layer)
-        layer.close()
-        groups.append((_by_name_or_class((path,), layer.where), form))
+        cache = "FP8"
+    described = [] if fields.values.get("config_groups") is None else list(fields.objects("config_groups").values())
+    fields.skip("config_groups")
+    if fields.values.get("quantized_layers") is None:
+        fields.skip("quantized_layers")
+        name = _algorithm(fields)
+        layers = {"": name}
+        for group in described:
+            group.only("targets", None, ["Linear"])
+            _check_described(group, name)
+    else:
+        name = str(fields.only("quant_algo", "MIXED_PRECISION"))
+        fields.skip("group_size")  # of each layer below
+        each = fields.objects("quantized_layers")
+        layers = {path: _algorithm(layer) for path, layer in each.items()}
+        for layer in each.values():
+            layer.close()
+        for group in described:
+            for path in (targets := group.names("targets", required=True)):
+                if path not in layers:
+                    raise group.error("targets", list(targets), "names of quantized_layers")
+                _check_described(Fields(group.values, group.where), layers[path])
     fields.close()
-    return Recipe(tuple(groups), ignored, cache)
+    return _ModelOpt(name, ignored, cache, frozenset(layers.items()))
 
 
-def _algorithm(fields: Fields) -> Format:
+def _algorithm(fields: Fields) -> str:
     name = fields.take("quant_algo", str)
     if name.upper() not in _ALGORITHMS:
         raise fields.error("quant_algo", name, " or ".join(_ALGORITHMS))
-    scheme, group = _ALGORITHMS[name.upper()]
+    _, group = _ALGORITHMS[name.upper()]
     fields.only("group_size", None, group, *([0] if group is None else []))
-    return Format(scheme, MODELOPT)
+    return name.upper()
 
 
-def _check_described(fields: Fields, scheme: Scheme) -> None:
-    """Newer versions say in compressed-tensors' words too what the algorithm is: format and bits must be its own."""
-    for group in fields.objects("config_groups").values():
-        for name, key in ("weights", scheme.weight_key), ("input_activations", scheme.input_quant_key):
-            described = group.object(name)
-            if described is not None:
-                described.only("num_bits", 8 // key.packing)
-                described.only("type", "float")
+def _check_described(fields: Fields, algorithm: str) -> None:
+    """Newer versions say in compressed-tensors' words too what the algorithm is, where they know them.
+
+    "dynamic" is false there also for scales that are, of activations.
+    """
+    fields.only("quant_algo", None, algorithm)
+    scheme, _ = _ALGORITHMS[algorithm]
+    parts = ("weights", scheme.weight_key, WEIGHTS), ("input_activations", scheme.input_quant_key, ACTIVATIONS)
+    missing = [name for name, *_ in parts if fields.values.get(name) is None]
+    for name, key, table in parts:
+        described = fields.object(name)
+        if described is None:
+            continue
+        args = next(args for args, each in table.items() if each == key)
+        described.only("num_bits", args.num_bits)
+        described.only("type", args.type)
+        described.only("strategy", None, args.strategy)
+        described.only("group_size", None, *([args.size] if isinstance(args.size, int) else []))
+        described.only("block_structure", None, *([list(args.size)] if isinstance(args.size, tuple) else []))
+        described.only("dynamic", None, False, args.dynamic)
+        described.only("symmetric", None, args.symmetric)
+        described.close()
+    if len(missing) == 1:
+        raise fields.error(missing[0], None, "an object, as there is one for the other")
+    fields.close()
 
 
-def _same_algorithm(path: Path, values: dict[str, Any], other: Path) -> None:
-    mine, theirs = (each.get("quantization", each).get("quant_algo") for each in (values, read_json(other)))
-    if mine != theirs:
-        raise ValueError(f"{path}: quantization_config.quant_algo is {mine!r}, {other} says {theirs!r}")
+def _check_same(path: Path, values: Any, other: Path) -> None:
+    """Both of ModelOpt's files must say the same."""
+    fields = Fields(values, f"{path}: quantization_config")
+    fields.skip("quant_method")
+    mine, theirs = _read_modelopt(fields), _read_modelopt(Fields(read_json(other), str(other)))
+    for name in _ModelOpt._fields:
+        said, says = getattr(mine, name), getattr(theirs, name)
+        if said != says:
+            if isinstance(said, frozenset):  # what each has alone
+                said, says = sorted(said - says), sorted(says - said)
+            raise ValueError(f"{path}: quantization_config.{name} is {said!r}, {other} has {says!r}")
 
 
 _READERS: dict[str, Callable[[Fields], Recipe]] = {

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _REQUIRED = object()
 
 
@@ -41,16 +43,32 @@ class Fields:
             raise self.error(name, value, expected)
         return value
 
-    def names(self, name: str) -> tuple[str, ...]:
-        """A list of strings; empty where it is missing."""
-        value = self.take(name, list, [])
-        if not all(isinstance(each, str) for each in value):
-            raise self.error(name, value, "a list of strings")
+    def names(self, name: str, *, required: bool = False) -> tuple[str, ...]:
+        """A list of strings; empty where it is missing, unless it is required."""
+        value = self.take(name, list, *([] if required else [[]]))
+        if not all(isinstance(each, str) for each in value) or (required and not value):
+            raise self.error(name, value, f"a list of {'at least one string' if required else 'strings'}")
         return tuple(value)
 
+    def sizes(self, name: str) -> tuple[int, int] | None:
+        """A list of two ints, or None where it is null or missing."""
+        value = self.take(name, list, None)
+        if value is not None and [type(each) for each in value] != [int, int]:
+            raise self.error(name, value, "a list of two ints")
+        return None if value is None else tuple(value)
+
+    def positive(self, name: str, default: float) -> float:
+        """A number that float32 holds; `default` where it is null or missing."""
+        value = self.take(name, (int, float), default)
+        if not 0 < value <= torch.finfo(torch.float32).max:  # NaN isn't
+            raise self.error(name, value, "a positive number within float32")
+        return float(value)
+
     def objects(self, name: str) -> dict[str, Fields]:
-        """An object of objects."""
+        """An object of objects, at least one."""
         values = self.take(name, dict)
+        if not values:
+            raise self.error(name, values, "at least one")
         return {key: Fields(value, f"{self.where}.{name}.{key}") for key, value in values.items()}
 
     def object(self, name: str) -> Fields | None:
@@ -77,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file. Raises ValueError naming it where it can't be read or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type(value).__name__}, expected an object")

@@ -59,7 +59,7 @@ def open_tensors(folder: Path) -> Iterator[TensorFiles]:
                 f"{folder / INDEX}: weight_map is {type(placed).__name__}, expected an object of file names"
             )
         for name in placed.values():
-            if Path(name).name != name:  # never outside of the folder
+            if Path(name).name != name or name in ("", "..") or "\0" in name:  # never outside of the folder
                 raise ValueError(f"{folder / INDEX}: weight_map names {name!r}, expected a file of this folder")
     paths = [folder / name for name in (sorted(set(placed.values())) if placed is not None else [SINGLE])]
     with ExitStack() as stack:

@@ -60,6 +60,7 @@ def load_quantized(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pre
         slots = _Slots(model, recipe, files, folder / CONFIG, dtype)
         slots.check_names()
         slots.fill(dtype)
+        slots.check_tied()
     model.tie_weights()
     for path_of, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
@@ -113,11 +114,11 @@ class _Slots:
             self._add_kv_scales(required=recipe.kv_cache == "required")
         self._add_plain()
 
-    def _tied_names(self) -> set[str]:
+    def _tied_names(self) -> dict[str, str]:
         """Parameters that are others, so that files needn't have them."""
         if not getattr(self.model.config.get_text_config(decoder=True), "tie_word_embeddings", False):
-            return set()
-        return set(getattr(self.model, "_tied_weights_keys", None) or ())
+            return {}
+        return dict(getattr(self.model, "_tied_weights_keys", None) or {})
 
     def _has_scales(self, path: str, form: Format) -> bool:
         stored = form.dialect.stored("weight_scale", form.scheme.weight_key)
@@ -205,7 +206,7 @@ class _Slots:
         """Raise ValueError unless the files have the model's tensors, and no others."""
         if self.missing:
             raise ValueError(f"{self._places()}: missing {_some(self.missing)}")
-        known = self.takes.keys() | self.parts.keys() | set(self.zeros) | self.tied
+        known = self.takes.keys() | self.parts.keys() | set(self.zeros) | self.tied.keys()
         ignored = [re.compile(each) for each in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         # Older versions of transformers saved this buffer, which is a function of the configuration.
         ignored.append(re.compile(r"rotary_emb\.inv_freq$"))
@@ -242,6 +243,12 @@ class _Slots:
             if self.files.read(key).any():
                 raise ValueError(f"{self.files.where(key)} has values other than zero, of a symmetric format")
 
+    def check_tied(self) -> None:
+        """Raise ValueError where a parameter that is another has values of its own in the files."""
+        for key, other in self.tied.items():
+            if key in self.takes and not torch.equal(*map(self.model.get_parameter, (key, other))):
+                raise ValueError(f"{self.files.where(key)} isn't {other}, but tie_word_embeddings says it is")
+
     def _put(self, path: str, module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         form = self.formats.get(path)
         if name in KV_SCALES and not isinstance(module, QuantLinear):
@@ -267,9 +274,9 @@ class _Slots:
             raise ValueError(f"is {tensor.dtype}, expected {old.dtype}, as it isn't quantized")
         if isinstance(old, nn.Parameter):
             wanted = self._dtype_of(f"{path}.{name}", dtype) if old.is_floating_point() else old.dtype
-            module._parameters[name] = nn.Parameter(tensor.to(wanted), requires_grad=False)
+            module._parameters[name] = nn.Parameter(_cast(tensor, wanted), requires_grad=False)
         else:
-            module._buffers[name] = tensor.to(dtype if isinstance(module, QuantLinear) else old.dtype)
+            module._buffers[name] = _cast(tensor, dtype if isinstance(module, QuantLinear) else old.dtype)
 
     def _dtype_of(self, key: str, dtype: torch.dtype) -> torch.dtype:
         """float32 for what the model keeps in it."""
@@ -277,6 +284,14 @@ class _Slots:
         if dtype == torch.float16:
             names |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if any(re.search(rf"(^|\.){re.escape(name)}(\.|$)", key) for name in names) else dtype
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises ValueError where a value becomes infinite."""
+    made = tensor.to(dtype)
+    if made.dtype != tensor.dtype and made.isinf().sum() != tensor.isinf().sum():
+        raise ValueError(f"has values beyond {dtype}")
+    return made
 
 
 def _some(names: list[str]) -> str:

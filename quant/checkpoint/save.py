@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
 
     Raises:
         TypeError: model is not a transformers model, or path is not a str or a Path.
-        ValueError: path is there and not empty; no layer is quantized; the format has no words for a layer's keys or
-            scales, by its path. Nothing is left behind.
+        ValueError: path is there and not empty, or a call that wrote it was ended; no layer is quantized; the format
+            has no words for a layer's keys or scales, by its path. Nothing is left behind.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"save_quantized: model is {type(model).__name__}, expected a model of transformers")
@@ -46,16 +47,20 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"save_quantized: path is {str(path)!r}, expected a folder that is new or empty")
+    partial = folder.absolute().with_name(f"{folder.absolute().name}.partial")
+    if partial.exists():
+        raise ValueError(f"save_quantized: {partial} is there, of a call that was ended or still runs: remove it first")
     quantization, tensors = _quantization_config(model), _tensors(model)
-    partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(parents=True)
+    new = [parent for parent in partial.parents if not parent.exists()]
     try:
+        partial.mkdir(parents=True)
         _write(model, quantization, tensors, partial, max_shard_size)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new:
+            with suppress(OSError):  # it isn't there, or others have written to it
+                parent.rmdir()
         raise
 
 
