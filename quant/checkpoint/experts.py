@@ -121,6 +121,8 @@ def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> 
         if list(tensor.shape) != list(place.shape) or not tensor.is_floating_point():
             raise ValueError(f"is {tensor.dtype} {list(tensor.shape)}, expected floats {list(place.shape)}")
         place.copy_(tensor)
+        if place.isinf().sum() != tensor.isinf().sum():
+            raise ValueError(f"has values beyond {place.dtype}")
         return
     one = name == "weight_scale" and form.scheme.weight_key.per_tensor
     like = place[:1] if one else place
