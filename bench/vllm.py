@@ -104,7 +104,7 @@ def _engine(model: str, eager: bool, environment: dict[str, str]) -> Iterator[An
         ours.send(None)
     finally:
         ours.close()
-        process.join(30)
+        process.join(5)
         if process.is_alive():
             process.kill()
 
@@ -126,6 +126,7 @@ def _serve(connection: Any, model: str, eager: bool, environment: dict[str, str]
         began = time.perf_counter()
         engine.generate([{"prompt_token_ids": text} for text in texts], asked, use_tqdm=False)
         connection.send(time.perf_counter() - began)
+    os._exit(0)  # vLLM's threads would keep the process
 
 
 def _table(results: list[dict]) -> str:
