@@ -218,6 +218,14 @@ def _kernel(key, group, layer):
 # --- the contract ---
 
 
+def test_vllm_finds_the_plug_in():
+    from vllm.plugins import load_plugins_by_group
+
+    import models_patch.vllm as plugin
+
+    assert load_plugins_by_group("vllm.general_plugins")["fused_ops"] is plugin.register
+
+
 def test_another_vllm_is_left_alone(monkeypatch):
     import vllm
 
