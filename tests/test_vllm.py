@@ -265,6 +265,39 @@ def test_layers_share_one_table_of_angles():
     assert_same(_table(rotary), rotary.cos_sin_cache.float())
 
 
+def test_compiled_graphs_of_other_parts_are_kept_apart(monkeypatch):
+    from vllm import envs
+    from vllm.config.utils import hash_factors
+
+    from models_patch.vllm import PARTS, keep_apart
+
+    monkeypatch.setattr(envs, "environment_variables", dict(envs.environment_variables))
+    keys = {hash_factors(envs.compile_factors())}
+    for parts in (PARTS, PARTS[:3]):
+        keep_apart(frozenset(parts))
+        keys.add(hash_factors(envs.compile_factors()))
+    assert len(keys) == 3
+
+
+def test_attention_whose_cache_another_layer_reads_is_left(monkeypatch):
+    from vllm.model_executor.layers.attention import Attention
+
+    from models_patch.vllm import attention, loading
+
+    monkeypatch.setattr(attention, "problem", lambda module: None)
+    monkeypatch.setattr(attention, "bind", lambda module: "rope_kv_cache_write")
+    model = nn.Module()
+    for name, target in {"lends": None, "reads": "lends.attn", "alone": None}.items():
+        block = nn.Module()
+        block.attn = Attention.__new__(Attention)
+        nn.Module.__init__(block.attn)
+        block.attn.layer_name, block.attn.kv_sharing_target_layer_name = f"{name}.attn", target
+        block.o_proj = nn.Identity()
+        model.add_module(name, block)
+    left = loading.connect(model, frozenset({"attention"})).left
+    assert [(entry.path, entry.note) for entry in left] == [("lends", "another layer reads its cache")]
+
+
 def test_parts_that_there_are_not():
     from models_patch.vllm import PARTS, wanted
 

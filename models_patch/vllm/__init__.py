@@ -68,8 +68,16 @@ def register() -> None:
         init_logger("vllm.fused_ops").warning("fused_ops: %s; nothing is changed", problem)
         return
     _registered = True
+    keep_apart(parts)
     for module in ("layers", "linear", "attention", "loading"):
         importlib.import_module(f"{__name__}.{module}").register(parts)
+
+
+def keep_apart(parts: frozenset[str]) -> None:
+    """Make the parts a factor of the key that vLLM keeps compiled graphs by: other parts make other graphs."""
+    from vllm import envs
+
+    envs.environment_variables[SWITCH] = lambda: sorted(parts)
 
 
 def wanted(names: str | None) -> frozenset[str]:

@@ -39,10 +39,11 @@ def connect(model: nn.Module, parts: frozenset[str], kept: str = "") -> Report:
     kept: why attention stays vLLM's in this process; "" where it needn't.
     """
     entries = []
+    lent = {module.kv_sharing_target_layer_name for module in model.modules() if isinstance(module, Attention)}
     for path, module in model.named_modules():
         within: tuple[str, ...] = ()  # what attention does itself
         if "attention" in parts and any(isinstance(child, Attention) for child in module.children()):
-            entries.append(_attention(path, module, kept))
+            entries.append(_attention(path, module, kept, lent))
             within = ("q_norm", "k_norm") if "qk_norm" in (entries[-1].operation or "") else ()
         for name, child in module.named_children():
             if name in within:
@@ -71,8 +72,10 @@ def _connect(path: str, parent: nn.Module, name: str, child: Any) -> Entry:
     return Entry(path, stock, f"{operation}_quant", key, (feeds,))
 
 
-def _attention(path: str, module: Any, kept: str) -> Entry:
+def _attention(path: str, module: Any, kept: str, lent: set[str | None]) -> Entry:
     note = kept or attention.problem(module)
+    if not note and module.attn.layer_name in lent:  # its order in a block is another
+        note = "another layer reads its cache"
     if note:
         return Entry(path, type(module).__name__, None, note=note)
     write = attention.bind(module)
