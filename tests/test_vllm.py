@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_as_near, assert_close, assert_predicts_alike, assert_same
+from compare import assert_as_near, assert_close, assert_predicts_alike, assert_same, assert_same_scheme
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -116,6 +116,16 @@ def test_a_checkpoint_predicts_as_it_does_here(engine, quantized, scheme, eager)
         assert any(operation in line and line.endswith(takes) for line in log.splitlines()), operation
     if eager:  # fusing never changes a bit
         assert_same(saved["apart"], saved["logits"])
+
+
+def test_one_layer_is_quantized_as_it_is_here(engine, stock, tmp_path):
+    """Where errors of many layers don't hide whether it is quantized at all."""
+    one = copy.deepcopy(stock[0])
+    one.model.layers, one.config.num_hidden_layers = one.model.layers[:1], 1
+    save_quantized(quantize_model(copy.deepcopy(one), "int8_token"), tmp_path / "one")
+    saved, _ = engine(tmp_path / "one")
+    ids = saved["ids"]
+    assert_same_scheme(saved["logits"], logits(load_quantized(tmp_path / "one"), ids), logits(one, ids))
 
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
