@@ -403,6 +403,39 @@ def _serve_without_the_main_thread(group: ProcessGroup, _, reached) -> str:
     return _shared._process(workspace.buffer, 1)
 
 
+def _refuse_in_a_child(group: ProcessGroup, *_) -> list[str]:
+    """What a forked child is told on each backend; the ranks go on as if it hadn't called."""
+    workspace, said = AllReduceWorkspace(group, 4, 64, torch.float32, timeout=20), []
+    for backend in "cpu", "reference":
+        reading, writing = os.pipe()
+        with fused_ops.use_backend(backend):
+            if group.rank() == 1 and (pid := os.fork()) == 0:
+                signal.alarm(5)  # where it waits for others
+                try:
+                    fused_ops.all_reduce(X, workspace)
+                except ValueError as error:
+                    os.write(writing, str(error).encode())
+                finally:
+                    os._exit(0)
+            if group.rank() == 1:
+                os.waitpid(pid, 0)
+                os.write(writing, b".")
+                said.append(os.read(reading, 1000).decode())
+            for times in 1, 2:
+                assert_same(fused_ops.all_reduce(X * times, workspace), summed([X * times] * 2))
+    return said
+
+
+def test_a_forked_child_is_no_rank():
+    processes = Processes(2, _refuse_in_a_child)
+    try:
+        said = processes.results()[1]
+        assert len(said) == 2
+        assert all("the buffer that this process has made as rank 1, not a copy" in each for each in said), said
+    finally:
+        processes.end()
+
+
 def test_a_process_whose_main_thread_has_ended_is_alive():
     processes = Processes(2, _serve_without_the_main_thread)
     try:
