@@ -150,3 +150,15 @@ def test_what_stacked_layers_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"experts has blocks of 128 rows of gates and ups, which files have apart"):
         save_quantized(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_biases_beyond_float16(tmp_path):
+    model, name = quantize(tiny_model("GptOss", num_hidden_layers=1), "int8_token"), f"{EXPERTS}.1.down_proj.bias"
+    save_quantized(model, tmp_path)
+    change(tmp_path, lambda t: t[name].fill_(1e5))
+    load_quantized(tmp_path)
+    with pytest.raises(ValueError, match=r"1\.down_proj\.bias has values beyond torch\.float16"):
+        load_quantized(tmp_path, torch.float16)
+    change(tmp_path, lambda t: t.update({name: t[name].double()}))
+    with pytest.raises(ValueError, match=r"1\.down_proj\.bias is torch\.float64 .*, expected floats"):
+        load_quantized(tmp_path)

@@ -20,7 +20,7 @@ from ..key import FP8
 from ..methods import QuantExperts, QuantGroupedLinear, ScaledLinearMethod, Scheme
 from ..methods.experts import PROJECTIONS, holds_experts, strip, weights_of
 from .config import Recipe
-from .formats import Format, fit
+from .formats import FLOATS, Format, cast, fit
 
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -118,9 +118,9 @@ def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> 
     """Write a tensor of the files where it belongs. Raises ValueError where it can't be."""
     name, place = slot.buffer, slot.part.of(layer, slot.buffer, layer.get_buffer(slot.buffer))
     if name == "bias":
-        if list(tensor.shape) != list(place.shape) or not tensor.is_floating_point():
+        if list(tensor.shape) != list(place.shape) or tensor.dtype not in FLOATS:
             raise ValueError(f"is {tensor.dtype} {list(tensor.shape)}, expected floats {list(place.shape)}")
-        place.copy_(tensor)
+        place.copy_(cast(tensor, place.dtype))
         return
     one = name == "weight_scale" and form.scheme.weight_key.per_tensor
     like = place[:1] if one else place
