@@ -21,6 +21,7 @@ from models_patch import patch
 from models_patch.paged_cache import PagedKVCache
 from models_patch.pending import Pending
 from quant import FP8_DYNAMIC_TENSOR
+from quant.checkpoint import save_quantized
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -332,6 +333,9 @@ def test_what_takes_the_model_for_whole_is_refused(tmp_path):
                 model.generate_batch([[1, 2, 3]])
             with pytest.raises(RuntimeError, match="init_continuous_batching: the model is cut"):
                 model.init_continuous_batching()
+        quantize(copied, "int8_token")
+        with pytest.raises(ValueError, match=r"save_quantized: model is cut over 2 ranks"):
+            save_quantized(copied, tmp_path / "model")
 
     on_ranks(2, run)
     assert not list(tmp_path.iterdir())
