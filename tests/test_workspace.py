@@ -273,6 +273,10 @@ def test_messages_say_keys_by_name_and_numbers_in_full():
         made, lambda w: usual(w, key=(FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128.with_scale(power_of_two=True))[w.rank])
     ):
         assert str(FP8_DYNAMIC_GROUP_128.with_scale(power_of_two=True)) in str(error)
+    for error in on_ranks(made, lambda w: fused_ops.all_gather(X[: 1 + w.rank], w)):
+        assert all(f"all_gather(Float [{rows}, 64])" in str(error) for rows in (2, 4)), error
+    for error in on_ranks(made, lambda w: fused_ops.all_gather(X[:1], w, out=X[:2])):
+        assert "all_gather: out: overlaps another argument in memory" in str(error)
 
 
 def test_workspaces_that_differ_are_refused_on_all_ranks():
