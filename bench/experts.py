@@ -92,8 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(machine.sentence(facts), flush=True)
     found = list(measure(model(*options.sizes), budget=options.budget))
     rows = [
-        (r["scheme"], r["tokens"], r["microseconds"]["fused_ops"], r["gigabytes_per_second"])
-        + tuple(r["times_faster"].get(way) for way in STOCK)
+        (
+            *(r["scheme"], r["tokens"], r["microseconds"]["fused_ops"], r["gigabytes_per_second"]),
+            *(r["times_faster"].get(way) for way in STOCK),
+        )
         for r in found
     ]
     print(table(("scheme", "tokens", "us", "GB/s of weights", *(f"over {way}" for way in STOCK)), rows, left=1))
