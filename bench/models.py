@@ -72,11 +72,16 @@ def load(name: str = "smollm2", dtype: torch.dtype = torch.bfloat16) -> tuple[Pr
 
     Raises ModuleNotFoundError where a package is missing.
     """
-    logging.disable_progress_bar()
-    model = MODELS[name]
-    directory = cached(model.title.lower(), lambda directory: _convert(model, directory))
+    directory = path(name)
     made = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     return made.eval(), AutoTokenizer.from_pretrained(directory)
+
+
+def path(name: str = "smollm2") -> Path:
+    """The folder that transformers, and others, load the model from."""
+    logging.disable_progress_bar()
+    model = MODELS[name]
+    return cached(model.title.lower(), lambda directory: _convert(model, directory))
 
 
 def text(topic: str = "objects") -> str:

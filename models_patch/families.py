@@ -19,7 +19,7 @@ from fused_ops import gelu_tanh_mul_quant, silu_mul_quant, swiglu_oai_mul_quant
 
 from . import stock
 from .forwards import experts_gate, gated_mlp, oai_experts_gate, packed_mlp
-from .roles import Mixture, Norm, Sublayer
+from .roles import Norm, Sublayer
 from .source import first_argument, formula, reads, statements
 
 
@@ -82,14 +82,6 @@ GATED = {
         Gated(stock.OaiExperts, oai_experts_gate, "_apply_gate", operation=swiglu_oai_mul_quant),
     ),
 }
-
-MIXTURES = (
-    Mixture(stock.Routed),
-    Mixture(stock.RoutedAndShared, shared="shared_experts"),
-    Mixture(stock.RoutedWithScores, router="router", scores=True),
-    Mixture(stock.RoutedWithJitter),
-    Mixture(stock.RoutedWithCorrection, correction="e_score_correction_bias"),
-)
 
 PRE_NORM = Family(_ATTENTION, _MLP, _LLAMA_NORM)
 GRANITE = replace(
@@ -210,12 +202,6 @@ def activation_of(module: nn.Module) -> tuple[Callable | None, str | None]:
     """(the fused operation of this activation and the product after it, why there is none)"""
     problems = [mismatch(module, expected, "activation") for expected, _ in ACTIVATIONS]
     return (ACTIVATIONS[problems.index(None)][1], None) if None in problems else (None, problems[0])
-
-
-def mixture_of(module: nn.Module) -> tuple[Mixture | None, str]:
-    """(how its experts are routed, why that isn't known)"""
-    problems = [mismatch(module, each.stock, "mixture of experts") for each in MIXTURES]
-    return (MIXTURES[problems.index(None)], "") if None in problems else (None, str(problems[0]))
 
 
 def passes_on(module: nn.Module, linears: tuple[str, ...]) -> bool:

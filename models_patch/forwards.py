@@ -15,7 +15,7 @@ from quant import QuantizedActivation
 
 from .pending import Pending
 from .ranks import workspace_of
-from .roles import Mixture, Norm, Sublayer
+from .roles import Norm, Sublayer
 
 UNQUANTIZED: dict[str, Any] = {"quant_key": None}
 
@@ -93,24 +93,6 @@ def packed_mlp(
 
 def _down(mlp: Any, gate: Tensor, up: Tensor, activate: Callable, quantized: bool) -> Tensor:
     return mlp.down_proj(activate(gate, up, round_activation=True, **_quant_of_down(mlp, quantized)))
-
-
-def mixture(self: Any, hidden_states: Tensor | QuantizedActivation, *, role: Mixture, shares: bool) -> Any:
-    """Routed experts, and shared ones; the router reads its input unquantized.
-
-    shares: whether the shared ones take the activation that the routed ones do.
-    """
-    plain: Any = hidden_states
-    if isinstance(hidden_states, QuantizedActivation):
-        plain = hidden_states.unquantized
-    if self.training:  # where a router may add noise
-        return type(self).forward(self, plain)
-    correction = () if role.correction is None else (getattr(self, role.correction),)
-    _, weights, index = getattr(self, role.router)(plain.view(-1, plain.shape[-1]), *correction)
-    y = self.experts(hidden_states, index, weights)
-    if role.shared is not None:
-        y = y + getattr(self, role.shared)(hidden_states if shares else plain)
-    return (y, weights) if role.scores else y
 
 
 def experts_gate(self: Any, gate_up: Tensor, *, activate: Callable, quantized: bool) -> Any:

@@ -24,10 +24,10 @@ from .families import (
     family_of,
     mismatch,
     mismatch_stream,
-    mixture_of,
     passes_on,
 )
-from .forwards import UNQUANTIZED, decoder_layer, last_norm, mixture, stock_of
+from .forwards import UNQUANTIZED, decoder_layer, last_norm, stock_of
+from .mixtures import mixture, mixture_of
 from .ranks import workspace_of
 from .report import Entry, Report
 from .roles import Attention, LatentAttention, value_at

@@ -61,24 +61,6 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """A block of routed experts, `experts`.
-
-    stock: what its forward computes.
-    router: the module that gives (logits, weights, index) of them.
-    correction: the attribute that it is handed too.
-    shared: the module that every token goes to, whose result is added.
-    scores: whether the router's weights are returned besides.
-    """
-
-    stock: type
-    router: str = "gate"
-    correction: str | None = None
-    shared: str | None = None
-    scores: bool = False
-
-
-@dataclass(frozen=True)
 class Rotation:
     """A form of rotary embedding.
 

@@ -66,60 +66,6 @@ class PackedExperts:
         return self.act_fn(gate) * up
 
 
-# Mixtures of experts: a router's choice of them, and those that every token goes to.
-
-
-class Routed:
-    def forward(self, hidden_states):
-        batch, length, width = hidden_states.shape
-        states = hidden_states.view(-1, width)
-        routed = self.gate(states)
-        return self.experts(states, routed[2], routed[1]).reshape(batch, length, width)
-
-
-class RoutedAndShared:
-    def forward(self, hidden_states):
-        routed = self.gate(hidden_states)
-        states = hidden_states.view(-1, hidden_states.shape[-1])
-        output = self.experts(states, routed[2], routed[1]).view(*hidden_states.shape)
-        return output + self.shared_experts(hidden_states)
-
-
-class RoutedWithScores:
-    def forward(self, hidden_states):
-        batch, length, width = hidden_states.shape
-        states = hidden_states.reshape(-1, width)
-        routed = self.router(states)
-        return self.experts(states, routed[2], routed[1]).reshape(batch, length, width), routed[1]
-
-
-# Noise where they are trained; compared as they stand, since it is added in place.
-
-
-class RoutedWithJitter:
-    def forward(self, hidden_states):
-        batch_size, sequence_length, hidden_dim = hidden_states.shape
-        if self.training and self.jitter_noise > 0:
-            hidden_states *= torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
-        hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
-        _, top_k_weights, top_k_index = self.gate(hidden_states)
-        hidden_states = self.experts(hidden_states, top_k_index, top_k_weights)
-        hidden_states = hidden_states.reshape(batch_size, sequence_length, hidden_dim)
-        return hidden_states
-
-
-class RoutedWithCorrection:
-    def forward(self, hidden_states):
-        batch_size, sequence_length, hidden_dim = hidden_states.shape
-        if self.training and self.jitter_noise > 0:
-            hidden_states *= torch.empty_like(hidden_states).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
-        hidden_states = hidden_states.view(-1, hidden_states.shape[-1])
-        _, top_k_weights, top_k_index = self.gate(hidden_states, self.e_score_correction_bias)
-        hidden_states = self.experts(hidden_states, top_k_index, top_k_weights)
-        hidden_states = hidden_states.reshape(batch_size, sequence_length, hidden_dim)
-        return hidden_states
-
-
 # Activations: those of transformers, then torch's own.
 
 

@@ -11,10 +11,12 @@ from torch.nn.functional import cross_entropy
 NEIGHBOURS = 1 / 5000
 # float32 results carry the sum's and exp's own rounding errors, in units of the last place.
 FLOAT32_ULP = 6
-# Logits of whole models: a share of the largest in float32, and by how much a token must lead in bfloat16.
-LOGITS, MARGIN = 1e-5, 0.5
-# By how much the log likelihood of a token differs between two orders of sums: in bfloat16 the standard deviation.
-LIKELIHOOD = {torch.float32: 1e-5, torch.bfloat16: 0.058}
+# Logits of whole models: a share of the largest in float32, and by how much a token must lead in bfloat16, and where
+# layers are quantized.
+LOGITS, MARGIN, QUANTIZED_MARGIN = 1e-5, 0.5, 0.75
+# By how much the log likelihood of a token differs between two orders of sums: in bfloat16 the standard deviation, and
+# so with layers quantized to INT8 by token or FP8 (0.18 to 0.29 between two engines), where a code turns now and then.
+LIKELIHOOD = {torch.float32: 1e-5, torch.bfloat16: 0.058, torch.int8: 0.28}
 # Two quantizations of a model by the same scheme, whose scales are over other columns, differ in their errors.
 QUANTIZED_ALIKE = 1.5
 # By what factor simulated times of collectives are off the measured ones, each and typically: with more ranks than
@@ -87,11 +89,11 @@ def assert_logits_close(actual: Tensor, expected: Tensor) -> None:
     assert apart <= LOGITS, f"{apart:.2g} of the largest logit apart"
 
 
-def assert_same_choice(actual: Tensor, expected: Tensor) -> None:
+def assert_same_choice(actual: Tensor, expected: Tensor, margin: float = MARGIN) -> None:
     """Logits [..., vocabulary] choose the same token wherever the choice is clear."""
     first, second = expected.float().topk(2).values.unbind(-1)
-    clear = first - second > MARGIN
-    assert clear.float().mean() > 0.5
+    clear = first - second > margin
+    assert clear.float().mean() > 0.4
     assert torch.equal(actual.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
@@ -139,11 +141,14 @@ def assert_attention_close(actual: Tensor, expected: Tensor, context: str = "") 
 
 
 def assert_predicts_alike(actual: Tensor, expected: Tensor, ids: Tensor, dtype: torch.dtype) -> None:
-    """Logits [n, vocabulary] of models of this dtype give a text [n] the same perplexity, and make the same choices."""
+    """Logits [n, vocabulary] of models of this dtype give a text [n] the same perplexity, and make the same choices.
+
+    dtype: of weights and activations; int8 for layers that are quantized, to any format of eight bits.
+    """
     a, e = (cross_entropy(logits[:-1].float(), ids[1:]) for logits in (actual, expected))
     allowed = LIKELIHOOD[dtype] * (1 if dtype == torch.float32 else 3 / (len(ids) - 1) ** 0.5)
     assert abs(a - e) < allowed, f"log likelihoods a token are {abs(a - e):.2g} apart"
-    assert_same_choice(actual, expected)
+    assert_same_choice(actual, expected, QUANTIZED_MARGIN if dtype == torch.int8 else MARGIN)
 
 
 def assert_as_near(actual: Tensor, exact: Tensor, theirs: Tensor) -> None:

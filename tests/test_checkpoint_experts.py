@@ -39,6 +39,20 @@ def make(name: str, folder, **changes) -> dict:
     return load_file(folder / "model.safetensors")
 
 
+def change(folder, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def raise_one(tensors: dict) -> None:
+    """Make the input's scale of a layer that is neither the first nor the last the largest."""
+    for name, factor in ("input_scale", 4), ("input_global_scale", 1 / 4):
+        for part in "gate_proj", "down_proj":
+            if (scale := tensors.get(f"{EXPERTS}.1.{part}.{name}")) is not None:
+                scale.mul_(factor)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name",
@@ -47,7 +61,9 @@ def make(name: str, folder, **changes) -> dict:
 )  # fmt: skip
 def test_stacked_layers_hold_what_the_files_say(name, tmp_path):
     """Weights of each expert, to the rounding of a product of scales; the largest of the inputs' scales."""
-    tensors = make(name, tmp_path)
+    make(name, tmp_path)
+    change(tmp_path, raise_one)
+    tensors = load_file(tmp_path / "model.safetensors")
     model = load_quantized(tmp_path, torch.float32)
     experts = model.get_submodule(EXPERTS)
     assert isinstance(experts, QuantExperts)
@@ -88,12 +104,6 @@ def test_names_in_files_and_back(tmp_path):
     loaded = load_quantized(tmp_path / "one")
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert_same(loaded(tokens()).logits, model(tokens()).logits)
-
-
-def change(folder, edit) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(

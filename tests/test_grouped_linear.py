@@ -91,14 +91,14 @@ def test_rows_beyond_those_of_an_expert_are_left_as_they_were(backend, key):
     used = torch.arange(7) < counts[:, None]
     x.data.view(torch.uint8)[~used.flatten()] = 0xFF  # NaN in FP8
     apart = changed(x, data=x.data.unflatten(0, (4, 7)))
-    out, behind = torch.full((4, 7, OUTS), -7.0), torch.full((28, OUTS), -7.0)
+    out, behind, bias = torch.full((4, 7, OUTS), -7.0), torch.full((28, OUTS), -7.0), torch.randn(4, OUTS)
     with fused_ops.use_backend(backend):
-        grouped(apart, w, counts, out=out)
+        grouped(apart, w, counts, bias, out=out)
         assert (out[~used] == -7).all()
         index = torch.arange(28).unflatten(0, (4, 7))[used]
-        assert_same(out[used], grouped(x, w, counts, rows=index))
-        assert_same(out[used], by_expert(x, alone, counts.tolist(), index))
-        grouped(x, w, counts, rows=torch.cat([index, torch.zeros(17, dtype=torch.int64)]), out=behind)
+        assert_same(out[used], grouped(x, w, counts, bias, rows=index))
+        assert_same(out[used], by_expert(x, alone, counts.tolist(), index, bias))
+        grouped(x, w, counts, bias, rows=torch.cat([index, torch.zeros(17, dtype=torch.int64)]), out=behind)
     assert_same(behind[:11], out[used])
     assert (behind[11:] == -7).all()
 
