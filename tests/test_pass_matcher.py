@@ -173,7 +173,7 @@ def test_results_that_only_an_input_connects():
 
 
 def test_a_pattern_that_returns_an_input_is_refused():
-    with pytest.raises(ValueError, match="pattern: it returns .*, expected only what it computes"):
+    with pytest.raises(ValueError, match=r"pattern: it returns .*, expected only what it computes"):
         Returning().patterns()
 
 

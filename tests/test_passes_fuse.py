@@ -237,7 +237,7 @@ def test_a_norm_with_another_user_than_the_addition_is_left():
     assert "another user than the addition" in compiled.misses
 
 
-@pytest.mark.parametrize("second", [lambda x: llama(x, WEIGHT), lambda x: x + 1], ids=["another's", "what was there twice"])
+@pytest.mark.parametrize("second", [lambda x: llama(x, WEIGHT), lambda x: x + 1], ids=["norm", "sum"])
 def test_a_view_of_what_passes_put_in_is_written_elsewhere(second):
     def function(x):
         y, z = llama(x, WEIGHT), second(x)

@@ -195,11 +195,11 @@ class Pattern:
     def _complete(self, found: Iterator[Bound], fail: Callable) -> Iterator[Bound]:
         """What `found` yields, with those nodes of the pattern that aren't before its anchor."""
         for bound in found:
-            rest = [(n, a) for n in self.nodes if n not in bound for a in map(self._part, n.all_input_nodes) if a in bound]
-            if not rest:
+            rest = [(n, self._part(a)) for n in self.nodes if n not in bound for a in n.all_input_nodes]
+            following, before = next(((n, part) for n, part in rest if part in bound), (None, None))
+            if following is None:
                 yield bound
                 continue
-            following, before = rest[0]
             wanted = form(following)
             users = [u for u in bound[before].users if (f := form(u)) and wanted and f.name == wanted.name]
             if not users:
