@@ -152,6 +152,8 @@ def insert(graph: Graph, match: Match, function: Callable) -> None:
     if len(results) != len(match.outputs):
         raise Miss(f"the replacement has {len(results)} results, and the pattern {len(match.outputs)}")
     for old, result in zip(match.outputs, results, strict=True):
+        if not isinstance(result, Node):
+            raise Miss(f"a result of the replacement is {result}, expected a tensor")
         check_alike(old, value(result))
     new: dict[Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
     with graph.inserting_before(at):
