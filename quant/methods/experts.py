@@ -140,8 +140,9 @@ def experts_of(caller: str, model: nn.Module, ignored: set[str]) -> dict[str, nn
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether it is one that transformers' experts interface serves."""
-    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "_is_expert_parallel"))
+    """Whether it is one that transformers' experts interface serves, and not what `strip` left of one."""
+    served = all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "_is_expert_parallel"))
+    return served and any(True for _ in module.parameters(recurse=False))
 
 
 def weights_of(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
