@@ -128,6 +128,11 @@ def test_names_in_files_and_back(tmp_path):
         ),
         (
             "nvfp4",
+            lambda t: t[f"{EXPERTS}.0.gate_proj.weight_global_scale"].fill_(float("nan")),
+            r"experts\.0\.gate_proj\.weight_global_scale is nan, expected a positive, finite scale",
+        ),
+        (
+            "nvfp4",
             lambda t: t[f"{EXPERTS}.0.up_proj.weight_global_scale"].mul_(2),
             r"experts\.0\.up_proj\.weight_global_scale is .*, and .* elsewhere in .*gate_up_proj, which has one",
         ),
@@ -144,6 +149,13 @@ def test_damaged_files_are_refused_by_name(scheme, edit, message, tmp_path):
     change(tmp_path / "model", edit)
     with pytest.raises(ValueError, match=message):
         load_quantized(tmp_path / "model")
+
+
+def test_a_bound_that_is_not_the_configurations_is_refused(tmp_path):
+    make("fbgemm", tmp_path)
+    change(tmp_path, lambda t: t.update({f"{EXPERTS}.1.up_proj.input_scale_ub": torch.tensor([5.0])}))
+    with pytest.raises(ValueError, match=r"up_proj\.input_scale_ub is 5.0, the configuration says 3.0"):
+        load_quantized(tmp_path)
 
 
 def test_what_stacked_layers_cannot_hold_is_refused(tmp_path):
