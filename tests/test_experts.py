@@ -257,7 +257,7 @@ def test_one_scheme_for_the_experts_and_then_another_for_the_rest():
     quantize(model, "int8_token")
     assert model.model.layers[0].mlp.experts is experts
     assert model.model.layers[0].self_attn.q_proj.input_quant_key == INT8_DYNAMIC_TOKEN
-    with pytest.raises(ValueError, match="contains no nn.Linear to replace"):
+    with pytest.raises(ValueError, match=r"contains no nn\.Linear to replace"):
         quantize(model, "int8_token")
 
 
