@@ -106,6 +106,18 @@ def test_names_in_files_and_back(tmp_path):
     assert_same(loaded(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.parametrize("ignore", ["experts", "model.layers.1.mlp.experts"])
+def test_experts_that_are_not_quantized_stay_so(ignore, tmp_path):
+    """Nor is a router, which in vLLM is a linear layer."""
+    model = quantize(tiny_model("Qwen3Moe"), "int8_token", ignore=("lm_head", ignore))
+    save_quantized(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} <= set(config["ignore"])
+    loaded = load_quantized(tmp_path / "model")
+    assert isinstance(loaded.get_submodule(EXPERTS), QuantExperts) == (ignore != "experts")
+    assert_same(loaded(tokens()).logits, model(tokens()).logits)
+
+
 @pytest.mark.parametrize(
     ("scheme", "edit", "message"),
     [
