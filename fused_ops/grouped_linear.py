@@ -183,8 +183,8 @@ def grouped_scaled_linear(
 ) -> Tensor:
     """`scaled_linear` of the rows of each expert with its weight: the same bits, row by row.
 
-    On the CPU a weight is read once for all rows of its expert, and those of experts without rows not at all. On a GPU
-    it is the reference, a loop over experts.
+    On the CPU a weight is read once for every 256 rows of its expert, and those of experts without rows not at all. On
+    a GPU it is the reference, a loop over experts.
 
     Args:
         activation: logical shape [..., K] where rows is given; else [R, K], or [E, M, K], where each expert's rows are

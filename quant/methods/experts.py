@@ -76,8 +76,8 @@ class QuantExperts(nn.Module):
         y_t = sum_k weight_tk * down_e(act(gate_up_e(x_t)))         e = index_tk
 
     It takes the place of a Hugging Face module of experts. A token is quantized once, whatever the number of its
-    experts: by whoever produced it, or here; rows are sorted by expert, and each weight is read once. Activations in
-    between are the model's own, until `models_patch.patch` has them quantize for `down_proj`. Products are rounded to
+    experts: by whoever produced it, or here; rows are sorted by expert, so that a weight is read for many. Activations
+    in between are the model's own, until `models_patch.patch` has them quantize for `down_proj`. Products are rounded to
     the activations' dtype, then weighted and summed as transformers' "grouped_mm" does, in the order of the index.
 
     Args:
