@@ -109,7 +109,7 @@ def _(
     check(
         NAME,
         data=(data, shape, data.dtype),
-        weight=(weight, "experts N columns", weight.dtype),
+        weight=(weight, f"experts N {weight.shape[2]}", weight.dtype),  # codes of another width than data's, maybe
         tokens_per_expert=(tokens_per_expert, "experts", INDICES),
         rows=(rows, "R ?", INDICES),
     )
