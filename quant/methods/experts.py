@@ -77,8 +77,8 @@ class QuantExperts(nn.Module):
 
     It takes the place of a Hugging Face module of experts. A token is quantized once, whatever the number of its
     experts: by whoever produced it, or here; rows are sorted by expert, so that a weight is read for many. Activations
-    in between are the model's own, until `models_patch.patch` has them quantize for `down_proj`. Products are rounded to
-    the activations' dtype, then weighted and summed as transformers' "grouped_mm" does, in the order of the index.
+    in between are the model's own, until `models_patch.patch` has them quantize for `down_proj`. Products are rounded
+    to the activations' dtype, then weighted and summed as transformers' "grouped_mm" does, in the order of the index.
 
     Args:
         gate_up_proj, down_proj: the products.
