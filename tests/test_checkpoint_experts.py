@@ -106,6 +106,18 @@ def test_names_in_files_and_back(tmp_path):
     assert_same(loaded(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.parametrize("name", ["DeepseekV3", "Glm4Moe"])
+def test_what_corrects_a_routers_scores_stays_in_float32(name, tmp_path):
+    """A buffer, of which bfloat16 has too few bits to choose experts by, though `from_config` makes it in that."""
+    model = quantize(tiny_model(name), "int8_token")
+    gate = model.model.layers[-1].mlp.gate
+    gate.e_score_correction_bias = torch.rand(4) + 3
+    save_quantized(model, tmp_path / "model")
+    loaded = load_quantized(tmp_path / "model")
+    assert_same(loaded.model.layers[-1].mlp.gate.e_score_correction_bias, gate.e_score_correction_bias)
+    assert_same(loaded(tokens()).logits, model(tokens()).logits)
+
+
 @pytest.mark.parametrize("ignore", ["experts", "model.layers.1.mlp.experts"])
 def test_experts_that_are_not_quantized_stay_so(ignore, tmp_path):
     """Nor is a router, which in vLLM is a linear layer."""
