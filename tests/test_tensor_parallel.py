@@ -245,6 +245,20 @@ def test_one_dynamic_scale_for_the_tensor_is_left_to_the_layer(reference):
     assert after.note == "gate_proj takes one scale for the whole tensor, so each quantizes its input"
 
 
+def test_so_are_experts_whose_router_then_reads_a_plain_tensor(reference):
+    model = tiny_model("Qwen3Moe", num_hidden_layers=1)
+
+    def run(group):
+        part, _ = cut(model, group)
+        quantize(part, "fp8_token")
+        part.model.layers[0].mlp.experts.input_quant = lambda prefix="": {prefix + "quant_key": FP8_DYNAMIC_TENSOR}
+        expected = part(tokens()).logits
+        patch(part)
+        return torch.equal(part(tokens()).logits, expected)
+
+    assert on_ranks(1, run) == [True]
+
+
 # Copies, state dicts, refusals.
 
 

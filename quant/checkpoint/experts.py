@@ -127,9 +127,11 @@ def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> 
     value = form.dialect.stored(name, form.scheme.weight_key).load(fit(tensor, like))
     if name == "weight" and value.dtype == FP8 and (value.view(torch.uint8) & 0x7F == 0x7F).any():
         raise ValueError("has values that aren't finite")
+    if name in (given := dict(form.given)) and value.item() != given[name]:
+        raise ValueError(f"is {value.item()}, the configuration says {given[name]}")
+    if name in ("input_scale", "input_scale2", "weight_scale2") and not (value.isfinite() & (value > 0)).all():
+        raise ValueError(f"is {value.item()}, expected a positive, finite scale")
     if name in ("input_scale", "input_scale2"):
-        if not (value.isfinite() & (value > 0)).all():
-            raise ValueError(f"is {value.item()}, expected a positive, finite scale")
         value = torch.maximum(place, value)
     elif name in ("weight_scale2", "input_zero_point"):
         unset = place.isnan() if place.is_floating_point() else place == _UNSET

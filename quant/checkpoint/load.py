@@ -287,7 +287,8 @@ class _Slots:
             wanted = self._dtype_of(f"{path}.{name}", dtype) if old.is_floating_point() else old.dtype
             module._parameters[name] = nn.Parameter(cast(tensor, wanted), requires_grad=False)
         else:
-            module._buffers[name] = cast(tensor, dtype if isinstance(module, QuantLinear) else old.dtype)
+            wanted = dtype if isinstance(module, QuantLinear) else self._dtype_of(f"{path}.{name}", old.dtype)
+            module._buffers[name] = cast(tensor, wanted)
 
     def _dtype_of(self, key: str, dtype: torch.dtype) -> torch.dtype:
         """float32 for what the model keeps in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from .. import QuantKey
 from ..key import E8M0
 from ..methods import QuantExperts, QuantGroupedLinear, QuantLinear, ScaledLinearMethod, Scheme
 from .config import CONFIG
-from .experts import parts_of, target_of
+from .experts import holds_experts, parts_of, target_of
 from .files import INDEX
 from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, container
 
@@ -29,8 +30,8 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
     """Write a model as compressed-tensors does, for transformers, vLLM and `load_quantized`, which gives the same bits.
 
     Codes and scales are those of the layers, whatever device they are on, those of experts one by one, as layers of
-    their own; scales are float32, which those who read them widen to anyway. Buffers `k_scale` and `v_scale` of
-    attentions are written too. The tokenizer is not.
+    their own (which transformers doesn't read); scales are float32, which those who read them widen to anyway. Buffers
+    `k_scale` and `v_scale` of attentions are written too. The tokenizer is not.
 
     Args:
         model: of transformers, with `QuantLinear` layers, patched or not.
@@ -104,13 +105,10 @@ def _write(model: PreTrainedModel, quantization: dict, tensors: dict[str, Tensor
 
 def _quantization_config(model: nn.Module) -> dict[str, Any]:
     layers: dict[Scheme, list[str]] = {}
-    ignored = []
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
             stacked = isinstance(module, QuantGroupedLinear)
             layers.setdefault(_scheme(path, module), []).append(target_of(path) if stacked else path)
-        elif isinstance(module, nn.Linear):
-            ignored.append(path)
     if not layers:
         raise ValueError(f"save_quantized: model is {type(model).__name__} and has no QuantLinear")
     groups, formats = {}, set()
@@ -131,10 +129,26 @@ def _quantization_config(model: nn.Module) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignored,
+        "ignore": _ignored(model),
         "kv_cache_scheme": cache,
         "global_compression_ratio": None,
     }
+
+
+def _ignored(model: nn.Module) -> list[str]:
+    """What isn't quantized: linear layers, experts, and routers, which in vLLM's Qwen3-MoE are linear layers."""
+    names = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            names.append(path)
+        elif isinstance(module, QuantExperts) or holds_experts(module):
+            block = path.rpartition(".")[0]
+            for name, other in model.get_submodule(block).named_children():
+                if isinstance(getattr(other, "weight", None), nn.Parameter) and not isinstance(other, nn.Linear):
+                    names.append(f"{block}.{name}")
+            if holds_experts(module):
+                names.append(f"re:{re.escape(path)}[.]")
+    return names
 
 
 def _scheme(path: str, layer: QuantLinear) -> Scheme:
