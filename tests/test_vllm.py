@@ -12,7 +12,14 @@ import pytest
 import torch
 from compare import assert_as_near, assert_close, assert_predicts_alike, assert_same
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from bench import models
 from fused_ops import quantize, scaled_linear
@@ -111,11 +118,18 @@ def test_a_checkpoint_predicts_as_it_does_here(engine, quantized, scheme, eager)
         assert_same(saved["apart"], saved["logits"])
 
 
-# Norms of q and k, and Gemma's by vLLM's IR; windows of 64 tokens.
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+# Norms of q and k, and Gemma's by vLLM's IR; windows of 64 tokens; gpt-oss's sinks, and arguments in another order.
 @pytest.mark.parametrize(
     ("model", "config"),
-    [(Qwen3ForCausalLM, Qwen3Config), (Gemma3ForCausalLM, partial(Gemma3TextConfig, sliding_window=64))],
-    ids=["qwen3", "gemma3"],
+    [
+        (Qwen3ForCausalLM, Qwen3Config),
+        (Gemma3ForCausalLM, partial(Gemma3TextConfig, sliding_window=64)),
+        (GptOssForCausalLM, partial(GptOssConfig, sliding_window=64, **EXPERTS)),
+    ],
+    ids=["qwen3", "gemma3", "gpt_oss"],
 )
 def test_small_models_of_other_families(engine, tmp_path, model, config):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 49152}
@@ -126,7 +140,8 @@ def test_small_models_of_other_families(engine, tmp_path, model, config):
     theirs = logits(made, saved["ids"])
     assert_as_near(saved["logits"], logits(made.float(), saved["ids"]), theirs)
     assert ", 0 left as they were" in log
-    assert "qk_norm_rope_kv_cache_write, paged_attention" in log
+    write = "rope_kv_cache_write" if model is GptOssForCausalLM else "qk_norm_rope_kv_cache_write"
+    assert f" {write}, paged_attention" in log
 
 
 def test_vllms_own_int8_agrees_with_load_quantized(engine, quantized):
@@ -218,6 +233,14 @@ def _kernel(key, group, layer):
 # --- the contract ---
 
 
+def test_vllm_finds_the_plug_in():
+    from vllm.plugins import load_plugins_by_group
+
+    import models_patch.vllm as plugin
+
+    assert load_plugins_by_group("vllm.general_plugins")["fused_ops"] is plugin.register
+
+
 def test_another_vllm_is_left_alone(monkeypatch):
     import vllm
 
@@ -231,6 +254,15 @@ def test_another_vllm_is_left_alone(monkeypatch):
     assert plugin.refusal().startswith("vllm._custom_ops.onednn_scaled_mm takes (dnnl_handler x output")
     monkeypatch.setitem(plugin.CONTRACTS, "vllm._custom_ops:nothing_there", "x")
     assert plugin.parameters("vllm._custom_ops:nothing_there") is None
+
+
+def test_layers_share_one_table_of_angles():
+    from models_patch.vllm.attention import _table
+
+    rotary = nn.Module()
+    rotary.register_buffer("cos_sin_cache", torch.randn(8, 4).bfloat16(), persistent=False)
+    assert _table(rotary) is _table(rotary)
+    assert_same(_table(rotary), rotary.cos_sin_cache.float())
 
 
 def test_parts_that_there_are_not():
@@ -272,6 +304,13 @@ def test_results_are_followed_to_the_layer_that_takes_them():
             y, _ = self.up(x)
             return y + self.norm(x)
 
+    class ByMethod(Sublayer):
+        def apart(self, x):
+            return self.up(x)[0]
+
+        def forward(self, x):
+            return self.apart(self.norm(x))
+
     class Layer(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -290,6 +329,7 @@ def test_results_are_followed_to_the_layer_that_takes_them():
     assert taker(Layer(plain), "first") == (plain, "up")
     assert taker(plain, "norm") == (plain, "down")
     assert taker(Layer(Branched()), "first") is None
+    assert taker(ByMethod(), "norm") is None
     plain.rotates = False
     assert computes(plain) == "self.down(self.norm(self.up(x)[0]))[0]"
     plain.rotates = True

@@ -20,6 +20,7 @@ from fused_ops import RotaryOptions, paged_attention, qk_norm_rope_kv_cache_writ
 from fused_ops._op import NO_KEY
 from quant import QuantizedActivation, QuantKey, formats
 
+from ..source import first_argument
 from .dataflow import computes
 from .linear import as_vllms, input_quant
 
@@ -128,6 +129,11 @@ def forward(self: Any, positions: Tensor, hidden_states: Any, *, table: Tensor, 
     return self.o_proj(y if wanted is None else as_vllms(QuantizedActivation(y, scales, wanted, q.dtype), key))[0]
 
 
+def _hidden_states_first(self: Any, hidden_states: Any, positions: Tensor, **options: Any) -> Tensor:
+    """The same for callers that hand these over in the other order, as gpt-oss's."""
+    return forward(self, positions, hidden_states, **options)
+
+
 _SWITCH_OFF = "FUSED_OPS_VLLM=norm,activation,linear leaves attention to vLLM"
 
 
@@ -171,8 +177,16 @@ def bind(module: Any) -> str:
     """Bind `forward` to a module that has no `problem`; returns the operation that it calls besides attention."""
     normed = FORMULAS[computes(module)]
     norms = _norms(module) if normed else (None, None, 0.0, 0.0)
-    module.forward = partial(forward, module, table=module.rotary_emb.cos_sin_cache.float(), norms=norms)
+    run = forward if first_argument(type(module).forward) == "positions" else _hidden_states_first
+    module.forward = partial(run, module, table=_table(module.rotary_emb), norms=norms)
     return "qk_norm_rope_kv_cache_write" if normed else "rope_kv_cache_write"
+
+
+def _table(rotary: Any) -> Tensor:
+    """Its cosines and sines in float32: once for all the modules that share it, since this may be 64 MiB."""
+    if not hasattr(rotary, "fused_ops_table"):
+        rotary.fused_ops_table = rotary.cos_sin_cache.float()
+    return rotary.fused_ops_table
 
 
 def register(parts: frozenset[str]) -> None:

@@ -46,8 +46,10 @@ def taker(parent: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     target: Any = getattr(parent, callee, None)
     if isinstance(target, LinearBase):
         return parent, callee
-    forward = getattr(type(target), "forward", None)
-    names = list(forward.__code__.co_varnames[1 : forward.__code__.co_argcount]) if forward is not None else []
+    if not isinstance(target, nn.Module):  # a method, as Jamba's
+        return None
+    code = type(target).forward.__code__
+    names = code.co_varnames[1 : code.co_argcount]
     parameter = argument if isinstance(argument, str) else names[argument] if argument < len(names) else None
     inner = _goal(target, lambda node: isinstance(node, ast.Name) and node.id == parameter)
     if inner is None or not isinstance(getattr(target, inner[0], None), LinearBase):
