@@ -221,7 +221,7 @@ void run_gather_on_cuda(const Collective& of, const Call& call, const Gather& g)
   }
   const int64_t row_bytes = cuda::gathered_bytes(stages);
   cuda::Ranks ranks =
-      ranks_of(memory, call.rows, {{kGathers, call.rows, call.cols, call.dtype, call.key, 0, bits_of(1), 0}});
+      ranks_of(memory, call.rows, {{kGathers, call.rows, g.x.cols, call.dtype, call.key, 0, bits_of(1), 0}});
   void* const arguments[] = {&rows};
   in_parts(ranks, ranks.share, std::max<int64_t>(row_bytes, 16), 1, [&] {
     set_part(ranks, false);

@@ -40,18 +40,18 @@ void check_memory(const Collective& of, const Gather& g) {
   memory.reads(g.x, 1, "");
   for (const ScaleOut& scale : g.scale) memory.reads(bytes(scale), 1, "");
   memory.writes(one_row(of.memory, of.bytes), 1, "workspace");
-  memory.writes(g.y, 1, "data_out");
+  memory.writes(g.y, 1, g.scales ? "data_out" : "y_out");
   memory.writes(bytes(g.result[0]), 1, "scale_out");
   memory.writes(bytes(g.result[1]), 1, "zero_point_out");
   memory.check();
 }
 
-Call gather_call(const Collective& of, const Gather& g, int64_t rows, int64_t dtype, int64_t key) {
+Call gather_call(const Collective& of, T x, int64_t rows, int64_t key) {
   Call call;
   std::strncpy(call.name, of.name, sizeof(call.name) - 1);
   call.rows = rows;
-  call.cols = g.x.cols;
-  call.dtype = dtype;
+  call.cols = x.size(1);
+  call.dtype = dtype_code(x);
   call.key = key;
   return call;
 }
@@ -64,7 +64,7 @@ void gather_into(const Collective& of, T x, int64_t rows, T y) {
                   "y_out: unexpected shape or dtype");
   STD_TORCH_CHECK(g.y.device == g.x.device, "y_out: unexpected device");
   check_memory(of, g);
-  run_gather(of, gather_call(of, g, rows, dtype_code(x), -1), g);
+  run_gather(of, gather_call(of, x, rows, -1), g);
 }
 
 Tensor all_gather(T x, int64_t rows, T workspace, int64_t rank, Group) {
@@ -122,7 +122,7 @@ Quantized gather_quantized(T data, T scale, int64_t code, int64_t rows, T worksp
   }
   STD_TORCH_CHECK(zero || !zero_out, "zero_point_out: this key has none");
   check_memory(of, g);
-  run_gather(of, gather_call(of, g, rows, static_cast<int64_t>(dtype_of(data)), code), g);
+  run_gather(of, gather_call(of, data, rows, code), g);
   return made;
 }
 

@@ -139,14 +139,18 @@ def raise_if_broken(name: str, buffer: Tensor) -> None:
 
 def _process(buffer: Tensor, rank: int) -> str:
     """A rank's process, and whether it lives, as far as this one can see."""
-    at = _RANKS_AT + rank * _RANK_BYTES
-    pid = _RANK.unpack(bytes(buffer[at : at + _RANK.size].tolist()))[2]
+    pid = _pid_of(buffer, rank)
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ended = fields[0] in "ZX" and int(fields[17]) <= 1  # of its threads the first, which may end before others
     except OSError:
         ended = True
     return f"process {pid}, which {'has ended' if ended else 'is alive'}"
+
+
+def _pid_of(buffer: Tensor, rank: int) -> int:
+    at = _RANKS_AT + rank * _RANK_BYTES
+    return _RANK.unpack(bytes(buffer[at : at + _RANK.size].tolist()))[2]
 
 
 def _header_of(buffer: Tensor) -> tuple | None:
@@ -180,10 +184,13 @@ def meet(what: str, buffer: Tensor, rank: int, group: str) -> None:
     As csrc/cpu/meeting.h: who refused a call waits until the others have raised in it. Ranks that share no memory of
     CPUs don't meet.
 
-    Raises ValueError, on every rank, where one has refused this call or exchanges something else than `what`.
+    Raises ValueError, on every rank, where one has refused this call or exchanges something else than `what`; by itself
+    in a child that was forked, whose numbers are its parent's.
     """
     if _header_of(buffer) is None:
         return
+    if _pid_of(buffer, rank) != os.getpid():
+        raise ValueError(f"workspace: expected the buffer that this process has made as rank {rank}, not a copy")
     attempts, said = attempts_of(buffer, rank), what.encode()[:64].ljust(64)
     attempts.value += 1
     while True:

@@ -109,7 +109,7 @@ def _(
     check(
         NAME,
         data=(data, shape, data.dtype),
-        weight=(weight, "experts N columns", weight.dtype),
+        weight=(weight, f"experts N {weight.shape[2]}", weight.dtype),  # codes of another width than data's, maybe
         tokens_per_expert=(tokens_per_expert, "experts", INDICES),
         rows=(rows, "R ?", INDICES),
     )
@@ -183,8 +183,8 @@ def grouped_scaled_linear(
 ) -> Tensor:
     """`scaled_linear` of the rows of each expert with its weight: the same bits, row by row.
 
-    On the CPU a weight is read once for all rows of its expert, and those of experts without rows not at all. On a GPU
-    it is the reference, a loop over experts.
+    On the CPU a weight is read once for every 256 rows of its expert, and those of experts without rows not at all. On
+    a GPU it is the reference, a loop over experts.
 
     Args:
         activation: logical shape [..., K] where rows is given; else [R, K], or [E, M, K], where each expert's rows are

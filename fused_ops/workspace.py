@@ -40,11 +40,14 @@ class AllReduceWorkspace:
     A rank that waits longer than `timeout`, or for a process that has ended, raises TimeoutError, and the workspace is
     broken: every later call with it does the same, on every rank. Calls that differ between ranks raise ValueError on
     all of them and break nothing, and so does a call that one rank refuses by itself, say for an argument that it alone
-    has wrong: the next one is the next on all. On a GPU both, and limits, are found while the kernel runs: its results
-    are NaN, a later call raises, and the workspace is broken. Ranks that share no memory find neither.
+    has wrong: the next one is the next on all. Only what is refused while a graph is traced, or since a rank has closed
+    its workspace, has no number: the others wait for that rank. On a GPU both, and limits, are found while the kernel
+    runs: its results are NaN, a later call raises, and the workspace is broken. Ranks that share no memory find
+    neither.
     A call belongs to the process that made the workspace, one thread at a time: a child that was forked is no rank.
     Operations write `buffer`, so compiled graphs keep their order; a compiler that copies what is written, as
-    `backend="aot_eager"` does where Inductor doesn't, is refused when it calls, for nobody waits behind a copy.
+    `backend="aot_eager"` does where Inductor doesn't, is refused when it calls, for nobody waits behind a copy. What a
+    kernel refuses in such a graph, and that a rank doesn't come, is a RuntimeError there.
 
     Args:
         group: the ranks, 1 to 16 of them; `torch.distributed.group.WORLD` for all.
@@ -136,7 +139,8 @@ class AllReduceWorkspace:
     def close(self) -> None:
         """Drop the memory, which is freed with the last tensor on it; later calls with this workspace raise ValueError.
 
-        So does the end of a `with` block, and so does garbage collection. Other ranks keep theirs.
+        So does the end of a `with` block, and so does garbage collection. Other ranks keep theirs, in which they wait
+        for this one in vain.
         """
         if self._memory is not None:
             self._memory.close()
@@ -228,10 +232,16 @@ def _device(group: ProcessGroup, device: Any) -> torch.device:
     if device is None:
         on_cuda = torch.cuda.is_available() and any(served.type == "cuda" for served in group._device_types)
         device = "cuda" if on_cuda else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"AllReduceWorkspace: device is {device}, expected the CPU or a CUDA device")
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError):
+        known = None
+    if known is None or known.type not in ("cpu", "cuda"):
+        raise ValueError(f"AllReduceWorkspace: device is {device!r}, expected the CPU or a CUDA device")
+    device = known
     if device.type == "cuda" and device.index is None:
+        if not torch.cuda.is_available():
+            raise ValueError(f"AllReduceWorkspace: device is {device}, of which torch finds none")
         device = torch.device("cuda", torch.cuda.current_device())
     return device
 

@@ -40,18 +40,20 @@ def checked_scales(dtype: torch.dtype | None, scales: Any, layers: int, latent: 
         raise ValueError(f"PagedKVCache: dtype is {dtype}, expected None: latents are held in S")
     if not isinstance(scales, Sequence) or isinstance(scales, str):
         raise TypeError(f"PagedKVCache: scales is {type(scales).__name__}, expected (k_scale, v_scale) of each layer")
-    pairs = [pair if isinstance(pair, Sequence) else () for pair in scales]
-    if len(pairs) != layers or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"PagedKVCache: scales has {len(pairs)}, expected {layers}, (k_scale, v_scale) of each layer")
-    k, v = ([_scale(value) for value in each] for each in zip(*pairs, strict=True))
+    if len(scales) != layers:
+        raise ValueError(f"PagedKVCache: scales has {len(scales)}, expected {layers}, (k_scale, v_scale) of each layer")
+    for layer, pair in enumerate(scales):
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(f"PagedKVCache: scales has {pair!r} for layer {layer}, expected (k_scale, v_scale)")
+    k, v = ([_scale(value) for value in each] for each in zip(*scales, strict=True))
     return list(zip(k, v, strict=True))
 
 
 def _scale(value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.dtype == torch.float32:
-        good = value.ndim == 1 and bool((value.isfinite() & (value > 0)).all())
+        good = value.ndim == 1 and value.numel() > 0 and bool((value.isfinite() & (value > 0)).all())
     elif type(value) in (int, float):
-        good = 0 < value <= torch.finfo(torch.float32).max
+        good = 2**-150 < value <= torch.finfo(torch.float32).max  # half of float32's least is 0 there
     else:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"PagedKVCache: scales has {got}, expected numbers or float32 Tensors")
@@ -93,6 +95,13 @@ class PagedLayer(CacheLayerMixin):
         self.written: Step | None = None  # the last step whose tokens this layer has got
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        heads = key_states.shape[1]
+        for name, scale in ("k_scale", self.k_scale), ("v_scale", self.v_scale):
+            if scale is not None and scale.numel() not in (1, heads):
+                raise ValueError(
+                    f"PagedKVCache: scales has a {name} of {list(scale.shape)}, expected [1] or the [{heads}] of this "
+                    "layer's kv_heads"
+                )
         self.dtype, self.device = key_states.dtype, key_states.device
         # Zeros: where a mask makes a probability zero, what it weighs must be finite.
         if self.latent and key_states.shape[1] == 1:

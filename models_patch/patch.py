@@ -216,12 +216,13 @@ class _Plan:
             module = getattr(layer, sublayer.module)
             if hasattr(getattr(module, "experts", None), "input_quant"):
                 key, note, linears = self.plan_mixture(module)
-                routed = key is not None
+                routed = True
             else:
                 key, note, linears = _shared_key(module, sublayer.linears)
             if self.part and not self.after and key is not None and _is_of_tensor(key):
                 key, note = None, f"{linears[0]} takes one scale for the whole tensor, so each quantizes its input"
             feeds = linears if key else ()
+            routed = routed and key is not None
             fed.append(feeds[0] if key else None)
             if sublayer.before is not None:
                 norm = getattr(layer, sublayer.before)

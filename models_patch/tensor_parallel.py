@@ -51,7 +51,8 @@ def shard(model: nn.Module, workspace: AllReduceWorkspace) -> Report:
 
     The ranks call the model in the same order, with the same tokens; all of them get the same bits. Sampling needs the
     same seed on all. Caches hold each rank's own heads, a `PagedKVCache`'s steps are the same on all. transformers'
-    `generate_batch` and `save_pretrained` raise RuntimeError, since the config still describes the whole model.
+    `generate_batch` and `save_pretrained` raise RuntimeError, and `save_quantized` ValueError, since the config still
+    describes the whole model.
 
     Unpatched, a module that is cut calls `all_reduce` in a forward hook, which copies of the model share; patched, the
     norm that follows the addition does the sum, and forward hooks on the module see this rank's part. State dicts hold

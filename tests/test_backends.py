@@ -166,7 +166,8 @@ def test_every_stage_is_of_its_instruction_set():
     assert older["base"] > 10_000
     assert older["v3"] == 0
     computes_nothing = {"memcpy@plt", "memset@plt", "fused_ops::Rows::offset_of_many(long) const"}
-    assert {name for name in called if "Pipeline::Pipeline" not in name} <= computes_nothing
+    copies = ("Pipeline::Pipeline", "_Sp_counted_base", "_Unwind_Resume")  # of what a pipeline holds
+    assert {name for name in called if not any(copy in name for copy in copies)} <= computes_nothing
 
 
 def test_quantized_activation_traces_through_a_compiled_model():

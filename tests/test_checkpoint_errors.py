@@ -211,6 +211,11 @@ CONFIGS = {
         "quantization_config is missing, and there is no",
     ),
     "not an object": (instead([1]), r"quantization_config is \[1\], expected an object"),
+    # What transformers raises for them are errors of four other classes.
+    "a field of another type": (lambda config, _: config.update(hidden_size="64"), "hidden_size"),
+    "heads that don't divide": (lambda config, _: config.update(num_attention_heads=0), "modulo by zero"),
+    "a token beyond the vocabulary": (lambda config, _: config.update(pad_token_id=10**9), "Padding_idx"),
+    "a dtype": (lambda config, _: config.update(dtype="nothing"), "nothing"),
     "an architecture": (lambda config, _: config.__setitem__("model_type", "nothing"), "nothing"),
 }
 
@@ -404,10 +409,12 @@ def test_damaged_files(copy):
     path.unlink()
     with pytest.raises(ValueError, match=r"model.safetensors: "):
         load_quantized(folder)
-    for data in "{", "[" * 100_000:
-        (folder / "config.json").write_text(data)
-        with pytest.raises(ValueError, match=r"config.json: "):
-            load_quantized(folder)
+    for name in "generation_config.json", "config.json":
+        for data in "{", "[]", "[" * 100_000:
+            (folder / name).write_text(data)
+            with pytest.raises(ValueError, match=rf"/{name}:? "):
+                load_quantized(folder)
+        (folder / name).unlink()
 
 
 def test_damaged_indices(copy):

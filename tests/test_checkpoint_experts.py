@@ -106,6 +106,30 @@ def test_names_in_files_and_back(tmp_path):
     assert_same(loaded(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.parametrize("name", ["DeepseekV3", "Glm4Moe"])
+def test_what_corrects_a_routers_scores_stays_in_float32(name, tmp_path):
+    """A buffer, of which bfloat16 has too few bits to choose experts by, though `from_config` makes it in that."""
+    model = quantize(tiny_model(name), "int8_token")
+    gate = model.model.layers[-1].mlp.gate
+    gate.e_score_correction_bias = torch.rand(4) + 3
+    save_quantized(model, tmp_path / "model")
+    loaded = load_quantized(tmp_path / "model")
+    assert_same(loaded.model.layers[-1].mlp.gate.e_score_correction_bias, gate.e_score_correction_bias)
+    assert_same(loaded(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("ignore", ["experts", "model.layers.1.mlp.experts"])
+def test_experts_that_are_not_quantized_stay_so(ignore, tmp_path):
+    """Nor is a router, which in vLLM is a linear layer."""
+    model = quantize(tiny_model("Qwen3Moe"), "int8_token", ignore=("lm_head", ignore))
+    save_quantized(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"} <= set(config["ignore"])
+    loaded = load_quantized(tmp_path / "model")
+    assert isinstance(loaded.get_submodule(EXPERTS), QuantExperts) == (ignore != "experts")
+    assert_same(loaded(tokens()).logits, model(tokens()).logits)
+
+
 @pytest.mark.parametrize(
     ("scheme", "edit", "message"),
     [
@@ -128,6 +152,11 @@ def test_names_in_files_and_back(tmp_path):
         ),
         (
             "nvfp4",
+            lambda t: t[f"{EXPERTS}.0.gate_proj.weight_global_scale"].fill_(float("nan")),
+            r"experts\.0\.gate_proj\.weight_global_scale is nan, expected a positive, finite scale",
+        ),
+        (
+            "nvfp4",
             lambda t: t[f"{EXPERTS}.0.up_proj.weight_global_scale"].mul_(2),
             r"experts\.0\.up_proj\.weight_global_scale is .*, and .* elsewhere in .*gate_up_proj, which has one",
         ),
@@ -146,6 +175,13 @@ def test_damaged_files_are_refused_by_name(scheme, edit, message, tmp_path):
         load_quantized(tmp_path / "model")
 
 
+def test_a_bound_that_is_not_the_configurations_is_refused(tmp_path):
+    make("fbgemm", tmp_path)
+    change(tmp_path, lambda t: t.update({f"{EXPERTS}.1.up_proj.input_scale_ub": torch.tensor([5.0])}))
+    with pytest.raises(ValueError, match=r"up_proj\.input_scale_ub is 5.0, the configuration says 3.0"):
+        load_quantized(tmp_path)
+
+
 def test_what_stacked_layers_cannot_hold_is_refused(tmp_path):
     make("deepseek", tmp_path / "blocks", moe_intermediate_size=192)
     with pytest.raises(ValueError, match=r"experts has 192 rows of gates and of ups, .* a multiple of 128"):
@@ -160,3 +196,15 @@ def test_what_stacked_layers_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"experts has blocks of 128 rows of gates and ups, which files have apart"):
         save_quantized(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_biases_beyond_float16(tmp_path):
+    model, name = quantize(tiny_model("GptOss", num_hidden_layers=1), "int8_token"), f"{EXPERTS}.1.down_proj.bias"
+    save_quantized(model, tmp_path)
+    change(tmp_path, lambda t: t[name].fill_(1e5))
+    load_quantized(tmp_path)
+    with pytest.raises(ValueError, match=r"1\.down_proj\.bias has values beyond torch\.float16"):
+        load_quantized(tmp_path, torch.float16)
+    change(tmp_path, lambda t: t.update({name: t[name].double()}))
+    with pytest.raises(ValueError, match=r"1\.down_proj\.bias is torch\.float64 .*, expected floats"):
+        load_quantized(tmp_path)

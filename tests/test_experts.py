@@ -250,6 +250,17 @@ def test_on_a_gpu_they_are_refused(monkeypatch):
         quantized("Qwen3Moe", "int8_token")
 
 
+def test_one_scheme_for_the_experts_and_then_another_for_the_rest():
+    model, others = tiny_model("Qwen3Moe"), ("lm_head", "q_proj", "k_proj", "v_proj", "o_proj")
+    quantize(model, "mxfp8", ignore=others)
+    experts = model.model.layers[0].mlp.experts
+    quantize(model, "int8_token")
+    assert model.model.layers[0].mlp.experts is experts
+    assert model.model.layers[0].self_attn.q_proj.input_quant_key == INT8_DYNAMIC_TOKEN
+    with pytest.raises(ValueError, match=r"contains no nn\.Linear to replace"):
+        quantize(model, "int8_token")
+
+
 def test_a_model_without_its_experts_or_with_others():
     model = tiny_model("Qwen3Moe")
     quantize(model, "int8_token", ignore=("lm_head", "experts"))

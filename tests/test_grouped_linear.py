@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 import fused_ops
 from fused_ops.linear import exact_values, quantize_weight, usual_weight
-from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, MXFP8, NVFP4
+from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, MXFP4, MXFP8, NVFP4
 
 OUTS = 150  # several tiles, blocks of 128 and a short one
 # Rows of each expert: none at either end, one, all of them, more than a pass takes, the kernels for few and for many.
@@ -80,6 +80,17 @@ def test_against_float64(backend, key):
             y = grouped(x, w, torch.tensor(counts))
         for part, values, each in zip(y.split(counts), decoded_activation(x).split(counts), alone, strict=True):
             check_close(part, values, exact_values(*each), 320, str(counts))
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "keys", [(MXFP8, MXFP4), (MXFP4, MXFP8), (INT8_DYNAMIC_TOKEN, NVFP4)], ids=lambda k: "-".join(map(str, k))
+)
+def test_codes_of_another_width_than_the_activations(backend, keys):
+    key, w_key = keys
+    x, (alone, w), index = activation(9, 64, key), stacked(3, 35, 64, w_key), torch.arange(9)
+    with fused_ops.use_backend(backend):
+        assert_same(grouped(x, w, torch.tensor([4, 0, 5])), by_expert(x, alone, (4, 0, 5), index))
 
 
 @each_backend

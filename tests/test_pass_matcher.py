@@ -49,6 +49,29 @@ class Writing(Rooted):
         return total.rsqrt(), total
 
 
+class Halved(Rooted):
+    def replacement(self, x, cap):
+        return None, x[..., :1].clone()
+
+
+class Apart(PatternReplacement):
+    """Two results that only their input connects."""
+
+    def inputs(self):
+        return [{"x": torch.empty(3, 5)}]
+
+    def pattern(self, x):
+        return x.exp(), torch.sqrt(x)
+
+    def replacement(self, x):
+        return x.exp().clone(), torch.sqrt(x).clone()
+
+
+class Returning(Apart):
+    def pattern(self, x):
+        return x.exp(), x
+
+
 class Grouped(PatternReplacement):
     """A norm by groups of four."""
 
@@ -122,6 +145,7 @@ def test_the_first_condition_that_failed_is_named(function, reason):
     [
         (Refusing, "refused: not today"),
         (Shrinking, r"its result is float32[4, 2], where the graph has float32[4, 1]"),
+        (Halved, "a result of the replacement is None, expected a tensor"),
         (Short, "the replacement has 1 results, and the pattern 2"),
         (Checked, "cap is 0.5"),
         (Writing, "the replacement writes in place, by aten.square_.default|aten.copy_.default"),
@@ -131,6 +155,26 @@ def test_what_is_found_and_must_stay_stays(pattern, reason):
     matches, (found,) = find(lambda x: rooted(x, 0.5), torch.randn(4, 5), pattern=pattern)
     assert matches == 0
     assert found.startswith(reason.partition(", by")[0])
+
+
+def test_what_must_stay_is_nearer_than_a_part_of_another_pattern():
+    """A norm without weight is all there is, one with a weight almost."""
+    torch._dynamo.reset()
+    backend = Backend()
+    with torch.no_grad():
+        torch.compile(lambda x: x * rooted(x, 1e-6), backend=backend)(torch.randn(5, 4).T)
+    (miss,) = backend.manager.report().misses
+    assert miss.reason == "refused: rms_norm: x has strides (1, 4), expected a contiguous last dimension"
+
+
+def test_results_that_only_an_input_connects():
+    assert find(lambda x: (torch.sqrt(x), x.exp()), torch.rand(4, 5), pattern=Apart) == (1, [])
+    assert find(lambda x: (torch.sqrt(x + 1), x.exp()), torch.rand(4, 5), pattern=Apart)[0] == 0
+
+
+def test_a_pattern_that_returns_an_input_is_refused():
+    with pytest.raises(ValueError, match=r"pattern: it returns .*, expected only what it computes"):
+        Returning().patterns()
 
 
 def test_nothing_alike_is_no_miss():

@@ -237,6 +237,30 @@ def test_a_norm_with_another_user_than_the_addition_is_left():
     assert "another user than the addition" in compiled.misses
 
 
+@pytest.mark.parametrize("second", [lambda x: llama(x, WEIGHT), lambda x: x + 1], ids=["norm", "sum"])
+def test_a_view_of_what_passes_put_in_is_written_elsewhere(second):
+    def function(x):
+        y, z = llama(x, WEIGHT), second(x)
+        z.view(-1)[torch.tensor([1, 5])] = 9
+        return y, y * 2, z, x + 1
+
+    compiled = Compiled(function)
+    with fused_ops.use_backend("reference"):
+        found = compiled(X)
+        assert all(torch.equal(a, b) for a, b in zip(found, function(X), strict=True))
+    assert compiled.calls == {"rms_norm": 1}
+
+
+def test_memory_that_is_read_by_strides_keeps_its_order():
+    def function(x):
+        return llama(x.transpose(0, 1), WEIGHT).as_strided((6, 64), (64, 1))
+
+    compiled = Compiled(function)
+    assert same_on_both_backends(compiled, function, torch.randn(3, 6, 64).bfloat16())
+    assert not compiled.calls
+    assert "its memory is read by strides (as_strided)" in compiled.misses
+
+
 def test_an_eps_that_is_an_input():
     compiled = Compiled(lambda x, eps: llama(x, WEIGHT, eps), dynamic=True)
     for eps in 1e-6, 0.5:

@@ -194,16 +194,28 @@ def test_a_checkpoints_scales_are_its_caches(tmp_path):
         ({"dtype": torch.bfloat16, "scales": SCALES}, TypeError, "dtype is torch.bfloat16, expected None or one of"),
         ({"dtype": torch.int8}, TypeError, r"scales is NoneType, expected \(k_scale, v_scale\) of each layer"),
         ({"dtype": torch.int8, "scales": SCALES[1:]}, ValueError, f"scales has {L - 1}, expected {L}, "),
-        ({"dtype": torch.int8, "scales": [1.0] * L}, ValueError, f"scales has {L}, expected {L}, "),
+        ({"dtype": torch.int8, "scales": [1.0] * L}, ValueError, r"scales has 1.0 for layer 0, expected \(k_scale, v"),
+        ({"dtype": torch.int8, "scales": [(1.0,) * 3] * L}, ValueError, r"scales has \(1.0, 1.0, 1.0\) for layer 0"),
         ({"dtype": torch.int8, "scales": [("1", 1.0)] * L}, TypeError, "scales has str, expected numbers or float32"),
         ({"dtype": torch.int8, "scales": [(torch.ones(1).double(), 1.0)] * L}, TypeError, "scales has torch.float64"),
         ({"dtype": torch.int8, "scales": [(10**400, 1.0)] * L}, ValueError, "expected what is positive and finite"),
         ({"dtype": torch.int8, "scales": [(1.0, torch.zeros(1))] * L}, ValueError, "expected what is positive and"),
+        ({"dtype": torch.int8, "scales": [(1e-46, 1.0)] * L}, ValueError, "scales has 1e-46, expected what is"),
+        ({"dtype": torch.int8, "scales": [(torch.ones(0), 1.0)] * L}, ValueError, "expected what is positive and"),
     ],
 )
 def test_codes_that_are_refused(options, error, message):
     with pytest.raises(error, match=f"PagedKVCache: .*{message}"):
         PagedKVCache(model_of("Llama").config, 64, **options)
+
+
+def test_scales_of_other_heads_are_refused_before_anything_is_written():
+    model = model_of("Llama")
+    cache = PagedKVCache(model.config, 64, dtype=torch.int8, scales=[(1.0, torch.ones(3))] * L)
+    with pytest.raises(ValueError, match=r"scales has a v_scale of \[3\], expected \[1\] or the \[2\] of this layer's"):
+        model(torch.tensor([[1, 2]]), past_key_values=cache)
+    assert cache.free_blocks == 64
+    assert cache.pending is None
 
 
 def test_latents_are_no_codes():

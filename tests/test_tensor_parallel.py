@@ -21,6 +21,7 @@ from models_patch import patch
 from models_patch.paged_cache import PagedKVCache
 from models_patch.pending import Pending
 from quant import FP8_DYNAMIC_TENSOR
+from quant.checkpoint import save_quantized
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -244,6 +245,20 @@ def test_one_dynamic_scale_for_the_tensor_is_left_to_the_layer(reference):
     assert after.note == "gate_proj takes one scale for the whole tensor, so each quantizes its input"
 
 
+def test_so_are_experts_whose_router_then_reads_a_plain_tensor(reference):
+    model = tiny_model("Qwen3Moe", num_hidden_layers=1)
+
+    def run(group):
+        part, _ = cut(model, group)
+        quantize(part, "fp8_token")
+        part.model.layers[0].mlp.experts.input_quant = lambda prefix="": {prefix + "quant_key": FP8_DYNAMIC_TENSOR}
+        expected = part(tokens()).logits
+        patch(part)
+        return torch.equal(part(tokens()).logits, expected)
+
+    assert on_ranks(1, run) == [True]
+
+
 # Copies, state dicts, refusals.
 
 
@@ -332,6 +347,9 @@ def test_what_takes_the_model_for_whole_is_refused(tmp_path):
                 model.generate_batch([[1, 2, 3]])
             with pytest.raises(RuntimeError, match="init_continuous_batching: the model is cut"):
                 model.init_continuous_batching()
+        quantize(copied, "int8_token")
+        with pytest.raises(ValueError, match=r"save_quantized: model is cut over 2 ranks"):
+            save_quantized(copied, tmp_path / "model")
 
     on_ranks(2, run)
     assert not list(tmp_path.iterdir())

@@ -29,7 +29,8 @@ ATTENTION_LIMITS = (
     "heads of up to 256 columns, latents of up to 512 and 256 rotated columns beside them, in blocks of at least one "
     f"token, up to {MOST_HEADS} heads, fewer than 2^31 tokens to a row of block_tables, and keys of whole bytes a head"
 )
-ELSEWHERE = ("scaled_linear", "qk_all_reduce_rms_norm", "all_gather", "all_gather_quantized")
+PRODUCTS = ("scaled_linear", "grouped_scaled_linear", "sort_by_expert", "sum_experts")  # and what is around them
+ELSEWHERE = (*PRODUCTS, "qk_all_reduce_rms_norm", "all_gather", "all_gather_quantized")
 _defaults: list[Library] = []
 
 

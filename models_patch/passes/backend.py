@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule
+from torch.fx.node import map_arg
 
 from .compiler import aot_autograd, auto_functionalized_v2, auto_functionalized_v2_dense, reinplace
 from .config import PassConfig
 from .floats import specialize_floats
 from .fusion import POST_GRAD
 from .manager import PassManager
-from .matcher import aten, decompositions
+from .matcher import aten, decompositions, value
+from .rewrite import mode_of
 
 
 class Backend:
@@ -45,6 +47,7 @@ class Backend:
         for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
             node.target = aten.reshape.default
         self.manager(graph.graph)
+        _refresh(graph.graph)
         _write_in_place(graph.graph)
         graph.recompile()
 
@@ -56,6 +59,16 @@ class Backend:
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
+
+
+def _refresh(graph: Graph) -> None:
+    """Make the fake results anew, as Inductor does: they show which nodes share memory, and passes change that."""
+    for node in graph.nodes:
+        known = node.op == "call_function" and all("val" in n.meta for n in (node, *node.all_input_nodes))
+        if known and "unbacked_bindings" not in node.meta:
+            args, kwargs = map_arg((node.args, node.kwargs), value)
+            with mode_of([node, *node.all_input_nodes]), torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _write_in_place(graph: Graph) -> None:

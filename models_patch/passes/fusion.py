@@ -33,6 +33,7 @@ HOOKS = (
 
 
 _NEAR = 3  # parts of a pattern that are there, for the rest to be missed
+_WHOLE = 1 << 30  # as many as none has: what is there and must stay is nearer than any part of another pattern
 
 
 class Site(NamedTuple):
@@ -189,7 +190,7 @@ class PatternReplacement(ABC):
 
     @abstractmethod
     def replacement(self, *inputs: Any) -> Any:
-        """What takes its place; `None` of a result leaves that as it is."""
+        """What takes its place: a tensor for each result."""
 
     def check(self, *_: Any, **inputs: Any) -> str:
         """Why the pattern, found with these nodes and numbers, must stay; "" where it needn't."""
@@ -216,13 +217,13 @@ class PatternReplacement(ABC):
                 if reason:
                     numbers = [match.inputs[i.name] for i in pattern.inputs if isinstance(i.example, float)]
                     outcome.wants_numbers |= any(isinstance(number, Node) for number in numbers)
-                    raise Miss(reason, len(match.nodes))
+                    raise Miss(reason, _WHOLE)
                 try:
                     insert(graph, match, self.replacement)
                 except Miss as miss:
-                    raise Miss(miss.reason, len(match.nodes)) from None
+                    raise Miss(miss.reason, _WHOLE) from None
                 except (TypeError, ValueError, RuntimeError) as error:
-                    raise Miss(f"refused: {error}", len(match.nodes)) from error
+                    raise Miss(f"refused: {error}", _WHOLE) from error
             except Miss as miss:
                 yield miss
             else:

@@ -169,6 +169,9 @@ class Pattern:
         outputs: Any = graph.output_node().args[0]
         self.outputs: tuple[Node, ...] = tuple(outputs) if isinstance(outputs, (list, tuple)) else (outputs,)
         self.graph = graph
+        for node in self.outputs:
+            if node not in self.nodes:
+                raise ValueError(f"pattern: it returns {node}, expected only what it computes of its inputs")
         self.anchor = min(self.nodes, key=lambda node: (_telling(str(form(node))), node))
         self.anchor_name = str(form(self.anchor))
 
@@ -192,12 +195,11 @@ class Pattern:
     def _complete(self, found: Iterator[Bound], fail: Callable) -> Iterator[Bound]:
         """What `found` yields, with those nodes of the pattern that aren't before its anchor."""
         for bound in found:
-            rest = [n for n in self.nodes if n not in bound and any(a in bound for a in n.all_input_nodes)]
-            if not rest:
+            rest = [(n, self._part(a)) for n in self.nodes if n not in bound for a in n.all_input_nodes]
+            following, before = next(((n, part) for n, part in rest if part in bound), (None, None))
+            if following is None:
                 yield bound
                 continue
-            following = rest[0]
-            before = next(a for a in following.all_input_nodes if a in bound)
             wanted = form(following)
             users = [u for u in bound[before].users if (f := form(u)) and wanted and f.name == wanted.name]
             if not users:
@@ -205,9 +207,13 @@ class Pattern:
             for user in users:
                 yield from self._complete(self._match(following, user, bound, fail), fail)
 
+    def _part(self, item: Any) -> Any:
+        """An input of the pattern instead of the node that stands for it; anything else as it is."""
+        return self._of.get(item, item) if isinstance(item, Node) else item
+
     def _match(self, wanted: Any, found: Any, bound: Bound, fail: Callable) -> Iterator[Bound]:
         """Ways in which a node, input or constant of the pattern is this one of the graph."""
-        wanted = self._of.get(wanted, wanted) if isinstance(wanted, Node) else wanted
+        wanted = self._part(wanted)
         if isinstance(wanted, float) and wanted in self.numbers:
             wanted = self.numbers[wanted]
         if isinstance(wanted, (list, tuple)):

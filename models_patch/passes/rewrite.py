@@ -84,6 +84,24 @@ def check_alike(old: Node, made: Any) -> None:
     before = value(old)
     if isinstance(before, Tensor) and not (before.dtype == made.dtype and _same_sizes(before.shape, made.shape)):
         raise Miss(f"its result is {_kind(made)}, where the graph has {_kind(before)}")
+    if isinstance(before, Tensor) and not _same_strides(before, made) and _reads_memory(old):
+        raise Miss("its memory is read by strides (as_strided), and the operation's result has others")
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(str(x) == str(y) for size, x, y in pairs if str(size) != "1")
+
+
+def _reads_memory(node: Node) -> bool:
+    """Whether `as_strided` reads it, or what is made of it: most operations hand on the order of their input."""
+    found: set[Node] = set()
+    left = [node] if any("as_strided" in str(each.target) for each in node.graph.nodes) else []
+    while left:
+        users = left.pop().users.keys() - found
+        found |= users
+        left += users
+    return any("as_strided" in str(each.target) for each in found)
 
 
 def replace(old: Node, new: Node) -> None:
@@ -152,6 +170,8 @@ def insert(graph: Graph, match: Match, function: Callable) -> None:
     if len(results) != len(match.outputs):
         raise Miss(f"the replacement has {len(results)} results, and the pattern {len(match.outputs)}")
     for old, result in zip(match.outputs, results, strict=True):
+        if not isinstance(result, Node):
+            raise Miss(f"a result of the replacement is {result}, expected a tensor")
         check_alike(old, value(result))
     new: dict[Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
     with graph.inserting_before(at):

@@ -20,7 +20,7 @@ from ..key import FP8
 from ..methods import QuantExperts, QuantGroupedLinear, ScaledLinearMethod, Scheme
 from ..methods.experts import PROJECTIONS, holds_experts, strip, weights_of
 from .config import Recipe
-from .formats import Format, fit
+from .formats import FLOATS, Format, cast, fit
 
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -118,20 +118,20 @@ def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> 
     """Write a tensor of the files where it belongs. Raises ValueError where it can't be."""
     name, place = slot.buffer, slot.part.of(layer, slot.buffer, layer.get_buffer(slot.buffer))
     if name == "bias":
-        if list(tensor.shape) != list(place.shape) or not tensor.is_floating_point():
+        if list(tensor.shape) != list(place.shape) or tensor.dtype not in FLOATS:
             raise ValueError(f"is {tensor.dtype} {list(tensor.shape)}, expected floats {list(place.shape)}")
-        place.copy_(tensor)
-        if place.isinf().sum() != tensor.isinf().sum():
-            raise ValueError(f"has values beyond {place.dtype}")
+        place.copy_(cast(tensor, place.dtype))
         return
     one = name == "weight_scale" and form.scheme.weight_key.per_tensor
     like = place[:1] if one else place
     value = form.dialect.stored(name, form.scheme.weight_key).load(fit(tensor, like))
     if name == "weight" and value.dtype == FP8 and (value.view(torch.uint8) & 0x7F == 0x7F).any():
         raise ValueError("has values that aren't finite")
+    if name in (given := dict(form.given)) and value.item() != given[name]:
+        raise ValueError(f"is {value.item()}, the configuration says {given[name]}")
+    if name in ("input_scale", "input_scale2", "weight_scale2") and not (value.isfinite() & (value > 0)).all():
+        raise ValueError(f"is {value.item()}, expected a positive, finite scale")
     if name in ("input_scale", "input_scale2"):
-        if not (value.isfinite() & (value > 0)).all():
-            raise ValueError(f"is {value.item()}, expected a positive, finite scale")
         value = torch.maximum(place, value)
     elif name in ("weight_scale2", "input_zero_point"):
         unset = place.isnan() if place.is_floating_point() else place == _UNSET

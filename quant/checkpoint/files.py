@@ -33,10 +33,6 @@ class TensorFiles:
     def where(self, name: str) -> str:
         return f"{self.names[name]}: {name}"
 
-    def shape(self, name: str) -> list[int]:
-        """Without reading it."""
-        return list(self._opened[self.names[name]].get_slice(name).get_shape())
-
     def read(self, name: str) -> Tensor:
         """A tensor of its own memory, so that the file may change later."""
         try:

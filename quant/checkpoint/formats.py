@@ -196,3 +196,14 @@ def fit(tensor: Tensor, like: Tensor) -> Tensor:
             raise ValueError("has values beyond int32")
         tensor = tensor.to(like.dtype)
     return tensor.reshape(like.shape)
+
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)  # of what isn't quantized
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises ValueError where a value becomes infinite."""
+    made = tensor.to(dtype)
+    if made.dtype != tensor.dtype and made.isinf().sum() != tensor.isinf().sum():
+        raise ValueError(f"has values beyond {dtype}")
+    return made

@@ -16,10 +16,11 @@ from ..key import FP8
 from ..methods import QuantGroupedLinear, QuantLinear, ScaledLinearMethod
 from . import experts
 from .config import CONFIG, Recipe, read_recipe
+from .fields import read_json
 from .files import TensorFiles, open_tensors
-from .formats import KV_SCALES, Format, fit
+from .formats import FLOATS, KV_SCALES, Format, cast, fit
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+GENERATION_CONFIG = "generation_config.json"
 _SHOWN = 8  # names in a message
 
 
@@ -54,7 +55,7 @@ def load_quantized(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pre
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"load_quantized: path is {str(path)!r}, expected a folder")
-    recipe = read_recipe(folder)
+    recipe, generation = read_recipe(folder), _generation_config(folder)
     with open_tensors(folder) as files:
         model = _empty_model(folder, dtype)
         slots = _Slots(model, recipe, files, folder / CONFIG, dtype)
@@ -68,8 +69,8 @@ def load_quantized(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pre
                 layer.method.process_weights_after_loading(layer)
             except ValueError as error:
                 raise ValueError(f"{slots.file_of(path_of)}: {error}") from None
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation is not None:
+        model.generation_config = generation
     return model.eval()
 
 
@@ -80,8 +81,18 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         vars(config).pop("quantization_config", None)  # transformers would quantize by it
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    except Exception as error:  # of whatever class: a config is built, and a model by it
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    if not (path := folder / GENERATION_CONFIG).exists():
+        return None
+    read_json(path)
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 class _Slots:
@@ -274,9 +285,10 @@ class _Slots:
             raise ValueError(f"is {tensor.dtype}, expected {old.dtype}, as it isn't quantized")
         if isinstance(old, nn.Parameter):
             wanted = self._dtype_of(f"{path}.{name}", dtype) if old.is_floating_point() else old.dtype
-            module._parameters[name] = nn.Parameter(_cast(tensor, wanted), requires_grad=False)
+            module._parameters[name] = nn.Parameter(cast(tensor, wanted), requires_grad=False)
         else:
-            module._buffers[name] = _cast(tensor, dtype if isinstance(module, QuantLinear) else old.dtype)
+            wanted = dtype if isinstance(module, QuantLinear) else self._dtype_of(f"{path}.{name}", old.dtype)
+            module._buffers[name] = cast(tensor, wanted)
 
     def _dtype_of(self, key: str, dtype: torch.dtype) -> torch.dtype:
         """float32 for what the model keeps in it."""
@@ -284,14 +296,6 @@ class _Slots:
         if dtype == torch.float16:
             names |= set(getattr(self.model, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if any(re.search(rf"(^|\.){re.escape(name)}(\.|$)", key) for name in names) else dtype
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises ValueError where a value becomes infinite."""
-    made = tensor.to(dtype)
-    if made.dtype != tensor.dtype and made.isinf().sum() != tensor.isinf().sum():
-        raise ValueError(f"has values beyond {dtype}")
-    return made
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fused_ops.workspace import AllReduceWorkspace
+
 from .. import QuantKey
 from ..key import E8M0
 from ..methods import QuantExperts, QuantGroupedLinear, QuantLinear, ScaledLinearMethod, Scheme
 from .config import CONFIG
-from .experts import parts_of, target_of
+from .experts import holds_experts, parts_of, target_of
 from .files import INDEX
 from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, container
 
@@ -27,8 +30,8 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
     """Write a model as compressed-tensors does, for transformers, vLLM and `load_quantized`, which gives the same bits.
 
     Codes and scales are those of the layers, whatever device they are on, those of experts one by one, as layers of
-    their own; scales are float32, which those who read them widen to anyway. Buffers `k_scale` and `v_scale` of
-    attentions are written too. The tokenizer is not.
+    their own (which transformers doesn't read); scales are float32, which those who read them widen to anyway. Buffers
+    `k_scale` and `v_scale` of attentions are written too. The tokenizer is not.
 
     Args:
         model: of transformers, with `QuantLinear` layers, patched or not.
@@ -37,8 +40,9 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
 
     Raises:
         TypeError: model is not a transformers model, or path is not a str or a Path.
-        ValueError: path is there and not empty, or a call that wrote it was ended; no layer is quantized; the format
-            has no words for a layer's keys or scales, by its path. Nothing is left behind.
+        ValueError: path is there and not empty, or a call that wrote it was ended or still runs; no layer is quantized;
+            the model is cut over ranks; the format has no words for a layer's keys or scales, by its path. Nothing is
+            left behind.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"save_quantized: model is {type(model).__name__}, expected a model of transformers")
@@ -47,21 +51,38 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"save_quantized: path is {str(path)!r}, expected a folder that is new or empty")
+    _check_whole(model)
     partial = folder.absolute().with_name(f"{folder.absolute().name}.partial")
-    if partial.exists():
-        raise ValueError(f"save_quantized: {partial} is there, of a call that was ended or still runs: remove it first")
-    quantization, tensors = _quantization_config(model), _tensors(model)
-    new = [parent for parent in partial.parents if not parent.exists()]
+    new, ours = [parent for parent in partial.parents if not parent.exists()], False
     try:
-        partial.mkdir(parents=True)
-        _write(model, quantization, tensors, partial, max_shard_size)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.mkdir()  # of two calls at once one has it
+        except FileExistsError:
+            said = f"{partial} is there, of a call that was ended or still runs: remove it first"
+            raise ValueError(f"save_quantized: {said}") from None
+        ours = True
+        _write(model, _quantization_config(model), _tensors(model), partial, max_shard_size)
         partial.replace(folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ours:
+            shutil.rmtree(partial, ignore_errors=True)
         for parent in new:
             with suppress(OSError):  # it isn't there, or others have written to it
                 parent.rmdir()
         raise
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise where ranks have a part each, as `models_patch.shard` leaves them, whose hooks hold their workspace."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    workspaces = (getattr(hook, "workspace", None) for hook in hooks)
+    cut = next((each for each in workspaces if isinstance(each, AllReduceWorkspace)), None)
+    if cut is not None:
+        raise ValueError(
+            f"save_quantized: model is cut over {cut.world_size} ranks, and a checkpoint would hold this rank's part "
+            "as if it were the whole: quantize and save a whole one"
+        )
 
 
 def _write(model: PreTrainedModel, quantization: dict, tensors: dict[str, Tensor], folder: Path, size: Any) -> None:
@@ -84,13 +105,10 @@ def _write(model: PreTrainedModel, quantization: dict, tensors: dict[str, Tensor
 
 def _quantization_config(model: nn.Module) -> dict[str, Any]:
     layers: dict[Scheme, list[str]] = {}
-    ignored = []
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
             stacked = isinstance(module, QuantGroupedLinear)
             layers.setdefault(_scheme(path, module), []).append(target_of(path) if stacked else path)
-        elif isinstance(module, nn.Linear):
-            ignored.append(path)
     if not layers:
         raise ValueError(f"save_quantized: model is {type(model).__name__} and has no QuantLinear")
     groups, formats = {}, set()
@@ -111,10 +129,26 @@ def _quantization_config(model: nn.Module) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignored,
+        "ignore": _ignored(model),
         "kv_cache_scheme": cache,
         "global_compression_ratio": None,
     }
+
+
+def _ignored(model: nn.Module) -> list[str]:
+    """What isn't quantized: linear layers, experts, and routers, which in vLLM's Qwen3-MoE are linear layers."""
+    names = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            names.append(path)
+        elif isinstance(module, QuantExperts) or holds_experts(module):
+            block = path.rpartition(".")[0]
+            for name, other in model.get_submodule(block).named_children():
+                if isinstance(getattr(other, "weight", None), nn.Parameter) and not isinstance(other, nn.Linear):
+                    names.append(f"{block}.{name}")
+            if holds_experts(module):
+                names.append(f"re:{re.escape(path)}[.]")
+    return names
 
 
 def _scheme(path: str, layer: QuantLinear) -> Scheme:

@@ -26,7 +26,8 @@ def quantize_model(
 
     Experts are those of transformers 5 that hold gates and ups, and downs, in one weight each: Qwen3-MoE, Mixtral,
     DeepSeek, MiniMax-M2, GLM4-MoE, gpt-oss, ... Each expert's weight is quantized for itself; a calibrated scale of
-    their input is one for all of them. Routers stay as they are.
+    their input is one for all of them. Routers stay as they are, but for an `nn.Linear` in one (HunYuan's, AFMoE's),
+    which is a layer as others are: ignore it.
 
     Args:
         model: any module; its weights are bfloat16, float16 or float32.

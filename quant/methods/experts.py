@@ -76,9 +76,9 @@ class QuantExperts(nn.Module):
         y_t = sum_k weight_tk * down_e(act(gate_up_e(x_t)))         e = index_tk
 
     It takes the place of a Hugging Face module of experts. A token is quantized once, whatever the number of its
-    experts: by whoever produced it, or here; rows are sorted by expert, and each weight is read once. Activations in
-    between are the model's own, until `models_patch.patch` has them quantize for `down_proj`. Products are rounded to
-    the activations' dtype, then weighted and summed as transformers' "grouped_mm" does, in the order of the index.
+    experts: by whoever produced it, or here; rows are sorted by expert, so that a weight is read for many. Activations
+    in between are the model's own, until `models_patch.patch` has them quantize for `down_proj`. Products are rounded
+    to the activations' dtype, then weighted and summed as transformers' "grouped_mm" does, in the order of the index.
 
     Args:
         gate_up_proj, down_proj: the products.
@@ -140,8 +140,9 @@ def experts_of(caller: str, model: nn.Module, ignored: set[str]) -> dict[str, nn
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether it is one that transformers' experts interface serves."""
-    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "_is_expert_parallel"))
+    """Whether it is one that transformers' experts interface serves, and not what `strip` left of one."""
+    served = all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "_is_expert_parallel"))
+    return served and any(True for _ in module.parameters(recurse=False))
 
 
 def weights_of(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
