@@ -15,7 +15,7 @@ FLOAT32_ULP = 6
 # layers are quantized.
 LOGITS, MARGIN, QUANTIZED_MARGIN = 1e-5, 0.5, 0.75
 # By how much the log likelihood of a token differs between two orders of sums: in bfloat16 the standard deviation, and
-# so with layers quantized to INT8 by token or FP8 (0.18 to 0.29 between two engines), where a code turns now and then.
+# so with layers quantized to INT8 by token or FP8 (0.18 to 0.31 between two engines), where a code turns now and then.
 LIKELIHOOD = {torch.float32: 1e-5, torch.bfloat16: 0.058, torch.int8: 0.28}
 # Two quantizations of a model by the same scheme, whose scales are over other columns, differ in their errors.
 QUANTIZED_ALIKE = 1.5
@@ -96,7 +96,7 @@ def assert_same_choice(actual: Tensor, expected: Tensor, margin: float = MARGIN)
     """Logits [..., vocabulary] choose the same token wherever the choice is clear."""
     first, second = expected.float().topk(2).values.unbind(-1)
     clear = first - second > margin
-    assert clear.float().mean() > 0.4
+    assert clear.float().mean() > (0.5 if margin == MARGIN else 0.4)
     assert torch.equal(actual.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
