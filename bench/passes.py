@@ -1,7 +1,7 @@
 """What passes cost the compiler: `python -m bench.passes` (about six minutes on two cores).
 
 A model is compiled by Inductor with and without `models_patch.passes`, and by the codegen-free back end, each in a
-process of its own with an empty cache; then a call of each, in turns in one process. Prints a table, and writes it to
+process of its own with an empty cache, and called seven times there. Prints a table, and writes it to
 `bench/results/cpu-passes-<date>.json`.
 """
 
