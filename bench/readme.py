@@ -36,7 +36,10 @@ def filled(text: str, source: Path) -> str:
         "| operation | cache | T |": _heads,
         "| batch | us |": _attention,
         "| `scaled_linear`": _linear,
+        "| scheme | 1 token |": _experts,
     }
+    experts = re.search(r"cpu-experts-[\d-]+\.json", text)  # which have a file of their own
+    record["experts"] = json.loads((HERE / "results" / experts[0]).read_text())["experts"] if experts else []
     lines, fill = [], None
     for line in text.splitlines():
         if not line.startswith("|"):
@@ -87,6 +90,11 @@ def _named(result: dict) -> str:
 def _linear(cells: Cells, record: dict) -> Cells:
     of = {r["tokens"]: r for r in record["linear"] if r["key"] == cells[0] and r["cols"] == 4096}
     return [cells[0], _times(of[1], "bfloat16 linear"), _times(of[256], "float32 linear", 2)]
+
+
+def _experts(cells: Cells, record: dict) -> Cells:
+    of = {r["tokens"]: r for r in record["experts"] if r["scheme"] == cells[0].strip("`")}
+    return [cells[0], *(_times(of[tokens], "grouped_mm") for tokens in of), f"{of[1]['gigabytes_per_second']:.0f}"]
 
 
 def _times(result: dict, peer: str, digits: int = 1) -> str:
