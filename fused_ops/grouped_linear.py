@@ -20,7 +20,16 @@ from quant import QuantizedActivation, QuantKey, formats
 
 from ._check import FLOATS, INDICES, check
 from ._op import invoke, op
-from .linear import INFERRED, _scaled_linear, decode_weight, linear_inputs, takes, weight_code_of, weight_key_of
+from .linear import (
+    INFERRED,
+    _scaled_linear,
+    decode_weight,
+    linear_arguments,
+    linear_inputs,
+    takes,
+    weight_code_of,
+    weight_key_of,
+)
 from .quantize import case_keys
 
 NAME = "grouped_scaled_linear"
@@ -137,13 +146,6 @@ def _stacked(experts: int, *inputs: Any) -> tuple[Any, ...]:
     return x, data, scale, scale2
 
 
-def _arguments(inputs: tuple, tokens: Tensor, rows: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> tuple:
-    x, weight, weight_scale, weight_scale2 = inputs
-    required = (x.data, x.scale, x.quant_key.code, weight, weight_scale, tokens, rows, bias, dtype)
-    plain = x.scale2 is x.zero_point is weight_scale2 is None
-    return required if plain else (*required, x.scale2, x.zero_point, INFERRED, weight_scale2)
-
-
 @_grouped_scaled_linear.declares("cases")
 def _(device: str) -> Iterator[tuple]:
     dtypes, kinds = cycle(FLOATS), cycle((torch.int32, torch.int64))
@@ -153,7 +155,7 @@ def _(device: str) -> Iterator[tuple]:
             inputs = _stacked(len(counts), tokens, cols, out, key, device)
             bias = torch.randn(len(counts), out, device=device).to(dtype) if tokens == 5 else None
             rows = torch.randint(tokens, (sum(counts),), device=device).to(kind) if tokens == 5 else None
-            yield _arguments(inputs, torch.tensor(counts, dtype=kind, device=device), rows, bias, dtype)
+            yield linear_arguments(inputs, torch.tensor(counts, dtype=kind, device=device), rows, bias, dtype)
 
 
 @_grouped_scaled_linear.declares("workload")
@@ -162,7 +164,7 @@ def _(tokens: int, cols: int, key: QuantKey, dtype: torch.dtype, device: str) ->
     inputs = _stacked(8, tokens, cols, cols, key, device)
     experts = torch.rand(tokens, 8, device=device).topk(2).indices.flatten()
     counts, rows = experts.bincount(minlength=8), experts.argsort(stable=True) // 2
-    return _arguments(inputs, counts, rows, None, dtype)
+    return linear_arguments(inputs, counts, rows, None, dtype)
 
 
 # --- the public function ---

@@ -283,10 +283,10 @@ def linear_inputs(
     return activation, *quantize_weight(torch.randn(out, cols, device=device), weight or usual_weight(key))
 
 
-def _arguments(inputs: tuple, bias: Tensor | None, dtype: torch.dtype) -> tuple:
-    """Arguments of the operation from `linear_inputs`."""
+def linear_arguments(inputs: tuple, *others: Any) -> tuple:
+    """Arguments of the operation from `linear_inputs`; others: the required ones behind the weight's."""
     x, weight, weight_scale, weight_scale2 = inputs
-    required = (x.data, x.scale, x.quant_key.code, weight, weight_scale, bias, dtype)
+    required = (x.data, x.scale, x.quant_key.code, weight, weight_scale, *others)
     plain = x.scale2 is x.zero_point is weight_scale2 is None
     return required if plain else (*required, x.scale2, x.zero_point, INFERRED, weight_scale2)
 
@@ -298,12 +298,12 @@ def _(device: str) -> Iterator[tuple]:
         for tokens, cols, out in (1, 576, 192), (5, 160, 7), (33, 256, 130), (0, 64, 8):
             dtype = next(dtypes)
             bias = torch.randn(out, device=device).to(dtype) if tokens == 5 else None
-            yield _arguments(linear_inputs(tokens, cols, out, key, device), bias, dtype)
+            yield linear_arguments(linear_inputs(tokens, cols, out, key, device), bias, dtype)
 
 
 @_scaled_linear.declares("workload")
 def _(tokens: int, cols: int, key: QuantKey, dtype: torch.dtype, device: str) -> tuple:
-    return _arguments(linear_inputs(tokens, cols, cols, key, device), None, dtype)
+    return linear_arguments(linear_inputs(tokens, cols, cols, key, device), None, dtype)
 
 
 # --- the public function ---

@@ -95,13 +95,14 @@ def _same_strides(a: Tensor, b: Tensor) -> bool:
 
 def _reads_memory(node: Node) -> bool:
     """Whether `as_strided` reads it, or what is made of it: most operations hand on the order of their input."""
+    readers = {each for each in node.graph.nodes if "as_strided" in str(each.target)}
     found: set[Node] = set()
-    left = [node] if any("as_strided" in str(each.target) for each in node.graph.nodes) else []
+    left = [node] if readers else []
     while left:
         users = left.pop().users.keys() - found
         found |= users
         left += users
-    return any("as_strided" in str(each.target) for each in found)
+    return not readers.isdisjoint(found)
 
 
 def replace(old: Node, new: Node) -> None:
