@@ -142,6 +142,11 @@ _SEEDED = torch.Generator().manual_seed(0)  # every process has the same
 X, RESIDUAL, WEIGHT = (torch.randn(*size, generator=_SEEDED) for size in ((3, 64), (3, 64), (64,)))
 
 
+def rows(seed: int, rank: int, tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same on whichever rank it is made."""
+    return torch.randn(tokens, cols, generator=torch.Generator().manual_seed(1000 * seed + rank)).to(dtype)
+
+
 def usual(w, x=X, weight=WEIGHT, eps=1e-6, key=FP8_DYNAMIC_TOKEN, **options):
     return fused_ops.all_reduce_fused_add_rms_norm_quant(
         x, RESIDUAL[: len(x)].to(x.dtype), weight, eps, key, w, **options
