@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda, hip
 
-from .platform import INTERPRETED, at, narrow, round_to, widen
+from .platform import INTERPRETED, at, narrow, round_to, value_of, widen
 from .quantize import PLACES, columns, places_at
 from .row import Stages, work
 
@@ -22,7 +22,7 @@ FAILURE_CALL, FAILURE_THEIRS = tl.constexpr(16), tl.constexpr(80)
 
 
 class Ranks(NamedTuple):
-    """`Ranks` of csrc/cuda/stages.h; own: this rank's memory."""
+    """`Ranks` of csrc/cuda/stages.h; own: this rank's memory. All but addresses come to a kernel as `number`s."""
 
     memory: tuple
     own: int
@@ -34,9 +34,9 @@ class Ranks(NamedTuple):
     share: int
     all: int
     limit: int
-    failure: int
     call: tuple
     called: int
+    failure: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,15 @@ class RankStages:
 @triton.jit
 def at_address(address, T: tl.constexpr):
     return address.to(tl.pointer_type(T))
+
+
+@triton.jit
+def with_values(r):
+    """The same, but for the words of the call, which are seldom read."""
+    return Ranks(
+        r.memory, r.own, value_of(r.rank), value_of(r.blocks), value_of(r.slot_bytes), value_of(r.begin),
+        value_of(r.end), value_of(r.share), value_of(r.all), value_of(r.limit), r.call, value_of(r.called), r.failure,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -88,7 +97,7 @@ def give_up(ranks, reason, rank, number, E: tl.constexpr):
     if tl.atomic_xchg(at_address(ranks.own + FAILED, tl.int32), 1, sem="relaxed", scope="gpu") == 0:
         tl.store(at_address(ranks.failure + 8, tl.int64), rank.to(tl.int64))
         for i in tl.static_range(8):
-            tl.store(at_address(ranks.failure + FAILURE_CALL + 8 * i, tl.int64), ranks.call[i])
+            tl.store(at_address(ranks.failure + FAILURE_CALL + 8 * i, tl.int64), value_of(ranks.call[i]))
         lane = tl.arange(0, E.lanes)
         if reason == OTHER_CALL:
             theirs = tl.sum(tl.where(lane == rank, memory_of(ranks, lane, E), 0))
@@ -109,7 +118,7 @@ def begin_call(ranks, E: tl.constexpr):
         give_up(ranks, tl.full((), GIVEN_UP, tl.int32), broken - 1, number, E)
     else:
         for i in tl.static_range(8):
-            tl.store(at_address(ranks.own + CALL + (number & 1) * 64 + 8 * i, tl.int64), ranks.call[i])
+            tl.store(at_address(ranks.own + CALL + (number & 1) * 64 + 8 * i, tl.int64), value_of(ranks.call[i]))
     arrived = at_address(ranks.own + ARRIVED, tl.int32)
     if tl.atomic_add(arrived, 1, sem="relaxed", scope="gpu") == ranks.blocks - 1:
         tl.store(arrived, 0)
@@ -241,6 +250,7 @@ def rank_kernel(
         scales = places_at(scale, scale_row, scale_column, K.codes)
     if zero_point is not None:
         zero_points = places_at(zero_point, zero_row, zero_column, K.codes)
+    ranks = with_values(ranks)
     column, within = columns(K, 1)
     first = tl.program_id(0).to(tl.int64) * K.rows + ranks.begin
     step = ranks.blocks.to(tl.int64) * K.rows

@@ -23,6 +23,7 @@ from .launch import (
     rows_with_padding,
     run,
 )
+from .platform import number
 from .operations import ROW_OPERATIONS, set_key, set_outputs
 
 SUMS = {"all_reduce": False, "reduce_scatter": True}  # and whether rows are scattered
@@ -82,20 +83,15 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
             -(-row_bytes // 16 // world) * 16 // size,
             torch.version.hip is not None,
         )
+        blocks = min(max(1, -(-(end - begin) // kernel.rows)), MAX_BLOCKS.value)
+        limit = round(memory.timeout * 1e9)
         ranks = Ranks(
             tuple(memory.addresses),
             memory.addresses[memory.rank],
-            memory.rank,
-            min(max(1, -(-(end - begin) // kernel.rows)), MAX_BLOCKS.value),
-            slot_bytes,
-            begin,
-            end,
-            share,
-            every,
-            round(memory.timeout * 1e9),
+            *map(number, (memory.rank, blocks, slot_bytes, begin, end, share, every, limit)),
+            tuple(map(number, words)),
+            number(hash(tuple(words)) & 0x7FFFFFFF),
             memory.failure.data_ptr(),
-            tuple(words),
-            hash(tuple(words)) & 0x7FFFFFFF,
         )
         last = max(end, begin + 1) if end < rows else max(begin + 1, rows_with_padding(kernel.codes, rows, p.scale))
         arguments = {
@@ -113,7 +109,7 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
             "E": exchange,
             **arguments_of(p, kernel),
         }
-        start = lambda: rank_kernel[(ranks.blocks,)](**arguments, num_warps=warps, **OPTIONS)  # noqa: B023, E731
+        start = lambda: rank_kernel[(blocks,)](**arguments, num_warps=warps, **OPTIONS)  # noqa: B023, E731
         on_device(p.x.device, start)
 
 

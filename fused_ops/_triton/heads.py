@@ -29,16 +29,16 @@ from .launch import (
     float32,
     next_power_of_two,
     on_device,
-    places,
     places_of,
     round_up,
     spread,
+    strides_of,
     warps_of,
 )
 from .launch import run as run_pipeline
 from .norm import rstd_of, scaled
-from .platform import is_nan, narrow, round_to, widen
-from .quantize import Codes, codes_of, columns, quantize
+from .platform import is_nan, narrow, number, round_to, value_of, widen
+from .quantize import Codes, codes_of, columns, places_at, quantize
 from .rope import Rotation, angles, partner, positions_of, rotate, swapped
 from .row import Rows
 
@@ -51,7 +51,7 @@ class Part(NamedTuple):
     y: Rows | None = None
     data: Rows | None = None  # codes,
     given: Any = None  # what they are scaled by from outside,
-    scale: Any = None  # and their scales: `Places`
+    scale: Rows | None = None  # and their scales: the strides of `places_at`, as `number`s
     cache: Rows | None = None
     cache_scale: Rows | None = None
 
@@ -172,7 +172,10 @@ def work(p, block, token, tokens, table, table_stride, place, inside, slot, exis
         codes = None
         if p.data is not None:
             codes = p.data.data + token * p.data.strides[0] + heads * p.data.strides[1]
-        quantize(held, rows, row, active & (heads < K.heads), codes, p.given, None, p.scale, None, None, K)
+        scale = None
+        if p.scale is not None:
+            scale = places_at(p.scale.data, value_of(p.scale.strides[0]), value_of(p.scale.strides[1]), K.codes)
+        quantize(held, rows, row, active & (heads < K.heads), codes, p.given, None, scale, None, None, K)
 
 
 @triton.jit(do_not_specialize=["tokens", "axis_stride", "table_rows", "mapped", "slots"])
@@ -298,7 +301,7 @@ def parts_of(c: Call, q_key: int, outs: dict[str, Any]) -> tuple[tuple[Part, ...
     wanted: list[tuple[Tensor, dict, dict]] = []
     if q_key != NO_KEY:
         codes = codes_of(q_key, c.q.shape[2])
-        quantized = {"data": rows_of(bytes_of(q)), "given": c.q_given, "scale": places(q_scale, codes)}
+        quantized = {"data": rows_of(bytes_of(q)), "given": c.q_given, "scale": scales_of(q_scale, codes)}
         wanted.append((c.q, {"weight": c.q_weight, **quantized}, {"codes": codes, **turned}))
     elif q is not None:
         wanted.append((c.q, {"weight": c.q_weight, "y": rows_of(q)}, turned))
@@ -326,6 +329,10 @@ def parts_of(c: Call, q_key: int, outs: dict[str, Any]) -> tuple[tuple[Part, ...
 def rows_of(heads: Any) -> Any:
     """[T, heads, D], or a cache: all but the last dimension have strides."""
     return None if heads is None else Rows(heads, heads.stride()[:-1])
+
+
+def scales_of(scale: Tensor | None, codes: Codes) -> Rows | None:
+    return None if scale is None else Rows(bytes_of(scale), tuple(map(number, strides_of(scale, codes))))
 
 
 def cache_store(cache: Tensor | None, scale: Tensor | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .quantize import PLACES, Codes, Places, codes_of
+from .platform import number
+from .quantize import PLACES, Codes, codes_of
 from .row import Rows, Stages, row_kernel
 
 ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE = 1, 2
@@ -174,7 +175,9 @@ def bytes_of(tensor: Tensor | None) -> Tensor | None:
 
 
 def rows_of(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Rows | None]]:
-    """The leading sizes that the tensors share, merged where all their strides allow, but the first; each as `Rows`."""
+    """The leading sizes that the tensors share, merged where all their strides allow, but the first, as `number`s; and
+    each tensor as `Rows`.
+    """
     shape = next(t.shape for t in tensors if t is not None)
     strides = [t.stride() for t in tensors if t is not None]
     dims: list[int] = []  # the last dimension of each merged run
@@ -190,7 +193,7 @@ def rows_of(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Rows | None]
             sizes.append(size)
     # One row has the stride of many: Triton compiles for what strides are divisible by.
     found = [None if t is None else Rows(t, tuple(map(t.stride().__getitem__, dims)) or t.shape[-1:]) for t in tensors]
-    return tuple(sizes[1:]), found
+    return tuple(map(number, sizes[1:])), found
 
 
 def strides_of(tensor: Tensor | None, codes: Codes | None) -> tuple[int, int]:
@@ -199,20 +202,6 @@ def strides_of(tensor: Tensor | None, codes: Codes | None) -> tuple[int, int]:
         return 0, 0
     row, column = tensor.stride()
     return row, column
-
-
-def places(tensor: Tensor | None, codes: Any) -> Places | None:
-    if tensor is None:
-        return None
-    data = bytes_of(tensor)
-    if codes.per_tensor:
-        return Places(data, 0, 0, 0)
-    if codes.layout == "swizzled":
-        return Places(data, round_up(codes.groups, 4), 512, 1)
-    row, column = tensor.stride()
-    if codes.layout == "packed":
-        return Places(data, 4, 4 * column, 1)
-    return Places(data, row, 0, column)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -9,6 +9,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 INFINITY = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+FAR = tl.constexpr(1 << 62)
 
 
 @triton.constexpr_function
@@ -56,6 +57,22 @@ def round_to(x, S: tl.constexpr):
     return widen(narrow(x, S))
 
 
+# --- numbers of a call ---
+
+
+def number(n: int) -> int:
+    """As it goes into a kernel's tuple: Triton compiles for integers there that are 1, a multiple of 16, or of 32 bits,
+    whatever `do_not_specialize` says, and these are none of it.
+    """
+    return FAR.value + 2 * n + 1
+
+
+@triton.jit
+def value_of(number):
+    """int64; the n of `number(n)`."""
+    return (number - FAR) >> 1
+
+
 # --- rows ---
 
 
@@ -64,12 +81,13 @@ def at(rows, sizes, row):
     """Pointers to the first element of each of `row`, int64 numbers of rows [R].
 
     rows: (pointer, a stride for each leading dimension).
-    sizes: those dimensions but the first, the same for every tensor of a call.
+    sizes: those dimensions but the first, the same for every tensor of a call, as `number`s.
     """
     offset = row * 0
     for d in tl.static_range(len(sizes), 0, -1):
-        offset += row % sizes[d - 1] * rows.strides[d]
-        row = row // sizes[d - 1]
+        size = value_of(sizes[d - 1])
+        offset += row % size * rows.strides[d]
+        row = row // size
     return rows.data + (offset + row * rows.strides[0])
 
 
