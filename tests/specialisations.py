@@ -2,8 +2,8 @@
 
     python specialisations.py sm_90
 
-prints JSON: {"compiled": {operation: {its kernels' names: how many of each}}, "rows": {key: how many for any number of
-rows}, "launches": how many were looked at, "wrong": names of those that `Plan.start` would have given a kernel that
+prints JSON: {"compiled": {operation: {its kernels' names: how many of each}}, "rows": {call: the same, for any number
+of rows}, "launches": how many were looked at, "wrong": names of those that `Plan.start` would have given a kernel that
 Triton compiles for other arguments}. Nothing is compiled, and nothing runs.
 """
 
@@ -12,17 +12,20 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from compile_triton import Driver
+import virtual_ranks
+from compile_triton import Driver, outputs, varied
 from triton.runtime.jit import JITFunction
 
 import fused_ops
-from fused_ops import OPS
+from fused_ops import OPS, _symmetric
 from fused_ops._triton import attention_launch as launches
 from fused_ops._triton.launch import OPTIONS
 from fused_ops.attention_inputs import batch, blocks_of
@@ -96,14 +99,56 @@ def call(op, key, lengths, cache, blocks: int) -> None:
     op.default(*args, *(() if key is None else (key.code, torch.ones(1) if key.scale.static else None)))
 
 
-def rows(key) -> int:
-    """Kernels of an addition, a norm and a quantization, on any number of rows."""
+TOKENS = (1, 2, 3, 16, 17, 31, 32, 48, 63, 64, 100, 256)
+NORM_KEYS = (FP8_STATIC_TENSOR, COLUMNS, INT8_DYNAMIC_TOKEN_ASYM)
+HEADS = "qk_norm_rope", "rope_kv_cache_write", "qk_norm_rope_kv_cache_write", "mla_rope_kv_cache_concat"
+
+
+def norms(key, apart: bool, tokens: int) -> None:
+    """An addition, a norm and a quantization; apart: of rows whose dimensions don't merge."""
+    x = torch.empty(2, tokens + apart, 4096).bfloat16()[:, int(apart) :]
+    given = torch.ones(1) if key.scale.static else None
+    weight, residual = torch.ones(4096).bfloat16(), torch.empty(x.shape, dtype=x.dtype)
+    OPS["fused_add_rms_norm_quant"].default(x, residual, weight, 1e-5, 0, key.code, given)
+
+
+def heads(name: str, tokens: int) -> None:
+    """Of a model with 5 heads; q is quantized too where that is possible, with a column of scales for all heads."""
+    op, key = OPS[name], FP8_STATIC_TENSOR if "cache" in name else None
+    args = op.workload(tokens, 5 * 128, key, torch.bfloat16, "cpu")
+    if op.argument("q_key") is not None:
+        args = varied(op, args, ["FP8_DYNAMIC_GROUP_128/COLUMN_MAJOR"])
+    op.out(*args, **outputs(op, args))
+
+
+def sums(name: str, key, above: int) -> Callable[[int], None]:
+    """Over four ranks; a rank may be any."""
+    op, ranks = OPS[name], itertools.cycle(virtual_ranks.memories(4, max(TOKENS), 4096, torch.bfloat16, above=above))
+
+    def call(tokens: int) -> None:
+        args = op.workload(tokens, 4096, key, torch.bfloat16, "cpu")
+        op.default(*virtual_ranks.with_workspace(op, args, next(ranks)))
+
+    return call
+
+
+def on_rows() -> Iterator[tuple[str, Callable[[int], None]]]:
+    for key in NORM_KEYS:
+        yield f"rows {key}", partial(norms, key, False)
+    yield "rows apart", partial(norms, COLUMNS, True)
+    for name in HEADS:
+        yield name, partial(heads, name)
+    yield "all_reduce", sums("all_reduce_fused_add_rms_norm_quant", COLUMNS, _symmetric.NEVER)
+    yield "two-shot", sums("all_reduce_rms_norm", None, 0)
+    yield "reduce_scatter", sums("reduce_scatter_rms_norm_quant", COLUMNS, _symmetric.NEVER)
+
+
+def of_any_number(call: Callable[[int], None]) -> Counter:
+    """How many of each kernel calls of any number of rows launch."""
     of_rows.clear()
-    op, weight = OPS["fused_add_rms_norm_quant"], torch.ones(4096).bfloat16()
-    for tokens in (1, 2, 3, 16, 17, 64, 100, 256):
-        x = torch.empty(tokens, 4096).bfloat16()
-        op.default(x, x.clone(), weight, 1e-5, 0, key.code, torch.ones(1) if key.scale.static else None)
-    return sum(map(len, of_rows.values()))
+    for tokens in TOKENS:
+        call(tokens)
+    return Counter({name: len(keys) for name, keys in of_rows.items()})
 
 
 def others(op):
@@ -136,13 +181,13 @@ def main(arch: str) -> None:
                 for n, lengths in enumerate(serving()):
                     call(op, key, lengths, cache, blocks - n % 3)
                 compiled[f"{name} {key}"] = Counter(kernel for kernel, _ in launched)
-        of_any_number = {str(key): rows(key) for key in (FP8_STATIC_TENSOR, COLUMNS, INT8_DYNAMIC_TOKEN_ASYM)}
+        rows = {name: of_any_number(call) for name, call in on_rows()}
         for name in "paged_attention", "mla_attention":
             launched.clear()
             for args in others(OPS[name]):
                 OPS[name].default(*args)
                 total += 1
-    print(json.dumps({"compiled": compiled, "rows": of_any_number, "launches": total, "wrong": sorted(set(wrong))}))
+    print(json.dumps({"compiled": compiled, "rows": rows, "launches": total, "wrong": sorted(set(wrong))}))
 
 
 if __name__ == "__main__":

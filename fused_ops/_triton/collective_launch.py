@@ -23,8 +23,8 @@ from .launch import (
     rows_with_padding,
     run,
 )
-from .platform import number
 from .operations import ROW_OPERATIONS, set_key, set_outputs
+from .platform import number
 
 SUMS = {"all_reduce": False, "reduce_scatter": True}  # and whether rows are scattered
 
