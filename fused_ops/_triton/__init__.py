@@ -19,8 +19,13 @@ from quant import QuantKey
 from .._op import OPS, Backend, Op, kernels_of
 from ..rope import WHOLE_VECTOR
 
-MAX_COLS = 65536  # of a row: its elements stay in the registers of one block
-LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static or by token or group"
+MAX_COLS = 65536  # of a row whose elements stay in the registers of one block
+LONGEST = 1 << 30  # that is worked on in parts
+ROW_LIMITS = (
+    f"rows of up to 2^30 columns, groups of up to {MAX_COLS} or of the row, and asymmetric keys that are static or by "
+    "token or group"
+)
+RANK_LIMITS = f"rows of up to {MAX_COLS} columns, and asymmetric keys that are static or by token or group"
 MAX_PLACES = 16384  # of a head, with a power of two for its columns, or of all of a token's that are one row
 HEADS_LIMITS = f"heads of up to {MAX_PLACES} columns, all of a token's together where they are normed as one row"
 HEADS = ("q", "k", "v", "gate", "q_pe", "k_pe", "kv_c")
@@ -40,8 +45,10 @@ def load() -> None:
     devices = ("CPU", "CUDA") if interpreted else ("CUDA",)
     for op in OPS.values():
         if op.name not in ELSEWHERE:
-            supports, limits = _supports(op), LIMITS
-            if _of_heads(op):
+            supports, limits = _supports(op, LONGEST), ROW_LIMITS
+            if _of_ranks(op):
+                supports, limits = _supports(op, MAX_COLS), RANK_LIMITS
+            elif _of_heads(op):
                 supports, limits = _supports_heads(op), HEADS_LIMITS
             elif _of_attention(op):
                 supports, limits = _supports_attention(op), ATTENTION_LIMITS
@@ -79,14 +86,14 @@ def _runs(op: Op) -> Callable:
     return lambda args, outs: implementation()(args, outs)
 
 
-def _supports(op: Op) -> Callable[..., bool]:
+def _supports(op: Op, most: int) -> Callable[..., bool]:
     rows = [i for i, name in enumerate(op.arguments) if name in ("x", "gate", "q", "kv")]
     halves = op.argument("up")
 
     def supports(*args) -> bool:
         interleaved = halves is not None and args[halves] is None
-        short = all(args[i].shape[-1] <= MAX_COLS * (1 + interleaved) for i in rows)
-        return short and all(map(serves, op.keys(args)))
+        cols = max(args[i].shape[-1] // (1 + interleaved) for i in rows)
+        return cols <= most and all(serves(code, cols) for code in op.keys(args))
 
     return supports
 
@@ -135,8 +142,11 @@ def _supports_attention(op: Op) -> Callable[..., bool]:
 
 
 @cache
-def serves(code: int) -> bool:
-    """Whether the kernels quantize to this key."""
+def serves(code: int, cols: int = 0) -> bool:
+    """Whether the kernels quantize rows, of so many columns where they may be long, to this key."""
     key = QuantKey.from_code(code)
+    group = key.group_size(cols)
+    if not (key.per_tensor or group >= cols or group <= MAX_COLS):
+        return False
     whole_bytes = key.packing == 1 or key.scale.group_shape.cols % key.packing == 0
     return whole_bytes and (key.symmetric or key.scale.static or not key.per_tensor)

@@ -78,9 +78,9 @@ def gated(g, u, alpha, limit, S: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(rows, sizes, row, active, K: tl.constexpr):
-    """Gate and up of a tensor in which they alternate."""
-    i = tl.arange(0, 2 * K.block)[None, :]
+def load_pairs(rows, sizes, row, active, begin, K: tl.constexpr):
+    """Gate and up, from the column `begin` on, of a tensor in which they alternate."""
+    i = 2 * begin + tl.arange(0, 2 * K.block)[None, :]
     both = load_rows(rows, sizes, row, i, active[:, None] & (i < 2 * K.cols))
     return tl.split(tl.reshape(both, (both.shape[0], K.block, 2)))
 

@@ -37,7 +37,7 @@ from .launch import (
 )
 from .launch import run as run_pipeline
 from .norm import rstd_of, scaled
-from .platform import is_nan, narrow, number, round_to, value_of, widen
+from .platform import is_nan, narrow, number, round_to, row_sum, value_of, widen
 from .quantize import Codes, codes_of, columns, places_at, quantize
 from .rope import Rotation, angles, partner, positions_of, rotate, swapped
 from .row import Rows
@@ -91,13 +91,14 @@ def rstd_of_heads(x, held, token, active, eps, K: tl.constexpr):
     fill their places lie in `held` as they do in the row of all; others are read again, as that row.
     """
     if K.norm == "head":
-        return rstd_of(held, eps, K.cols)
+        return rstd_of(row_sum(held * held), eps, K.cols)
     elif K.block == K.cols:
-        return rstd_of(tl.reshape(held, (1, K.flat)), eps, K.heads * K.cols)
+        row = tl.reshape(held, (1, K.flat))
+        return rstd_of(row_sum(row * row), eps, K.heads * K.cols)
     else:
         i = tl.arange(0, K.flat).to(tl.int64)[None, :]
         row = load_heads(x, token, i // K.cols, i % K.cols, active & (i < K.heads * K.cols))
-        return rstd_of(row, eps, K.heads * K.cols)
+        return rstd_of(row_sum(row * row), eps, K.heads * K.cols)
 
 
 @triton.jit

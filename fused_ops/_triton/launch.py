@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import MAX_COLS
+from .long_row import long_row_kernel
 from .platform import number
 from .quantize import PLACES, Codes, codes_of
 from .row import Rows, Stages, row_kernel
 
 ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE = 1, 2
+PART = 16384  # places of a row that is longer than a block holds
 # numerics: a product and a sum are two roundings
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -87,7 +90,8 @@ def launch(p: Pipeline) -> None:
         "K": kernel,
         **arguments_of(p, kernel),
     }
-    on_device(p.x.device, lambda: row_kernel[(blocks,)](**arguments, num_warps=warps, **OPTIONS))
+    function = row_kernel if p.cols <= MAX_COLS else long_row_kernel
+    on_device(p.x.device, lambda: function[(blocks,)](**arguments, num_warps=warps, **OPTIONS))
 
 
 def run(p: Pipeline, launch_loading: Callable[[Pipeline], None] = launch) -> None:
@@ -102,8 +106,8 @@ def run(p: Pipeline, launch_loading: Callable[[Pipeline], None] = launch) -> Non
     codes = codes_of(p.key, p.cols)
     one_scale = codes.per_tensor and not codes.static
     normed = bool(p.norm) or p.post_eps is not None
-    # Spread over more places, a row would have other sums.
-    if not (one_scale or (spread(codes) and normed)):
+    # In other places, a row would have other sums.
+    if not (one_scale or (normed and moved(codes, p.cols))):
         return launch_loading(p)
     if one_scale:
         p.tensor_amax = torch.zeros(1, dtype=torch.int32, device=p.x.device)
@@ -245,8 +249,14 @@ def stages(
 
 
 def places_of(cols: int, codes: Codes | None) -> tuple[int, int, int]:
-    """How many places a row takes, a power of two; the columns of a group, and the places it takes."""
+    """How many places a row, or a part of a long one, takes, a power of two; the columns of a group, and the places it
+    takes.
+    """
     group = cols if codes is None or codes.per_tensor else codes.group
+    if cols > MAX_COLS:
+        group = PART if group == cols else group
+        width = next_power_of_two(group)
+        return max(PART, width), group, width
     width = next_power_of_two(group)
     block = next_power_of_two(-(-cols // group)) * width
     return block, width if width == block else group, width
@@ -255,6 +265,11 @@ def places_of(cols: int, codes: Codes | None) -> tuple[int, int, int]:
 def spread(codes: Codes) -> bool:
     """Whether groups, which aren't a power of two, take more places than they have columns."""
     return codes.groups > 1 and next_power_of_two(codes.group) != codes.group
+
+
+def moved(codes: Codes, cols: int) -> bool:
+    """Whether columns have other places than without a key."""
+    return spread(codes) or places_of(cols, codes)[0] != places_of(cols, None)[0]
 
 
 def warps_of(size: int) -> int:

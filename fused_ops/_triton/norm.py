@@ -12,18 +12,19 @@ def load_vector(vector, column, within):
 
 
 @triton.jit
-def mean_of(x, COLS: tl.constexpr):
-    return tl.div_rn(row_sum(x), COLS * 1.0)
+def mean_of(total, COLS: tl.constexpr):
+    return tl.div_rn(total, COLS * 1.0)
 
 
 @triton.jit
-def rstd_of(x, eps, COLS: tl.constexpr):
-    return tl.div_rn(1.0, tl.sqrt_rn(mean_of(x * x, COLS) + eps))
+def rstd_of(squares, eps, COLS: tl.constexpr):
+    """Of a row's sum of squares."""
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_of(squares, COLS) + eps))
 
 
 @triton.jit
 def rms_norm(x, weight, eps, column, within, valid, S: tl.constexpr, K: tl.constexpr):
-    return scaled(x, rstd_of(x, eps, K.cols), weight, column, within, valid, S, K)
+    return scaled(x, rstd_of(row_sum(x * x), eps, K.cols), weight, column, within, valid, S, K)
 
 
 @triton.jit
@@ -43,8 +44,13 @@ def scaled(x, rstd, weight, column, within, valid, S: tl.constexpr, K: tl.conste
 @triton.jit
 def layer_norm(x, weight, bias, eps, column, within, valid, S: tl.constexpr, K: tl.constexpr):
     """y = round_S((x - mean) * rstd * w + b), the variance being about the mean."""
-    y = tl.where(valid, x - mean_of(x, K.cols), 0.0)
-    y = y * rstd_of(y, eps, K.cols)
+    y = tl.where(valid, x - mean_of(row_sum(x), K.cols), 0.0)
+    return scaled_and_moved(y, rstd_of(row_sum(y * y), eps, K.cols), weight, bias, column, within, valid, S)
+
+
+@triton.jit
+def scaled_and_moved(y, rstd, weight, bias, column, within, valid, S: tl.constexpr):
+    y = y * rstd
     if weight is not None:
         y = y * load_vector(weight, column, within)
     if bias is not None:

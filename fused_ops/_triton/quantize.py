@@ -260,17 +260,18 @@ def store_scales(places, row, active, first, stored, K: tl.constexpr):
     complete the last unit of four.
     """
     C: tl.constexpr = K.codes
-    GROUPS: tl.constexpr = (K.cols + C.group - 1) // C.group
+    GROUPS: tl.constexpr = (part_of(K) + C.group - 1) // C.group
     slot = tl.arange(0, stored.shape[1])[None, :]
     if C.layout == "packed":
         stored = stored >> 23
     pointer = scale_pointers(places, row, first + slot, C)
     if pointer.dtype.element_ty == tl.float32:
         stored = from_bits(stored)
-    tl.store(pointer, stored.to(pointer.dtype.element_ty), mask=active[:, None] & (slot < GROUPS))
+    exists = (slot < GROUPS) & (first + slot < C.groups)
+    tl.store(pointer, stored.to(pointer.dtype.element_ty), mask=active[:, None] & exists)
     if C.layout != "plain" and C.groups % 4 != 0:
         slot = C.groups + tl.arange(0, 4)[None, :]
-        zeros = active[:, None] & (first + GROUPS == C.groups) & (slot < (C.groups + 3) // 4 * 4)
+        zeros = active[:, None] & (first + GROUPS >= C.groups) & (slot < (C.groups + 3) // 4 * 4)
         tl.store(scale_pointers(places, row, slot, C), 0, mask=zeros)
 
 
@@ -284,27 +285,34 @@ def store_padding(places, row, rows, C: tl.constexpr):
 
 
 @triton.jit
-def store_codes(data, active, codes, K: tl.constexpr):
+def store_codes(data, active, begin, codes, K: tl.constexpr):
     STEP: tl.constexpr = K.codes.per_byte
-    column, within = columns(K, STEP)
+    column, within = columns(K, STEP, begin)
     if STEP == 2:
         even, odd = tl.split(tl.reshape(codes, (codes.shape[0], codes.shape[1] // 2, 2)))
         codes = even | (odd << 4)
     tl.store(data[:, None] + column, codes.to(tl.uint8), mask=active[:, None] & within)
 
 
+@triton.constexpr_function
+def part_of(K):
+    """How many columns a block has, of rows that may have more."""
+    return min(K.cols, K.block // K.width * K.group)
+
+
 @triton.jit
-def columns(K: tl.constexpr, STEP: tl.constexpr):
-    """The columns [1, K.block / STEP] of a block, in units of STEP, and which of them a row has.
+def columns(K: tl.constexpr, STEP: tl.constexpr, begin=0):
+    """The columns [1, K.block / STEP] of a block, from `begin` on, in units of STEP, and which of them a row has.
 
     A group of K.group columns takes K.width places, the next power of two.
     """
     i = tl.arange(0, K.block // STEP)[None, :]
     if K.width == K.group:
-        return i, i < K.cols // STEP
+        column = begin // STEP + i
+        return column, column < K.cols // STEP
     else:
         place = i % (K.width // STEP)
-        column = i // (K.width // STEP) * (K.group // STEP) + place
+        column = begin // STEP + i // (K.width // STEP) * (K.group // STEP) + place
         return column, (place < K.group // STEP) & (column < K.cols // STEP)
 
 
@@ -326,10 +334,24 @@ def over_groups(x, K: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K: tl.constexpr, first=0):
+def highest(x, K: tl.constexpr):
+    """Of each group, as bits: its largest magnitude, or with zero points what it spans above and below 0."""
+    if K.codes.asymmetric:
+        return amax_of(tl.maximum(bits(x), 0), K), amax_of(tl.maximum(bits(x) ^ ~MAGNITUDE, 0), K)
+    else:
+        amax = amax_of(bits(x) & MAGNITUDE, K)
+        return amax, amax
+
+
+@triton.jit
+def quantize(
+    x, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K: tl.constexpr, first=0, begin=0,
+    high=None, low=None,
+):  # fmt: skip
     """Of x, rows number `row` of `rows`: codes to the pointers `data` [R], and what goes with them.
 
-    x may be slices of rows, that begin with the group number `first` [R, 1].
+    x may be slices of rows that begin with the group number `first` [R, 1]; or parts of rows that begin with that group
+    and the column `begin`, and `highest` of whole rows, where these are a group.
     """
     C: tl.constexpr = K.codes
     if C.per_tensor:
@@ -345,19 +367,19 @@ def quantize(x, rows, row, active, data, given, given_zero, scale, zero_point, t
         else:
             codes = encode(x * reciprocal(value), 0.0, C)
     else:
+        if high is None:
+            high, low = highest(x, K)
         if C.asymmetric:
-            high = amax_of(tl.maximum(bits(x), 0), K)
-            low = amax_of(tl.maximum(bits(x) ^ ~MAGNITUDE, 0), K)
             stored, factor, zero = asymmetric_scale(high, low, C)
             codes = encode(x * over_groups(factor, K), over_groups(zero, K), C)
             if zero_point is not None:
                 store_scales(zero_point, row, active, first, zero.to(tl.int32), K)
         else:
-            stored, factor = dynamic_scale(amax_of(bits(x) & MAGNITUDE, K), given, C)
+            stored, factor = dynamic_scale(high, given, C)
             codes = encode(x * over_groups(factor, K), 0.0, C)
         if scale is not None:
             store_scales(scale, row, active, first, stored, K)
             if C.layout == "swizzled":
                 store_padding(scale, row, rows, C)
     if data is not None:
-        store_codes(data, active, codes, K)
+        store_codes(data, active, begin, codes, K)

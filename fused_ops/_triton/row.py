@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 class Stages:
     cols: int
     y_cols: int  # with padding
-    block: int  # places of a row, a power of two
+    block: int  # places of a row, or of a part of it, a power of two
     group: int  # columns that share a scale,
     width: int  # and the places they take
     rows: int  # of a block
@@ -41,9 +41,9 @@ class Stages:
 
 
 @triton.jit
-def load(x, other, sizes, row, active, column, valid, alpha, limit, S: tl.constexpr, K: tl.constexpr):
+def load(x, other, sizes, row, active, begin, column, valid, alpha, limit, S: tl.constexpr, K: tl.constexpr):
     if K.load == "swiglu_oai" and other is None:
-        g, u = load_pairs(x, sizes, row, active, K)
+        g, u = load_pairs(x, sizes, row, active, begin, K)
         return gated(g, u, alpha, limit, S, K)
     else:
         held = load_rows(x, sizes, row, column, valid)
@@ -56,11 +56,17 @@ def load(x, other, sizes, row, active, column, valid, alpha, limit, S: tl.conste
 
 
 @triton.jit
-def store_padded(y, sizes, row, active, column, valid, held, K: tl.constexpr):
-    store_rows(y, sizes, row, column, valid, held)
+def store_zeros(y, sizes, row, active, K: tl.constexpr):
+    """In the columns behind a row."""
     for first in range(K.cols, K.y_cols, K.block):
         padding = first + tl.arange(0, K.block).to(tl.int64)[None, :]
         tl.store(at(y, sizes, row)[:, None] + padding, 0.0, mask=active[:, None] & (padding < K.y_cols))
+
+
+@triton.jit
+def join_amax(tensor_amax, x):
+    magnitudes = tl.max(bits(x) & MAGNITUDE, axis=1)
+    tl.atomic_max(tensor_amax, tl.max(magnitudes, axis=0))
 
 
 @triton.jit
@@ -105,14 +111,14 @@ def work(
     elif K.norm == "layer":
         held = layer_norm(held, weight, bias, eps, column, within, valid, S, K)
     if y is not None:
-        store_padded(y, sizes, row, active, column, valid, held, K)
+        store_rows(y, sizes, row, column, valid, held)
+        store_zeros(y, sizes, row, active, K)
     if K.codes is not None:
         if data is not None:
             data = at(data, sizes, row)
         quantize(held, rows, row, active, data, given, given_zero, scale, zero_point, tensor_amax, K)
     elif tensor_amax is not None:
-        magnitudes = tl.max(bits(held) & MAGNITUDE, axis=1)
-        tl.atomic_max(tensor_amax, tl.max(magnitudes, axis=0))
+        join_amax(tensor_amax, held)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_expert", *PLACES])
@@ -158,7 +164,7 @@ def row_kernel(
         active = active & (row % rows_per_expert < tokens)
     column, within = columns(K, 1)
     valid = active[:, None] & within
-    held = load(x, other, sizes, row, active, column, valid, alpha, limit, S, K)
+    held = load(x, other, sizes, row, active, 0, column, valid, alpha, limit, S, K)
     work(
         held,
         rows,
