@@ -58,11 +58,12 @@ def at_address(address, T: tl.constexpr):
 
 @triton.jit
 def with_values(r):
-    """The same, but for the words of the call, which are seldom read."""
-    return Ranks(
-        r.memory, r.own, value_of(r.rank), value_of(r.blocks), value_of(r.slot_bytes), value_of(r.begin),
-        value_of(r.end), value_of(r.share), value_of(r.all), value_of(r.limit), r.call, value_of(r.called), r.failure,
-    )  # fmt: skip
+    """The same, but for the words of the call, which are seldom read. There are fewer than 2^31 rows."""
+    begin, end = value_of(r.begin).to(tl.int32), value_of(r.end).to(tl.int32)
+    share, all = value_of(r.share).to(tl.int32), value_of(r.all).to(tl.int32)
+    rank, blocks = value_of(r.rank).to(tl.int32), value_of(r.blocks).to(tl.int32)
+    slot_bytes, limit, called = value_of(r.slot_bytes), value_of(r.limit), value_of(r.called).to(tl.int32)
+    return Ranks(r.memory, r.own, rank, blocks, slot_bytes, begin, end, share, all, limit, r.call, called, r.failure)
 
 
 @triton.jit
