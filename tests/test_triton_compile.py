@@ -33,6 +33,7 @@ CALLS = [
     "all_reduce_fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:4096:bfloat16",
     "all_reduce_rms_norm::7168:bfloat16:two-shot",
     "reduce_scatter_rms_norm_quant:FP8_DYNAMIC_GROUP_128:2880:bfloat16",
+    "fused_add_rms_norm_quant:FP8_DYNAMIC_TOKEN:131072:bfloat16",
 ]
 EVERYWHERE = CALLS[0]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")

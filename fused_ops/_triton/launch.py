@@ -21,7 +21,7 @@ from .quantize import PLACES, Codes, codes_of
 from .row import Rows, Stages, row_kernel
 
 ROUND_BEFORE_WEIGHT, WEIGHT_BIAS_ONE = 1, 2
-PART = 16384  # places of a row that is longer than a block holds
+PART = 8192  # places of a row that is longer than a block holds
 # numerics: a product and a sum are two roundings
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
