@@ -28,9 +28,11 @@ def splat(builder, ret_ty, arg):
 
 
 def dot(builder, a, b, total, input_precision, max_num_imprecise_acc):
-    """In float64, rounded once: a row's bits don't depend on its place in a tile, as they do in NumPy's float32."""
+    """In float64, rounded once: a row's bits don't depend on its place in a tile, as they do in NumPy's float32. Sums
+    of integers are exact.
+    """
     product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + total.data
-    return interpreter.TensorHandle(product.astype(np.float32), total.dtype.scalar)
+    return interpreter.TensorHandle(product.astype(total.data.dtype), total.dtype.scalar)
 
 
 _prepared: set[str] = set()

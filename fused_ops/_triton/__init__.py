@@ -34,8 +34,9 @@ ATTENTION_LIMITS = (
     "heads of up to 256 columns, latents of up to 512 and 256 rotated columns beside them, in blocks of at least one "
     f"token, up to {MOST_HEADS} heads, fewer than 2^31 tokens to a row of block_tables, and keys of whole bytes a head"
 )
-PRODUCTS = ("scaled_linear", "grouped_scaled_linear", "sort_by_expert", "sum_experts")  # and what is around them
-ELSEWHERE = (*PRODUCTS, "qk_all_reduce_rms_norm", "all_gather", "all_gather_quantized")
+EXPERTS = ("grouped_scaled_linear", "sort_by_expert", "sum_experts")
+EXPERTS_LIMITS = "fewer than 2^31 pairs of token and expert, and int8 times int8 in rows of up to 65536 columns"
+ELSEWHERE = ("scaled_linear", "qk_all_reduce_rms_norm", "all_gather", "all_gather_quantized")
 _defaults: list[Library] = []
 
 
@@ -48,6 +49,8 @@ def load() -> None:
             supports, limits = _supports(op, LONGEST), ROW_LIMITS
             if _of_ranks(op):
                 supports, limits = _supports(op, MAX_COLS), RANK_LIMITS
+            elif op.name in EXPERTS:
+                supports, limits = _supports_experts(op), EXPERTS_LIMITS
             elif _of_heads(op):
                 supports, limits = _supports_heads(op), HEADS_LIMITS
             elif _of_attention(op):
@@ -71,7 +74,7 @@ def missing() -> str | None:
 def _runs(op: Op) -> Callable:
     @cache
     def implementation() -> Callable:
-        from . import attention_launch, collective_launch, heads, operations
+        from . import attention_launch, collective_launch, experts, grouped_linear_launch, heads, operations
 
         if _of_heads(op):
             return heads.operation(op.arguments)
@@ -79,6 +82,8 @@ def _runs(op: Op) -> Callable:
             return attention_launch.operation(op.name, op.argument("key") or op.required)
         if _of_ranks(op):
             return collective_launch.operation(op.name, op.arguments, op.argument("key") or op.required)
+        if op.name in EXPERTS:
+            return getattr(grouped_linear_launch if op.name == "grouped_scaled_linear" else experts, op.name)
         if op.name == "dual_rms_norm":
             return operations.dual_rms_norm
         return operations.row_operation(op.name, op.argument("key") or op.required)
@@ -137,6 +142,16 @@ def _supports_attention(op: Op) -> Callable[..., bool]:
             fits = max(named["q"].shape[2], named["v_cache"].shape[3]) <= 256
         fits = fits and heads <= MOST_HEADS and page > 0 and tables.shape[1] * page < (1 << 31) - 1024
         return fits and all(map(serves, op.keys(args)))
+
+    return supports
+
+
+def _supports_experts(op: Op) -> Callable[..., bool]:
+    def supports(*args) -> bool:
+        if op.name == "grouped_scaled_linear":
+            data, weight = args[0], args[3]
+            return data.shape[-1] <= MAX_COLS or not data.dtype == weight.dtype == torch.int8  # int32 has their sums
+        return op.name == "sum_experts" or args[0].numel() < 1 << 31
 
     return supports
 

@@ -15,6 +15,8 @@ from quant.key import E8M0, FP4, FP8, FP8_FNUZ
 from .platform import INFINITY, INTERPRETED, MAGNITUDE, bits, from_bits, is_nan
 
 FORMATS = {FP8: "e4m3", FP8_FNUZ: "e4m3fnuz", torch.int8: "int8", FP4: "e2m1"}
+SCALES = {E8M0: "e8m0", FP8: "e4m3"}  # stored so; others as float32
+LAYOUTS = {ScaleLayout.PACKED_UE8M0: "packed", ScaleLayout.SWIZZLED_128X4: "swizzled"}
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,19 @@ class Codes:
 def codes_of(code: int, cols: int) -> Codes:
     key = QuantKey.from_code(code)
     scale, layout = key.scale, key.scale.layout
-    names = {ScaleLayout.PACKED_UE8M0: "packed", ScaleLayout.SWIZZLED_128X4: "swizzled"}
     rounded = "power_of_two" if scale.power_of_two else "float32"
     return Codes(
         FORMATS[key.dtype],
         MAX[key.dtype],
         SMALLEST_SCALE.get(key.dtype, 0.0),
         key.packing,
-        {E8M0: "e8m0", FP8: "e4m3"}.get(scale.dtype, rounded),
+        SCALES.get(scale.dtype, rounded),
         scale.static,
         key.per_tensor,
         not key.symmetric,
         min(key.group_size(cols), cols),
         key.groups(cols),
-        names.get(layout, "plain"),
+        LAYOUTS.get(layout, "plain"),
     )
 
 
