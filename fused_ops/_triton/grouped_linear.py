@@ -203,6 +203,27 @@ def minus_zeros(total, weights, zeros, source, exists, first, K: tl.constexpr):
     return total
 
 
+@triton.jit
+def with_row_scales(
+    total, x_places, w_places, x_scale2, w_scale2, expert, source, exists, result, inside, K: tl.constexpr
+):
+    """float32. Two int8's exact sums are rounded once, as the CPU rounds them."""
+    a, b = tl.full((K.rows,), 1.0, tl.float32), tl.full((K.tile,), 1.0, tl.float32)
+    if K.x.group == 0:
+        a = row_scales(x_places, source, exists, 0, K.x)
+    if K.w.group == 0:
+        b = row_scales(w_places, result, inside, 0, K.w)
+    if x_scale2 is not None:
+        a *= tl.load(x_scale2)
+    if w_scale2 is not None:
+        b *= tl.load(w_scale2.data + expert * w_scale2.strides[0])
+    if K.exact and K.block == 0:
+        factor = a.to(tl.float64)[:, None] * b.to(tl.float64)[None, :]
+        return (total.to(tl.float64) * factor).to(tl.float32)
+    else:
+        return total * a[:, None] * b[None, :]
+
+
 @triton.jit(do_not_specialize=["x_rows", "most"])
 def grouped_kernel(
     x, x_sizes, x_scale, x_zero, x_scale2, x_rows: tl.int64, weight, w_scale, w_scale2, bias, tokens_per_expert, rows,
@@ -241,7 +262,7 @@ def grouped_kernel(
         all = tl.zeros((K.rows, K.tile), tl.float32)
         for begin in range(0, K.cols, K.block):
             total, sums = tl.zeros((K.rows, K.tile), SUM), none
-            for first in tl.static_range(0, K.block, K.chunk):
+            for first in range(0, K.block, K.chunk):
                 total, sums = add_products(
                     total, sums, data, codes, x_places, w_places, zeros, source, exists, result, inside, begin + first,
                     K,
@@ -259,24 +280,3 @@ def grouped_kernel(
     total = tl.where((exists & known)[:, None], total, float("nan"))
     pointer = at(y, y_sizes, row)[:, None] + result[None, :]
     tl.store(pointer, narrow(total, pointer.dtype.element_ty), mask=active[:, None] & inside[None, :])
-
-
-@triton.jit
-def with_row_scales(
-    total, x_places, w_places, x_scale2, w_scale2, expert, source, exists, result, inside, K: tl.constexpr
-):
-    """float32. Two int8's exact sums are rounded once, as the CPU rounds them."""
-    a, b = tl.full((K.rows,), 1.0, tl.float32), tl.full((K.tile,), 1.0, tl.float32)
-    if K.x.group == 0:
-        a = row_scales(x_places, source, exists, 0, K.x)
-    if K.w.group == 0:
-        b = row_scales(w_places, result, inside, 0, K.w)
-    if x_scale2 is not None:
-        a *= tl.load(x_scale2)
-    if w_scale2 is not None:
-        b *= tl.load(w_scale2.data + expert * w_scale2.strides[0])
-    if K.exact and K.block == 0:
-        factor = a.to(tl.float64)[:, None] * b.to(tl.float64)[None, :]
-        return (total.to(tl.float64) * factor).to(tl.float32)
-    else:
-        return total * a[:, None] * b[None, :]
