@@ -121,6 +121,12 @@ def heads(name: str, tokens: int) -> None:
     op.out(*args, **outputs(op, args))
 
 
+def experts(name: str, tokens: int) -> None:
+    op = OPS[name]
+    args = op.workload(tokens, 256, COLUMNS if op.argument("key") is not None else None, torch.bfloat16, "cpu")
+    op.out(*args, **outputs(op, args))
+
+
 def sums(name: str, key, above: int) -> Callable[[int], None]:
     """Over four ranks; a rank may be any."""
     op, ranks = OPS[name], itertools.cycle(virtual_ranks.memories(4, max(TOKENS), 4096, torch.bfloat16, above=above))
@@ -140,6 +146,8 @@ def on_rows() -> Iterator[tuple[str, Callable[[int], None]]]:
         yield name, partial(heads, name)
     yield "all_reduce", sums("all_reduce_fused_add_rms_norm_quant", COLUMNS, _symmetric.NEVER)
     yield "two-shot", sums("all_reduce_rms_norm", None, 0)
+    for name in "grouped_scaled_linear", "sort_by_expert", "sum_experts":
+        yield name, partial(experts, name)
     yield "reduce_scatter", sums("reduce_scatter_rms_norm_quant", COLUMNS, _symmetric.NEVER)
 
 

@@ -30,17 +30,23 @@ COMPILED += [("sm_90", MLA_CALL), ("gfx942", MLA_CALL)]
 COMPILED = COMPILED if pairwise.everything else [("sm_90", PAGED_CALL + "+codes"), ("gfx942", MLA_CALL)]
 
 
-@pytest.mark.parametrize(("arch", "call"), COMPILED)
-def test_kernels_of_real_sizes_fit_their_targets(arch, call, tmp_path):
-    """By the matrix instructions of the target, in its shared memory."""
+def compiled(arch: str, call: str, cache: Path) -> list[dict]:
+    """The kernels of a call, by `compile_triton.py`."""
     folder = Path(__file__).parent
-    paths = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(folder.parent)}
+    paths = {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(folder.parent)}
     done = subprocess.run(
         [sys.executable, str(folder / "compile_triton.py"), f"{arch}={call}"],
         env={**os.environ, "TRITON_INTERPRET": "0", **paths}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (kernels,) = json.loads(done.stdout)
+    return kernels
+
+
+@pytest.mark.parametrize(("arch", "call"), COMPILED)
+def test_kernels_of_real_sizes_fit_their_targets(arch, call, tmp_path):
+    """By the matrix instructions of the target, in its shared memory."""
+    kernels = compiled(arch, call, tmp_path)
     names = [kernel["name"] for kernel in kernels]
     if call == MLA_CALL:  # tiles of two queries: a sequence of 16 isn't cut into segments, but might be
         assert names == ["project_kernel", "attend_kernel", "attend_kernel", "finish_kernel", "project_kernel"]
@@ -70,8 +76,8 @@ def test_a_model_compiles_each_kernel_once(arch):
     for call, kernels in found["compiled"].items():
         projections = {"project_kernel": 2} if call.startswith("mla") else {}
         assert kernels == {"attend_kernel": 2, "finish_kernel": 2} | projections, call
-    assert len(found["rows"]) == 11
+    assert len(found["rows"]) == 14
     for call, kernels in found["rows"].items():
-        assert list(kernels.values()) == [1], f"{call}: {kernels}"
+        assert set(kernels.values()) == {1}, f"{call}: {kernels}"
     assert found["launches"] > 100
     assert not found["wrong"]
