@@ -1,6 +1,9 @@
 """Around the products of routed experts: which rows are whose, and the sum over a token's experts.
 
 rows sorted by expert -> grouped_scaled_linear -> activation -> grouped_scaled_linear -> out_t = sum_j w_tj * y_tj
+
+An expert that isn't there is an error on the CPU; on a GPU its pairs come behind all others and have position -1, and a
+token with a position that isn't there gets NaN.
 """
 
 from __future__ import annotations

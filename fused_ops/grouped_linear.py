@@ -4,6 +4,9 @@
 
 Rows lie in one of two ways: those of an expert behind those of the one before it, or each expert's in a part of its
 own, [experts, M, ...], of which the first so many are used.
+
+Numbers of rows that can't be are an error on the CPU. On a GPU a row made of one that isn't there becomes NaN, as do
+all of an expert that would have more than there are; one with a negative number has none.
 """
 
 from __future__ import annotations
@@ -186,7 +189,8 @@ def grouped_scaled_linear(
     """`scaled_linear` of the rows of each expert with its weight: the same bits, row by row.
 
     On the CPU a weight is read once for every 256 rows of its expert, and those of experts without rows not at all. On
-    a GPU it is the reference, a loop over experts.
+    a GPU that is Triton's kernel, for every 64 rows; there the host reads no numbers, and only INT8 with scales of rows
+    has the CPU's bits.
 
     Args:
         activation: logical shape [..., K] where rows is given; else [R, K], or [E, M, K], where each expert's rows are

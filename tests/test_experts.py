@@ -1,6 +1,7 @@
 """Quantized experts: the order of rows, the sum over a token's experts, and the layer around them."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -244,9 +245,10 @@ def test_copies_state_dicts_and_dtypes():
     assert layer.half()(x.half(), index, weights.half()).dtype == torch.float16
 
 
-def test_on_a_gpu_they_are_refused(monkeypatch):
+def test_on_a_gpu_they_need_triton(monkeypatch):
     monkeypatch.setattr(linear_gpu, "architecture", lambda device: "sm_90")
-    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: no product on cpu takes the weights of 5 experts"):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: 5 experts on cpu are multiplied by Triton: .*pip"):
         quantized("Qwen3Moe", "int8_token")
 
 

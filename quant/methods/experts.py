@@ -22,7 +22,7 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 class QuantGroupedLinear(QuantLinear):
-    """A `QuantLinear` with a weight, and a bias, for each of several experts, on the CPU.
+    """A `QuantLinear` with a weight, and a bias, for each of several experts.
 
     Codes and scales are stacked, [experts, ...]; the input's scale, where it is static, is one for all experts.
 

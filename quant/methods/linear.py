@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_ops
-from fused_ops import linear_gpu
+from fused_ops import _triton, linear_gpu
 from fused_ops.linear import scale_shape
 
 from ..activation import QuantizedActivation
@@ -110,7 +110,9 @@ class ScaledLinearMethod(QuantMethod):
         if (arch := linear_gpu.architecture(device)) is None:
             return None
         if layer.experts is not None:
-            raise ValueError(f"{layer.name}: no product on {device} takes the weights of {layer.experts} experts")
+            if reason := _triton.missing():
+                raise ValueError(f"{layer.name}: {layer.experts} experts on {device} are multiplied by Triton: {reason}")
+            return None  # it takes every layout
         try:
             product = self.scheme.product(arch)
             product.check_sizes(layer.in_features, layer.out_features)
