@@ -248,7 +248,7 @@ def test_copies_state_dicts_and_dtypes():
 def test_on_a_gpu_they_need_triton(monkeypatch):
     monkeypatch.setattr(linear_gpu, "architecture", lambda device: "sm_90")
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: 5 experts on cpu are multiplied by Triton: .*pip"):
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj: 5 experts on cpu are left to Triton: .*pip"):
         quantized("Qwen3Moe", "int8_token")
 
 

@@ -84,11 +84,17 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
             torch.version.hip is not None,
         )
         blocks = min(max(1, -(-(end - begin) // kernel.rows)), MAX_BLOCKS.value)
-        limit = round(memory.timeout * 1e9)
         ranks = Ranks(
             tuple(memory.addresses),
             memory.addresses[memory.rank],
-            *map(number, (memory.rank, blocks, slot_bytes, begin, end, share, every, limit)),
+            number(memory.rank),
+            number(blocks),
+            number(slot_bytes),
+            number(begin),
+            number(end),
+            number(share),
+            number(every),
+            number(round(memory.timeout * 1e9)),
             tuple(map(number, words)),
             number(hash(tuple(words)) & 0x7FFFFFFF),
             memory.failure.data_ptr(),

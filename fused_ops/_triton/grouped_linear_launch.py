@@ -19,11 +19,16 @@ from .row import Rows
 
 
 def grouped_scaled_linear(args: tuple, outs: dict[str, Any]) -> None:
-    data, scale, key, weight, weight_scale, tokens_per_expert, rows, bias, _, *optional = args
-    scale2, zero_point, code, weight_scale2 = *optional, *(None, None, INFERRED, None)[len(optional) :]
     y = outs.get("y")
-    if y is None or not y.numel():
-        return
+    if y is not None and y.numel():
+        launch(y, *args)
+
+
+def launch(
+    y: Tensor, data: Tensor, scale: Tensor, key: int, weight: Tensor, weight_scale: Tensor, tokens_per_expert: Tensor,
+    rows: Tensor | None, bias: Tensor | None, _: torch.dtype, scale2: Tensor | None = None,
+    zero_point: Tensor | None = None, code: int = INFERRED, weight_scale2: Tensor | None = None,
+) -> None:  # fmt: skip
     w_key = weight_key_of(weight[0], weight_scale[0], code)
     apart = rows is None and data.ndim == 3
     k = product_of(QuantKey.from_code(key), w_key, *weight.shape[:2], data.shape[-1], apart)
@@ -31,11 +36,11 @@ def grouped_scaled_linear(args: tuple, outs: dict[str, Any]) -> None:
     # There are no more, whatever the numbers are.
     tiles = k.experts * -(-most // k.rows) if apart else most // k.rows + min(k.experts, most)
     x_sizes, (x,) = rows_of(bytes_of(data))
-    y_sizes, (y,) = rows_of(y)
+    y_sizes, (to,) = rows_of(y)
     arguments = (
         x, x_sizes, scales_of(scale), scales_of(zero_point), scale2, x_rows, Rows(bytes_of(weight),
         weight.stride()[:2]), scales_of(weight_scale, stacked=True), stacked(weight_scale2), stacked(bias),
-        tokens_per_expert, rows, y, y_sizes, most, k,
+        tokens_per_expert, rows, to, y_sizes, most, k,
     )  # fmt: skip
     grid = tiles, -(-k.outs // k.tile)
     on_device(data.device, lambda: grouped_kernel[grid](*arguments, num_warps=k.warps, num_stages=2, **OPTIONS))

@@ -111,7 +111,7 @@ class ScaledLinearMethod(QuantMethod):
             return None
         if layer.experts is not None:
             if reason := _triton.missing():
-                raise ValueError(f"{layer.name}: {layer.experts} experts on {device} are multiplied by Triton: {reason}")
+                raise ValueError(f"{layer.name}: {layer.experts} experts on {device} are left to Triton: {reason}")
             return None  # it takes every layout
         try:
             product = self.scheme.product(arch)
