@@ -99,6 +99,8 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
             number(hash(tuple(words)) & 0x7FFFFFFF),
             memory.failure.data_ptr(),
         )
+        # Of all ranks' parts, registers hold more than of a row.
+        wide = min(2 * warps, 16 if torch.version.hip else 32) if two_shot else warps
         last = max(end, begin + 1) if end < rows else max(begin + 1, rows_with_padding(kernel.codes, rows, p.scale))
         arguments = {
             "rows": rows,
@@ -115,7 +117,7 @@ def launch_ranks(p: Pipeline, memory: Memory, scattered: bool) -> None:
             "E": exchange,
             **arguments_of(p, kernel),
         }
-        start = lambda: rank_kernel[(blocks,)](**arguments, num_warps=warps, **OPTIONS)  # noqa: B023, E731
+        start = lambda: rank_kernel[(blocks,)](**arguments, num_warps=wide, **OPTIONS)  # noqa: B023, E731
         on_device(p.x.device, start)
 
 
