@@ -88,6 +88,16 @@ def test_a_row_does_not_depend_on_the_others_and_what_lies_beyond_is_left(key):
         assert_same(by_triton(x, w, alone, bias, index[row : row + 1]), whole[row : row + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sums_over_experts_are_the_cpus(dtype):
+    """Products are rounded to the weights' dtype; rows may lie apart and be wider than a program's columns."""
+    y, positions = torch.randn(24, 1100).to(dtype)[:, 3:1092], torch.randperm(24).view(3, 8)
+    for weights in torch.rand(3, 9)[:, 1:], torch.rand(3, 8).to(dtype):
+        expected = fused_ops.sum_experts(y, positions, weights)
+        with fused_ops.use_backend("triton"):
+            assert_same(fused_ops.sum_experts(*map(on_device, (y, positions, weights))).cpu(), expected)
+
+
 def test_a_layer_of_int8_experts_is_the_cpus(monkeypatch):
     layer, x = quantized("Qwen3Moe", "int8_token"), torch.randn(30, 64).bfloat16()
     index, weights = routed(30, torch.bfloat16, 3)
