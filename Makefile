@@ -61,7 +61,7 @@ gpu:
 	$(GPU_PYTHON) setup.py -q build_ext --inplace
 	FUSED_OPS_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q -m gpu tests/test_gpu.py tests/test_gpu_attention.py tests/test_gpu_linear.py tests/test_gpu_collective.py
 	$(GPU_PYTHON) -m bench.gpu $(if $(OUT),--output $(OUT)/gpu.json)
-	FUSED_OPS_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q tests/test_cuda.py tests/test_cuda_rope.py tests/test_triton.py tests/test_triton_heads.py tests/test_triton_attention*.py
+	FUSED_OPS_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q tests/test_cuda.py tests/test_cuda_rope.py tests/test_triton.py tests/test_triton_heads.py tests/test_triton_long_row.py tests/test_triton_experts.py tests/test_triton_attention*.py
 	FUSED_OPS_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -x tests/test_cuda.py tests/test_cuda_rope.py -k "depends or outside"
 
 # Every CUDA kernel of the tests for every architecture, where `make test` compiles a sample; no GPU is needed.
