@@ -164,6 +164,18 @@ def test_decoding_every_code(dtype):
     np.testing.assert_array_equal(formats.decode(codes.view(dtype), dtype).numpy(), decoded(codes.numpy(), dtype))
 
 
+def test_amds_codes_of_half_the_value():
+    every = torch.arange(256, dtype=torch.uint8).view(FP8)
+    half = formats.halved(every)
+    np.testing.assert_array_equal(half.float().numpy(), every.float().numpy() / 2)
+    assert not raw(half).eq(0x7F).any()
+    again = formats.doubled(half)
+    assert torch.equal(raw(again).where(every.float() != 0, 0), raw(every).where(~every.isnan(), 0x7F).where(every.float() != 0, 0))
+    for code in 0x7F, 0xFF:
+        with pytest.raises(ValueError, match="doubled: data has 240 or -240"):
+            formats.doubled(torch.tensor([0, code], dtype=torch.uint8).view(FP8_FNUZ))
+
+
 def test_fp4_pairs():
     pairs = torch.arange(256, dtype=torch.uint8)
     codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten()  # the even column is the low nibble
