@@ -170,10 +170,8 @@ def test_amds_codes_of_half_the_value():
     np.testing.assert_array_equal(half.float().numpy(), every.float().numpy() / 2)
     assert not raw(half).eq(0x7F).any()
     again = formats.doubled(half)
-    assert torch.equal(raw(again).where(every.float() != 0, 0), raw(every).where(~every.isnan(), 0x7F).where(every.float() != 0, 0))
-    for code in 0x7F, 0xFF:
-        with pytest.raises(ValueError, match="doubled: data has 240 or -240"):
-            formats.doubled(torch.tensor([0, code], dtype=torch.uint8).view(FP8_FNUZ))
+    np.testing.assert_array_equal(again.float().numpy(), every.float().numpy())
+    assert formats.doubled(torch.tensor([0x7F, 0xFF], dtype=torch.uint8).view(FP8_FNUZ)).isnan().all()
 
 
 def test_fp4_pairs():
