@@ -43,7 +43,7 @@ NAME = "flashinfer"
 WORKSPACE = 384 << 20  # bytes, for a stream: partial results of sequences that are split
 KEPT = 2  # workspaces, of a device
 
-CALLS = {  # what is called, with the names of what is handed over: by place, then after * by name
+CALLS = {  # what is called, of a class or a module, and what is handed over: by place, then after * by name
     ("BatchPrefillWithPagedKVCacheWrapper", "__init__"): "float_workspace_buffer * kv_layout",
     ("BatchPrefillWithPagedKVCacheWrapper", "plan"): (
         "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len num_qo_heads num_kv_heads head_dim_qk "
@@ -81,14 +81,14 @@ def missing(calls: dict[tuple[str, str], str] = CALLS) -> str | None:
 
 
 def _differs(flashinfer: Any, calls: dict[tuple[str, str], str]) -> str:
-    """Which of its parameters aren't those of `calls`, or nothing. A function of its own has no class."""
+    """Which of its parameters aren't those of `calls`, or nothing."""
     for (kind, method), names in calls.items():
         placed, named = (part.split() for part in (*names.split("*"), "")[:2])
-        name = f"{kind}.{method}" if kind else method
-        function = getattr(getattr(flashinfer, kind, None) if kind else flashinfer, method, None)
+        name, owner = f"{kind}.{method}", getattr(flashinfer, kind, None)
+        function = getattr(owner, method, None)
         if function is None:
             return f"{name} is missing"
-        parameters = list(inspect.signature(function).parameters.values())[bool(kind) :]
+        parameters = list(inspect.signature(function).parameters.values())[isinstance(owner, type) :]
         theirs = [p.name for p in parameters]
         if theirs[: len(placed)] != placed:
             return f"{name} takes {', '.join(theirs[: len(placed)])}, expected {', '.join(placed)}"

@@ -1,4 +1,4 @@
-"""FlashInfer's products of linear layers, for GPUs where torch has none: `linear_gpu.PRODUCTS` says which.
+"""FlashInfer's products of linear layers, for GPUs where torch has none: `linear_products` says which.
 
     y = round_S(sum_k x_k * w_k)        S: bfloat16 or float16, sums in float32
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from . import _flashinfer
 
 CALLS = {  # as in `_flashinfer`
-    ("", "gemm_fp8_nt_groupwise"): "a b a_scale b_scale * scale_major_mode scale_granularity_mnk out backend",
-    ("", "mm_fp4"): "a b a_descale b_descale * out_dtype out block_size backend use_nvfp4",
+    ("gemm", "gemm_fp8_nt_groupwise"): "a b a_scale b_scale * scale_major_mode scale_granularity_mnk out backend",
+    ("gemm", "mm_fp4"): "a b a_descale b_descale * out_dtype out block_size backend use_nvfp4",
 }
 CUDNN = 91400  # from which on it has MXFP4 for all of Blackwell
 
@@ -41,7 +41,7 @@ def missing(name: str) -> str:
 def _groupwise(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tensor) -> None:
     """Of float32 scales [M, K / 128] and [ceil(N / 128), K / 128], both row-major ("K")."""
     options = {"scale_major_mode": "K", "scale_granularity_mnk": (1, 128, 128), "backend": "cutlass"}
-    _flashinfer.library().gemm_fp8_nt_groupwise(x, w, x_scale, w_scale, out=out, **options)
+    _flashinfer.library().gemm.gemm_fp8_nt_groupwise(x, w, x_scale, w_scale, out=out, **options)
 
 
 def _mxfp4(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tensor) -> None:
@@ -51,7 +51,7 @@ def _mxfp4(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, out: Tensor) 
         for codes, scale in ((x, x_scale), (w, w_scale))
     ]
     options = {"out_dtype": out.dtype, "block_size": 32, "use_nvfp4": False, "backend": "cudnn"}
-    _flashinfer.library().mm_fp4(x, w.t(), tiles[0], tiles[1].t(), out=out, **options)
+    _flashinfer.library().gemm.mm_fp4(x, w.t(), tiles[0], tiles[1].t(), out=out, **options)
 
 
 RUN = {"gemm_fp8_nt_groupwise": _groupwise, "mm_fp4": _mxfp4}

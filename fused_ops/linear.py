@@ -324,14 +324,15 @@ def scaled_linear(
 ) -> Tensor:
     """`y = round_out(sum_k(x_k * w_k) + bias)` of an activation and a weight that are both quantized.
 
-    On a GPU by the products that torch has there (`fused_ops.linear_gpu`), of operands laid out as a `QuantLinear`
-    asks for and stores them; others are refused.
+    On a GPU by torch's products, and FlashInfer's where torch has none (`fused_ops.linear_products`), of operands laid
+    out as a `QuantLinear` asks for and stores them; others are refused. FlashInfer's, and ROCm's of MX formats, make
+    bfloat16 and float16 only, and round before they add a bias.
 
     Args:
-        activation: logical shape [..., K], of any key and layout; float32 scales of groups of 32, 64,
-            128, 256 or 512 columns, rows, or the tensor; zero points within [-128, 127].
-        weight: [N, K] INT8 or FP8 (e4m3fn, e4m3fnuz) codes, or uint8 [N, K // 2] of FP4 (the low nibble is the even column); its format
-            may be another than the activation's.
+        activation: logical shape [..., K], of any key and layout; float32 scales of groups of 32, 64, 128, 256 or 512
+            columns, rows, or the tensor; zero points within [-128, 127].
+        weight: [N, K] INT8 or FP8 (e4m3fn, e4m3fnuz) codes, or uint8 [N, K // 2] of FP4 (the low nibble is the even
+            column); its format may be another than the activation's.
         weight_scale: float32: one element, [N, 1], or [ceil(N / b), ceil(K / b)] for blocks of b = 128 or 64; else
             what `weight_key` says.
         bias: [N] bfloat16, float16 or float32.

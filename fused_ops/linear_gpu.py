@@ -1,5 +1,4 @@
-"""`scaled_linear` on GPUs: the products that torch has there, and FlashInfer where torch has none; which device has
-which, and how they take their operands.
+"""`scaled_linear` on GPUs, by the products in `linear_products`.
 
     y = round_out(sum_k x_k * w_k + bias)       float32 sums by cuBLAS, CUTLASS or cuDNN, int32 of INT8
 
@@ -11,219 +10,22 @@ A product that makes no float32 (`Product.results`) rounds before the bias is ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
-from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library
-from torch.nn.functional import ScalingType, SwizzleType, pad
+from torch.nn.functional import SwizzleType
 
-from quant import QuantKey, ScaleLayout, formats
-from quant.key import E8M0, FP4, FP8, FP8_FNUZ, PER_TENSOR, PER_TOKEN, GroupShape
+from quant import QuantKey, ScaleLayout
+from quant.key import FP4
 
-from . import _flashinfer_linear
-from ._check import FLOATS
+from . import _flashinfer_linear, linear_products
 from ._op import OPS, Backend, kernels_of
 from .linear import INFERRED, weight_key_of
+from .linear_products import L4, LONG, ONE, ROW, Product, product_of
 
 SCALED_MM = torch.ops.aten._scaled_mm_v2
-BLOCK, L4 = 128, 4  # of a weight; a row of its scales is padded to a multiple of four
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product of torch's or FlashInfer's, by the operands it takes.
-
-    dtype, scale_dtype: of the codes and their scales, on both sides. groups: what shares a scale, of an activation and
-        of a weight. layout: of the activation's scales, and of a weight's where it is swizzled.
-    recipe: how `scaled_mm` is told of either side; None: `torch._int_mm`, or FlashInfer's function of this name.
-    cols, outs, step: what K, N and the bytes between rows are multiples of.
-    pad_rows, enough: rows of activation come in multiples of the first, or are at least so many.
-    results: dtypes that it makes.
-    needs: what a device lacks that doesn't have it. builds: from which CUDA or ROCm on, and before which.
-    """
-
-    name: str
-    dtype: torch.dtype
-    scale_dtype: torch.dtype
-    groups: tuple[tuple[GroupShape, ...], tuple[GroupShape, ...]]
-    recipe: tuple[list[ScalingType], list[ScalingType]] | None
-    needs: str
-    layout: ScaleLayout = ScaleLayout.ROW_MAJOR
-    cols: int = 16
-    outs: int = 16
-    step: int = 16
-    pad_rows: int = 1
-    enough: float = 0
-    results: tuple[torch.dtype, ...] = FLOATS
-    builds: tuple[tuple[float, ...], tuple[float, ...]] = ((0,), (inf,))
-    flashinfer: str = ""
-
-    def takes(self, x: QuantKey, w: QuantKey) -> bool:
-        """Whether these are its operands, if they are laid out for it."""
-        return all(
-            (key.dtype, key.scale.dtype) == (self.dtype, self.scale_dtype) and key.scale.group_shape in groups
-            for key, groups in zip((x, w), self.groups, strict=True)
-        )
-
-    def activation(self, key: QuantKey) -> QuantKey:
-        """The key in the layout it takes."""
-        return key if key.per_tensor else key.with_scale(layout=self.layout)
-
-    def weight(self, key: QuantKey) -> QuantKey:
-        """The same of a weight's key."""
-        swizzled = self.layout == ScaleLayout.SWIZZLED_128X4
-        return key.with_scale(layout=self.layout if swizzled else ScaleLayout.ROW_MAJOR)
-
-    def rows(self, count: int) -> int:
-        """How many rows it reads of an activation that has `count`."""
-        return count if count >= self.enough else -(-count // self.pad_rows) * self.pad_rows
-
-    def check_sizes(self, cols: int, outs: int) -> None:
-        """Raise ValueError unless it takes weights [outs, cols]."""
-        for name, size, step in ("K", cols, self.cols), ("N", outs, self.outs):
-            if size % step:
-                raise ValueError(f"{name} is {size}, the {self.name} product takes multiples of {step}")
-
-    def lacks(self) -> str:
-        """What isn't installed here for a device that has it, or nothing."""
-        if self.flashinfer:
-            return _flashinfer_linear.missing(self.flashinfer)
-        build, (low, high) = torch.version.hip or torch.version.cuda, self.builds
-        if build is None or low <= tuple(map(int, build.split(".")[:2])) < high:
-            return ""
-        return self.needs
-
-
-HALVES = (torch.bfloat16, torch.float16)
-_ROWS = (PER_TOKEN, PER_TENSOR)
-_BLOCKS_128 = ((GroupShape(1, BLOCK),), (GroupShape(BLOCK, BLOCK),))
-_BY_32 = ((GroupShape(1, 32),),) * 2
-_ONE, _ROW, _LONG = [ScalingType.TensorWise], [ScalingType.RowWise], [ScalingType.BlockWise1x128]
-_SQUARE, _MX = [ScalingType.BlockWise128x128], [ScalingType.BlockWise1x32]
-_NV = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
-_FP8 = "tensor cores for float8_e4m3fn: sm_89 and later, gfx950"
-_FNUZ = "tensor cores for float8_e4m3fnuz: gfx942"
-_BLACKWELL = "Blackwell's block scales: sm_100, sm_103, sm_120, sm_121"
-_ROCM = "ROCm 7.0 to 7.12 on gfx950"  # later ones want scales in tiles of 32 x 8
-SWIZZLED = ScaleLayout.SWIZZLED_128X4
-_GROUPWISE = Product(
-    "flashinfer 1x128 sm_12x", FP8, torch.float32, _BLOCKS_128, None, "FlashInfer on sm_120 or sm_121",
-    cols=BLOCK, outs=BLOCK, results=HALVES, flashinfer="gemm_fp8_nt_groupwise",
-)  # fmt: skip
-_GFX950 = Product(
-    "rocm mxfp8", FP8, E8M0, _BY_32, (_MX, _MX), _ROCM,
-    cols=128, outs=32, pad_rows=32, enough=inf, results=HALVES, builds=((7, 0), (7, 13)),
-)  # fmt: skip
-PRODUCTS = {
-    product.name: product
-    for product in (  # the first of a device that takes a pair of keys is theirs
-        Product("tensor", FP8, torch.float32, ((PER_TENSOR,), (PER_TENSOR,)), (_ONE, _ONE), _FP8),
-        Product("row", FP8, torch.float32, (_ROWS, _ROWS), (_ROW, _ROW), _FP8),
-        Product("fnuz tensor", FP8_FNUZ, torch.float32, ((PER_TENSOR,), (PER_TENSOR,)), (_ONE, _ONE), _FNUZ),
-        Product("fnuz row", FP8_FNUZ, torch.float32, (_ROWS, _ROWS), (_ROW, _ROW), _FNUZ),
-        Product(
-            "1x128", FP8, torch.float32, _BLOCKS_128, (_LONG, _SQUARE),
-            "cuBLAS 12.9 or later on sm_90, the only one it has this for", ScaleLayout.TMA_ALIGNED,
-            cols=BLOCK, pad_rows=4, enough=inf,  # columns of the activation's scales begin at 16 bytes
-            builds=((12, 9), (inf,)),
-        ),
-        # Up to 32 rows FlashInfer 0.6.13 takes a kernel that sometimes reads a scale before it is there.
-        replace(
-            _GROUPWISE, name="flashinfer 1x128 sm_10x", needs="FlashInfer on sm_100 or sm_103",
-            outs=16, pad_rows=36, enough=33,
-        ),
-        _GROUPWISE,
-        Product("mxfp8", FP8, E8M0, _BY_32, (_MX, _MX), _BLACKWELL, SWIZZLED, cols=32),
-        _GFX950,
-        Product("nvfp4", FP4, FP8, ((GroupShape(1, 16),),) * 2, (_NV, _NV), _BLACKWELL, SWIZZLED, cols=32),
-        Product(
-            "flashinfer mxfp4", FP4, E8M0, _BY_32, None, "FlashInfer on Blackwell: sm_100, sm_103, sm_120, sm_121",
-            SWIZZLED, cols=32, results=HALVES, flashinfer="mm_fp4",
-        ),
-        replace(_GFX950, name="rocm mxfp4", dtype=FP4),
-        Product(
-            "int8", torch.int8, torch.float32, (_ROWS, _ROWS), None,
-            "cuBLAS's INT8: sm_80 to sm_100, sm_120, sm_121", cols=8, outs=8, step=8, pad_rows=32, enough=17,
-        ),
-    )
-}  # fmt: skip
-_BLOCKS = ("tensor", "row", "mxfp8", "nvfp4", "flashinfer mxfp4")
-# What a device has; `Product.needs` says what the others lack. sm_103 has hardly any INT8 left.
-DEVICES = {
-    "sm_80": ("int8",),
-    "sm_86": ("int8",),
-    "sm_87": ("int8",),
-    "sm_89": ("tensor", "row", "int8"),
-    "sm_90": ("tensor", "row", "1x128", "int8"),
-    "sm_100": (*_BLOCKS, "flashinfer 1x128 sm_10x", "int8"),
-    "sm_103": (*_BLOCKS, "flashinfer 1x128 sm_10x"),
-    "sm_120": (*_BLOCKS, "flashinfer 1x128 sm_12x", "int8"),
-    "sm_121": (*_BLOCKS, "flashinfer 1x128 sm_12x", "int8"),
-    "gfx942": ("fnuz tensor", "fnuz row"),
-    "gfx950": ("tensor", "row", "rocm mxfp8", "rocm mxfp4"),
-}
-
-
-def architecture(device: torch.device) -> str | None:
-    """Such as "sm_90" or "gfx950"; None where the kernels are not these products."""
-    return _architecture(device.index) if device.type == "cuda" else None
-
-
-@cache
-def _architecture(index: int | None) -> str:
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
-
-
-def available(arch: str) -> tuple[str, ...]:
-    """Names of the products that the architecture has with what is installed."""
-    return tuple(name for name in DEVICES.get(arch, ()) if not PRODUCTS[name].lacks())
-
-
-def native(key: QuantKey, arch: str | None) -> QuantKey:
-    """The key of the same values as the architecture multiplies them: gfx942's FP8 is float8_e4m3fnuz."""
-    fnuz = arch == "gfx942" and key.dtype == FP8 and key.scale.dtype == torch.float32
-    return replace(key, dtype=FP8_FNUZ) if fnuz else key
-
-
-def product_of(x: QuantKey, w: QuantKey, arch: str) -> Product:
-    """The product of activations and weights of these keys, in whatever layout; ValueError where there is none."""
-    theirs = [product for product in PRODUCTS.values() if product.takes(x, w)]
-    there = [product for product in theirs if product.name in DEVICES.get(arch, ())]
-    if product := next((p for p in there if not p.lacks()), None):
-        return product
-    reasons = [p.lacks() for p in there] or [p.needs for p in theirs]
-    needs = f", which needs {', or '.join(reasons)}" if reasons else ""
-    has = ", ".join(available(arch)) or "none"
-    raise ValueError(f"{arch} has no product of {x} with a weight of {w}{needs}; it has {has}")
-
-
-# --- a weight's scales ---
-
-
-def arrange(scale: Tensor, key: QuantKey, product: Product | None) -> Tensor:
-    """Row-major scales of a weight as the product reads them, of the same shape but where swizzled.
-
-    1x128: rows of a multiple of four, the rest zero.
-    """
-    if product is None:
-        return scale
-    if product.layout == SWIZZLED:
-        return formats.arrange(scale, product.weight(key).scale)
-    groups = scale.shape[-1]
-    return pad(scale, (0, -groups % L4))[:, :groups] if product.name == "1x128" else scale
-
-
-def row_major(scale: Tensor, shape: tuple[int, int], key: QuantKey, product: Product | None) -> Tensor:
-    """The inverse of `arrange`, for a weight of this shape."""
-    if product is not None and product.layout == SWIZZLED:
-        return formats.unswizzled(scale, shape[0], key.groups(shape[1]))
-    return scale.contiguous()
 
 
 # --- the product ---
@@ -256,7 +58,7 @@ def refusal(*args) -> str:
     o = Operands(*args)
     x, w = o.keys
     try:
-        product = product_of(x, w, architecture(o.data.device) or "a CPU")
+        product = product_of(x, w, linear_products.architecture(o.data.device) or "a CPU")
         product.check_sizes(o.weight.shape[1] * w.packing, o.weight.shape[0])
     except ValueError as error:
         return str(error)
@@ -274,7 +76,7 @@ def refusal(*args) -> str:
 def multiply(args: tuple, out: Tensor | None = None) -> Tensor:
     """The result, in `out` where that is given; everything else about the arguments has been checked."""
     o = Operands(*args)
-    product = product_of(*o.keys, architecture(o.data.device) or "a CPU")
+    product = product_of(*o.keys, linear_products.architecture(o.data.device) or "a CPU")
     count, outs = o.data.shape[:-1].numel(), o.weight.shape[0]
     shape = (*o.data.shape[:-1], outs)
     if not (count and outs):
@@ -329,10 +131,10 @@ def _scaled(o: Operands, product: Product, out: Tensor | None) -> Tensor:
     """By `scaled_mm`; unrounded, in float32 if it can, where it can't add the bias or make the result's dtype."""
     fused = o.bias is None or o.bias.dtype == o.out_dtype == torch.bfloat16
     dtype = o.out_dtype if fused or torch.float32 not in product.results else torch.float32
-    if product.recipe == (_ROW, _ROW) and (dtype == torch.float32 or (torch.version.hip and dtype != torch.bfloat16)):
+    if product.recipe == (ROW, ROW) and (dtype == torch.float32 or (torch.version.hip and dtype != torch.bfloat16)):
         dtype = torch.float32  # which not every device makes of scales by row, but of one scale
         one = [torch.ones(1, device=o.data.device)]
-        return _rescaled(_scaled_mm(o, (one, one), (_ONE, _ONE), None, dtype, None), o)
+        return _rescaled(_scaled_mm(o, (one, one), (ONE, ONE), None, dtype, None), o)
     added = None if fused else o.bias
     y = _scaled_mm(o, _scales(o, product), product.recipe, o.bias if fused else None, dtype, out if fused else None)
     return y if added is None else y + added
@@ -342,15 +144,17 @@ def _scales(o: Operands, product: Product) -> tuple[list[Tensor], list[Tensor]]:
     """What the recipes of either side ask for."""
     rows, outs = o.data.shape[0], o.weight.shape[0]
     x, w = o.scale, o.weight_scale
-    if product.recipe == (_ROW, _ROW):  # one scale for all of them is handed over as one for each
+    if product.recipe == (ROW, ROW):  # one scale for all of them is handed over as one for each
         x, w = x.reshape(-1, 1).expand(rows, 1).contiguous(), w.reshape(1, -1).expand(1, outs).contiguous()
-    elif product.name == "1x128":
+    elif product.recipe and product.recipe[0] == LONG:
         high, groups = w.shape
         wide = -(-groups // L4) * L4
         x = _memory(x, "scale", (rows, groups), (1, rows), product)
         w = _memory(w, "weight_scale", (wide, high), (1, wide), product)
     elif product.pad_rows > 1 and product.layout == ScaleLayout.ROW_MAJOR:
         x = _memory(x, "scale", (rows, x.shape[1]), (x.shape[1], 1), product)
+    if product.flashinfer and not w.is_contiguous():
+        raise ValueError(f"scaled_linear: weight_scale has strides {w.stride()}, {product.name} takes no gaps in it")
     if o.scale2 is None or o.weight_scale2 is None:
         return [x], [w]
     return [x, o.scale2.reshape(1)], [w, o.weight_scale2.reshape(1)]

@@ -59,4 +59,5 @@ def operand(codes, scale):
     return formats.decode(codes, FP4).double() * formats.power(exponents).double().repeat_interleave(32, 1)
 
 
-LIBRARY = SimpleNamespace(gemm_fp8_nt_groupwise=gemm_fp8_nt_groupwise, mm_fp4=mm_fp4)
+NAMES = {"fp8_block": "gemm_fp8_nt_groupwise", "mxfp4": "mm_fp4"}  # by scheme
+LIBRARY = SimpleNamespace(gemm=SimpleNamespace(gemm_fp8_nt_groupwise=gemm_fp8_nt_groupwise, mm_fp4=mm_fp4))

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.library import Library
 from torch.nn.functional import ScalingType, SwizzleType
 
-from fused_ops import OPS, _flashinfer, _flashinfer_linear, linear_gpu
+from fused_ops import OPS, _flashinfer, _flashinfer_linear, linear_gpu, linear_products
 from fused_ops._op import kernels_of
 from fused_ops.linear import exact_values
 from quant import QuantizedActivation, formats
-from quant.key import FP4
+from quant.key import FP4, FP8
 from quant.methods import SCHEMES, QuantLinear, quantize_model
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -30,7 +30,6 @@ SERVED = {
     "gfx942": ROWWISE,
     "gfx950": ROWWISE | {"mxfp8", "mxfp4"},
 }
-BY_FLASHINFER = {"fp8_block": "gemm_fp8_nt_groupwise", "mxfp4": "mm_fp4"}  # on Blackwell
 PLACES = [  # each product
     *((scheme, "sm_90") for scheme in sorted(SERVED["sm_90"])),
     *((scheme, "sm_100") for scheme in ("fp8_block", "mxfp4", "mxfp8", "nvfp4")),
@@ -49,12 +48,14 @@ def served(arch: str) -> set[str]:
     found = SERVED.get(arch, set())
     if "mxfp8" not in found or arch.startswith("gfx"):
         return found
-    return found | {scheme for scheme, name in BY_FLASHINFER.items() if not _flashinfer_linear.missing(name)}
+    return found | {
+        scheme for scheme, name in flashinfer_linear_double.NAMES.items() if not _flashinfer_linear.missing(name)
+    }
 
 
 def halves_only(scheme: str, arch: str) -> bool:
     """Whether its product makes no float32."""
-    return arch == "gfx950" or (arch != "sm_90" and scheme in BY_FLASHINFER)
+    return arch == "gfx950" or (arch != "sm_90" and scheme in flashinfer_linear_double.NAMES)
 
 
 class Decoded:
@@ -155,7 +156,7 @@ def pretend(monkeypatch):
     libraries = []
 
     def be(arch: str, device: str = "cpu", flashinfer: bool = True) -> None:
-        monkeypatch.setattr(linear_gpu, "architecture", lambda d: arch if d.type == device else None)
+        monkeypatch.setattr(linear_products, "architecture", lambda d: arch if d.type == device else None)
         monkeypatch.setattr(torch.version, "hip", "7.1.25424-4179531dcd" if arch.startswith("gfx") else None)
         if flashinfer:
             monkeypatch.setattr(_flashinfer_linear, "missing", lambda name: "")
@@ -187,6 +188,11 @@ def exact(layer: QuantLinear, x: QuantizedActivation) -> tuple[Tensor, Tensor]:
     x = exact_values(x.data, x.scale, x.quant_key, x.scale2, x.zero_point)
     y, size = x @ w.t(), x.abs() @ w.abs().t()
     return (y, size) if layer.bias is None else (y + layer.bias.double(), size + layer.bias.double().abs())
+
+
+def unsigned_zeros(tensor: Tensor) -> Tensor:
+    """gfx942's FP8 has no others."""
+    return tensor.view(torch.uint8).where(tensor.float() != 0, 0) if tensor.dtype == FP8 else tensor
 
 
 def check(

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from compare import assert_same
-from linear_gpu_double import DTYPES, SERVED, check, check_close, exact, quantized, stock
+from linear_gpu_double import DTYPES, check, check_close, exact, halves_only, quantized, stock, unsigned_zeros
+from linear_gpu_double import served as served_on
 from torch import nn
 
 import fused_ops
-from fused_ops import linear_gpu
+from fused_ops import linear_products
 from fused_ops.linear import exact_values, linear_inputs
 from quant import FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR
 from quant.methods import SCHEMES, QuantLinear
@@ -19,12 +20,12 @@ TOKENS = 1, 3, 16, 17, 130
 
 
 def architecture() -> str:
-    return linear_gpu.architecture(torch.device("cuda", torch.cuda.current_device()))
+    return linear_products.architecture(torch.device("cuda", torch.cuda.current_device()))
 
 
 def served() -> list[str]:
     """Schemes with a product here; none where there is no GPU, which collecting the tests needs."""
-    return sorted(SERVED.get(architecture(), ())) if torch.cuda.is_available() else []
+    return sorted(served_on(architecture())) if torch.cuda.is_available() else []
 
 
 each_scheme = pytest.mark.parametrize("scheme", served())
@@ -41,7 +42,7 @@ def on_cpu(layer: QuantLinear) -> QuantLinear:
 
 def test_the_table_is_this_devices():
     """Schemes that it gives a product are built, and no others."""
-    assert architecture() in linear_gpu.DEVICES
+    assert architecture() in linear_products.DEVICES
     for scheme in SCHEMES:
         if scheme in served():
             quantized(scheme, stock().cuda(), torch.randn(4, 640, device="cuda"))
@@ -55,6 +56,8 @@ def test_the_table_is_this_devices():
 @pytest.mark.parametrize("bias", [None, *DTYPES], ids=str)
 def test_the_product_is_that_of_the_decoded_values(scheme, dtype, bias):
     """And the CPU's, but for the order of sums."""
+    if dtype == torch.float32 and halves_only(scheme, architecture()):
+        pytest.skip("its product makes no float32")
     for tokens in TOKENS:
         compare(scheme, stock(dtype, bias is not None).cuda(), tokens, bias)
 
@@ -63,6 +66,9 @@ def test_the_product_is_that_of_the_decoded_values(scheme, dtype, bias):
 @pytest.mark.parametrize(("cols", "outs"), [(4096, 1024), (1536, 576)])
 def test_other_sizes(scheme, cols, outs):
     """An N of 576 is no multiple of 128, which the 1x128 product's K has to be."""
+    product = SCHEMES[scheme].product(architecture())
+    if outs % product.outs:
+        pytest.skip(f"the {product.name} product takes multiples of {product.outs}")
     for tokens in 1, 300:
         compare(scheme, stock(cols=cols, outs=outs).cuda(), tokens)
 
@@ -77,7 +83,8 @@ def compare(scheme: str, model: nn.Module, tokens: int, bias: torch.dtype | None
     y, expected = layer(q), exact(cpu, q.to("cpu"))
     context = f"{tokens} x {stock.in_features} x {stock.out_features}"
     assert (y.shape, y.dtype, y.device.type) == ((tokens, stock.out_features), x.dtype, "cuda")
-    check_close(y.cpu(), *expected, context, error(scheme))
+    twice = layer.bias is not None and halves_only(scheme, architecture())
+    check_close(y.cpu(), *expected, context, error(scheme) + twice * torch.finfo(y.dtype).eps)
     check_close(cpu(x.cpu()), *expected, f"on the CPU: {context}")
     assert_same(layer(x), y, context)
 
@@ -102,9 +109,10 @@ def test_a_model_that_moves(scheme):
     moved = copy.deepcopy(cpu).to("cuda")
     y = moved(x.cuda())
     q = fused_ops.quantize(x.cuda(), **moved[0].input_quant()).to("cpu")
-    check(y.cpu(), cpu[0], q, "moved", error(scheme))
+    check(y.cpu(), cpu[0], q, "moved", error(scheme), sums=halves_only(scheme, architecture()))
     for name, tensor in cpu.state_dict().items():
-        assert_same(moved.state_dict()[name].cpu(), tensor, name)
+        actual = moved.state_dict()[name].cpu()
+        assert_same(*(unsigned_zeros(t) if architecture() == "gfx942" else t for t in (actual, tensor)), name)
     assert_same(copy.deepcopy(moved).cpu()(x), cpu(x))
     other = quantized(scheme, stock().cuda(), x.cuda())
     other.load_state_dict(cpu.state_dict())
@@ -189,4 +197,5 @@ def test_layers_after_one_another():
         up, down = (quantized(scheme, nn.Sequential(layer))[0] for layer in model)
         gate_up = up(x)
         q = fused_ops.silu_mul_quant(*gate_up.chunk(2, -1), **down.input_quant())
-        check(down(q).cpu(), on_cpu(down), q.to("cpu"), scheme, error(scheme))
+        halves = halves_only(scheme, architecture())
+        check(down(q).cpu(), on_cpu(down), q.to("cpu"), scheme, error(scheme), sums=halves)

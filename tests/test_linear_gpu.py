@@ -27,7 +27,7 @@ from linear_gpu_double import (
 )
 
 import fused_ops
-from fused_ops import _flashinfer_linear, linear_gpu
+from fused_ops import _flashinfer_linear, linear_products
 from fused_ops.linear import exact_values, linear_inputs
 from quant import (
     FP8_DYNAMIC_GROUP_128,
@@ -43,7 +43,7 @@ from quant.methods import SCHEMES
 # --- which ---
 
 
-@pytest.mark.parametrize("arch", linear_gpu.DEVICES)
+@pytest.mark.parametrize("arch", linear_products.DEVICES)
 @pytest.mark.parametrize("flashinfer", [False, True])
 def test_a_layer_is_built_or_refused_with_what_would_work(arch, flashinfer, pretend, monkeypatch):
     if not flashinfer:
@@ -70,10 +70,15 @@ def test_an_unknown_gpu_and_an_old_cuda_have_what_is_known_of_them(pretend, monk
         quantized("fp8_block", stock())
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     quantized("fp8_block", stock())
+    pretend("sm_120")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(ValueError, match=r"which needs FlashInfer and CUDA 12\.9 on sm_120 or sm_121; it has tensor"):
+        quantized("fp8_block", stock())
+    monkeypatch.setattr(torch.version, "cuda", None)
     pretend("gfx950")
     for version in "6.4.1", "7.13.0":
         monkeypatch.setattr(torch.version, "hip", version)
-        with pytest.raises(ValueError, match="which needs ROCm 7.0 to 7.12 on gfx950; it has tensor, row;"):
+        with pytest.raises(ValueError, match=r"which needs ROCm 7.0 to 7.12 on gfx950; it has tensor, row;"):
             quantized("mxfp8", stock())
 
 
@@ -114,7 +119,7 @@ def test_the_product_is_that_of_the_decoded_values(scheme, arch, dtype, bias, pr
     x = torch.randn(150, COLS).to(dtype)
     halves = halves_only(scheme, arch)
     if halves and dtype == torch.float32:
-        with pytest.raises(ValueError, match="out_dtype is torch.float32, the .* product makes torch.bfloat16 and"):
+        with pytest.raises(ValueError, match=r"out_dtype is torch.float32, the .* product makes torch.bfloat16 and"):
             layer(x)
         return
     whole = layer(x)

@@ -10,10 +10,11 @@ from linear_gpu_double import (
     each_place,
     quantized,
     stock,
+    unsigned_zeros,
 )
 
-from fused_ops import linear_gpu
-from quant.key import FP4, FP8
+from fused_ops import linear_products
+from quant.key import FP4
 from quant.methods import SCHEMES
 
 
@@ -25,10 +26,10 @@ def test_a_layer_that_moves_is_laid_out_anew(scheme, arch, pretend):
     pretend(arch, "meta")
     there = copy.deepcopy(layer).to("meta")
     product = SCHEMES[scheme].product(arch)
-    assert there.input_quant_key == product.activation(linear_gpu.native(key, arch))
+    assert there.input_quant_key == product.activation(linear_products.native(key, arch))
     assert there.weight.dtype == (torch.uint8 if product.dtype == FP4 else product.dtype)
     assert there.input_quant()["pad_rows"] == product.pad_rows
-    expected = linear_gpu.arrange(scale, SCHEMES[scheme].weight_key, product)
+    expected = linear_products.arrange(scale, SCHEMES[scheme].weight_key, product)
     assert (there.weight_scale.shape, there.weight_scale.stride()) == (expected.shape, expected.stride())
     assert there.state_dict()["weight_scale"].shape == scale.shape
     assert (there._buffers["weight_sums"] is None) == (scheme != "int8_static_asym")
@@ -45,11 +46,6 @@ def test_a_layer_that_can_not_move_stays(pretend):
         layer.to("meta")
     assert layer.weight.device.type == "cpu"
     layer(torch.randn(3, COLS).bfloat16())
-
-
-def unsigned_zeros(tensor):
-    """gfx942's FP8 has no others."""
-    return tensor.view(torch.uint8).where(tensor.float() != 0, 0) if tensor.dtype == FP8 else tensor
 
 
 @each_place

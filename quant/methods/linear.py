@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_ops
-from fused_ops import linear_gpu
+from fused_ops import linear_products
 from fused_ops.linear import scale_shape
 
 from .. import formats
@@ -63,13 +63,13 @@ class QuantMethod:
 class ScaledLinearMethod(QuantMethod):
     """Codes times codes, by `fused_ops.scaled_linear`, for the schemes of `quant.methods.SCHEMES`.
 
-    On a GPU by one of the products in `fused_ops.linear_gpu`: scales of weight and activation are laid out as it reads
-    them, and INT8 with zero points gets the sums of the weight's rows. On gfx942 codes of float8_e4m3fn become halves
-    in float8_e4m3fnuz, with twice the scale. State dicts are those of a CPU, but for the sign of zeros.
+    On a GPU by one of the products in `fused_ops.linear_products`: scales of weight and activation are laid out as it
+    reads them, and INT8 with zero points gets the sums of the weight's rows. On gfx942 codes of float8_e4m3fn become
+    halves in float8_e4m3fnuz, with twice the scale. State dicts are those of a CPU, but for the sign of zeros there.
     """
 
     input_quant_key: QuantKey
-    product: linear_gpu.Product | None = None
+    product: linear_products.Product | None = None
 
     def __init__(self, scheme: Scheme):
         self.scheme, self.input_quant_key = scheme, scheme.input_quant_key
@@ -112,8 +112,8 @@ class ScaledLinearMethod(QuantMethod):
     def check_device(self, layer: QuantLinear, device: torch.device) -> None:
         self._product_on(layer, device)
 
-    def _product_on(self, layer: QuantLinear, device: torch.device) -> linear_gpu.Product | None:
-        if (arch := linear_gpu.architecture(device)) is None:
+    def _product_on(self, layer: QuantLinear, device: torch.device) -> linear_products.Product | None:
+        if (arch := linear_products.architecture(device)) is None:
             return None
         if layer.experts is not None:
             raise ValueError(f"{layer.name}: no product on {device} takes the weights of {layer.experts} experts")
@@ -129,7 +129,7 @@ class ScaledLinearMethod(QuantMethod):
         kept = {name: layer._buffers[name] for name in names if name in layer._buffers}
         plain = self.to_checkpoint(layer, kept)  # type: ignore[arg-type]
         product = self._product_on(layer, device)
-        wanted = linear_gpu.native(self.scheme.input_quant_key, linear_gpu.architecture(device))
+        wanted = linear_products.native(self.scheme.input_quant_key, linear_products.architecture(device))
         self.product, self.pad_rows = product, product.pad_rows if product else 1
         self.input_quant_key = product.activation(wanted) if product else wanted
         layer._buffers.update(self.from_checkpoint(layer, plain))
@@ -145,7 +145,7 @@ class ScaledLinearMethod(QuantMethod):
         made = dict(buffers)
         if "weight_scale" in made:
             shape = layer.out_features, layer.in_features
-            made["weight_scale"] = linear_gpu.row_major(
+            made["weight_scale"] = linear_products.row_major(
                 made["weight_scale"], shape, self.scheme.weight_key, self.product
             )
         if self.halved:
@@ -159,7 +159,7 @@ class ScaledLinearMethod(QuantMethod):
             made |= {name: made[name] * 2 for name in ("weight_scale", "input_scale") if name in made}
             made |= {name: formats.halved(made[name]) for name in ("weight",) if name in made}
         if "weight_scale" in made and made["weight_scale"].ndim == 2:
-            made["weight_scale"] = linear_gpu.arrange(made["weight_scale"], self.scheme.weight_key, self.product)
+            made["weight_scale"] = linear_products.arrange(made["weight_scale"], self.scheme.weight_key, self.product)
         return made
 
     def dtype_in_checkpoint(self, buffer: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.linear import block_key, largest_scale2, quantize_weight
-from fused_ops.linear_gpu import Product, native, product_of
+from fused_ops.linear_products import Product, native, product_of
 
 from .. import (
     FP8_DYNAMIC_GROUP_64,
