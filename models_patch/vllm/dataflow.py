@@ -86,9 +86,9 @@ def _follow(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[str, str | 
     while True:
         child, node = node, parents[node]
         match node:
-            case ast.Subscript(ast.Call(), ast.Constant(0)):
+            case ast.Subscript(ast.Call() as call, ast.Constant(0)) if _adds(call):
                 pass
-            case ast.Subscript(ast.Call(), ast.Constant(1)):
+            case ast.Subscript(ast.Call() as call, ast.Constant(1)) if _adds(call):
                 return _RESIDUAL
             case ast.IfExp(test=test) if test is not child:
                 pass
@@ -99,6 +99,12 @@ def _follow(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[str, str | 
                 return node.func.attr, args.index(child)  # type: ignore[attr-defined, arg-type]
             case _:
                 return None
+
+
+def _adds(call: ast.Call) -> bool:
+    """Whether it is a norm's with a residual, which returns two tensors; of one, [0] would be its first row."""
+    second = [*call.args, *(keyword.value for keyword in call.keywords)][1:]
+    return len(second) == 1 and not (isinstance(second[0], ast.Constant) and second[0].value is None)
 
 
 def _is_method(node: ast.AST) -> bool:
