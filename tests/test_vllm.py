@@ -276,7 +276,9 @@ def test_lists_and_layouts_of_another_vllm(monkeypatch):
     monkeypatch.setattr(CPUAttentionBackend, "supported_kv_cache_layouts", classmethod(lambda cls: ()))
     assert plugin.refusal() == "caches are of no known layout, expected LBHNC"
     monkeypatch.setitem(kernels._POSSIBLE_INT8_KERNELS, PlatformEnum.CPU, [])
-    assert plugin.refusal().endswith("_INT8_KERNELS has nothing for CPUs, expected CPUInt8ScaledMMLinearKernel among them")
+    assert plugin.refusal().endswith(
+        "_INT8_KERNELS has nothing for CPUs, expected CPUInt8ScaledMMLinearKernel among them"
+    )
 
 
 def test_layers_that_change_their_input_first_show_no_key():
@@ -349,7 +351,11 @@ def test_a_norm_of_two_modules_quantizes_for_none(monkeypatch):
     from models_patch.vllm import layers, loading
 
     monkeypatch.setattr(loading, "taker", lambda parent, name: pytest.fail("it was followed"))
-    model, norm, gemma = nn.Module(), layers.FusedRMSNorm.__new__(layers.FusedRMSNorm), GemmaRMSNorm.__new__(GemmaRMSNorm)
+    model, norm, gemma = (
+        nn.Module(),
+        layers.FusedRMSNorm.__new__(layers.FusedRMSNorm),
+        GemmaRMSNorm.__new__(GemmaRMSNorm),
+    )
     for module in norm, gemma:
         nn.Module.__init__(module)
     norm.is_fused = True

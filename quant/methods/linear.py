@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -148,16 +149,10 @@ class ScaledLinearMethod(QuantMethod):
             made["weight_scale"] = linear_products.row_major(
                 made["weight_scale"], shape, self.scheme.weight_key, self.product
             )
-        if self.halved:
-            made |= {name: made[name] / 2 for name in ("weight_scale", "input_scale") if name in made}
-            made |= {name: formats.doubled(made[name]) for name in ("weight",) if name in made}
-        return made
+        return _rescaled(made, 0.5, formats.doubled) if self.halved else made
 
     def from_checkpoint(self, layer: QuantLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        made = dict(tensors)
-        if self.halved:
-            made |= {name: made[name] * 2 for name in ("weight_scale", "input_scale") if name in made}
-            made |= {name: formats.halved(made[name]) for name in ("weight",) if name in made}
+        made = _rescaled(tensors, 2, formats.halved) if self.halved else dict(tensors)
         if "weight_scale" in made and made["weight_scale"].ndim == 2:
             made["weight_scale"] = linear_products.arrange(made["weight_scale"], self.scheme.weight_key, self.product)
         return made
@@ -188,6 +183,12 @@ class ScaledLinearMethod(QuantMethod):
             weight_scale2=buffers.get("weight_scale2"),
             weight_sums=buffers.get("weight_sums"),
         )
+
+
+def _rescaled(buffers: dict[str, Tensor], factor: float, converted: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Buffers with other codes of the weight, and so many times its scale and the input's."""
+    change = {"weight": converted} | dict.fromkeys(("weight_scale", "input_scale"), lambda scale: scale * factor)
+    return {name: change[name](tensor) if name in change else tensor for name, tensor in buffers.items()}
 
 
 class QuantLinear(nn.Module):
