@@ -438,7 +438,7 @@ def test_results_are_followed_to_the_layer_that_takes_them():
     class ReadTwice(Sublayer):
         def forward(self, x):
             x = self.norm(x)
-            unused, _ = self.down(x)
+            _unread, _ = self.down(x)
             return self.up(x)[0]
 
     plain = Plain()
