@@ -15,7 +15,7 @@ from test_triton_attention_compile import SHARED, compiled
 from test_triton_heads import without_checks
 
 import fused_ops
-from fused_ops import OPS, linear_gpu
+from fused_ops import OPS, linear_products
 from fused_ops.linear import block_key, exact_values, usual_weight
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, NVFP4
 
@@ -103,7 +103,7 @@ def test_a_layer_of_int8_experts_is_the_cpus(monkeypatch):
     layer, x = quantized("Qwen3Moe", "int8_token"), torch.randn(30, 64).bfloat16()
     index, weights = routed(30, torch.bfloat16, 3)
     expected = layer(x, index, weights)
-    monkeypatch.setattr(linear_gpu, "architecture", lambda device: "gfx942")  # whatever its products are
+    monkeypatch.setattr(linear_products, "architecture", lambda device: "gfx942")  # whatever its products are
     layer = quantized("Qwen3Moe", "int8_token")
     with fused_ops.use_backend("triton"):
         assert_same(layer(x, index, weights), expected)

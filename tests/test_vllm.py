@@ -206,7 +206,7 @@ def test_products_take_what_they_quantize_themselves(key):
     buffers |= {} if key.symmetric else {"input_zero_point": torch.tensor([-3], dtype=torch.int8)}
     for name, buffer in buffers.items():
         layer.register_parameter(name, None if buffer is None else nn.Parameter(buffer, requires_grad=False))
-    layer.logical_widths = [64]
+    layer.logical_widths, layer.quant_method = [64], None
     theirs = next(name for name, ours in linear.KEYS.items() if ours == key)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -276,7 +276,9 @@ def test_lists_and_layouts_of_another_vllm(monkeypatch):
     monkeypatch.setattr(CPUAttentionBackend, "supported_kv_cache_layouts", classmethod(lambda cls: ()))
     assert plugin.refusal() == "caches are of no known layout, expected LBHNC"
     monkeypatch.setitem(kernels._POSSIBLE_INT8_KERNELS, PlatformEnum.CPU, [])
-    assert plugin.refusal().endswith("_INT8_KERNELS has nothing for CPUs, expected CPUInt8ScaledMMLinearKernel among them")
+    assert plugin.refusal().endswith(
+        "_INT8_KERNELS has nothing for CPUs, expected CPUInt8ScaledMMLinearKernel among them"
+    )
 
 
 def test_layers_that_change_their_input_first_show_no_key():
@@ -349,7 +351,11 @@ def test_a_norm_of_two_modules_quantizes_for_none(monkeypatch):
     from models_patch.vllm import layers, loading
 
     monkeypatch.setattr(loading, "taker", lambda parent, name: pytest.fail("it was followed"))
-    model, norm, gemma = nn.Module(), layers.FusedRMSNorm.__new__(layers.FusedRMSNorm), GemmaRMSNorm.__new__(GemmaRMSNorm)
+    model, norm, gemma = (
+        nn.Module(),
+        layers.FusedRMSNorm.__new__(layers.FusedRMSNorm),
+        GemmaRMSNorm.__new__(GemmaRMSNorm),
+    )
     for module in norm, gemma:
         nn.Module.__init__(module)
     norm.is_fused = True
@@ -432,7 +438,7 @@ def test_results_are_followed_to_the_layer_that_takes_them():
     class ReadTwice(Sublayer):
         def forward(self, x):
             x = self.norm(x)
-            unused, _ = self.down(x)
+            _unread, _ = self.down(x)
             return self.up(x)[0]
 
     plain = Plain()

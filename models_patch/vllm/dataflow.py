@@ -93,8 +93,8 @@ def _follow(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[str, str | 
             case ast.IfExp(test=test) if test is not child:
                 pass
             case ast.keyword(arg=str(name)):
-                call = parents[node]
-                return (call.func.attr, name) if _is_method(call) else None  # type: ignore[attr-defined]
+                caller = parents[node]
+                return (caller.func.attr, name) if _is_method(caller) else None  # type: ignore[attr-defined]
             case ast.Call(args=args) if _is_method(node) and child in args:
                 return node.func.attr, args.index(child)  # type: ignore[attr-defined, arg-type]
             case _:

@@ -42,7 +42,7 @@ def connect(model: nn.Module, parts: frozenset[str], kept: str = "", provided: b
     provided: whether norms of vLLM's IR are ours, as long as the user wants no other.
     """
     entries = []
-    times = Counter(child for module in model.modules() for child in module.children() if isinstance(child, Fused))
+    times: Counter[Any] = Counter(child for module in model.modules() for child in module.children())
     lent = {module.kv_sharing_target_layer_name for module in model.modules() if isinstance(module, Attention)}
     for path, module in model.named_modules():
         within: tuple[str, ...] = ()  # what attention does itself
