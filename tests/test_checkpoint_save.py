@@ -162,11 +162,11 @@ def test_of_two_calls_at_once_one_writes(tmp_path, monkeypatch):
     """As ranks make them, say; the other leaves what the first has written."""
     model, tensors = quantize(tiny(num_hidden_layers=1), "int8_token"), save._tensors
 
-    def interrupted(model):
+    def interrupted(*args):
         monkeypatch.setattr(save, "_tensors", tensors)
         with pytest.raises(ValueError, match=r"model.partial is there, of a call that was ended or still runs"):
             save_quantized(model, tmp_path / "model")
-        return tensors(model)
+        return tensors(*args)
 
     monkeypatch.setattr(save, "_tensors", interrupted)
     save_quantized(model, tmp_path / "model")

@@ -18,6 +18,7 @@ from .. import (
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
+    MXFP4,
     MXFP8,
     NVFP4,
     QuantKey,
@@ -30,6 +31,7 @@ from .formats import (
     COMPRESSED_TENSORS,
     FBGEMM,
     FP8_BLOCK,
+    GPT_OSS,
     MODELOPT,
     SCALE_DTYPES,
     WEIGHTS,
@@ -48,18 +50,20 @@ class Recipe:
 
     groups: (which layers, format); the first that fits is a layer's.
     ignored: layers that no group takes.
+    stacked: the format of experts that the files have in one tensor, as the model has them.
     kv_cache: whether there are scales of keys and values; "required" where there must be.
     """
 
     groups: tuple[tuple[Rule, Format], ...]
     ignored: Rule
     kv_cache: str | None = None
+    stacked: Format | None = None
 
-    def format_of(self, path: str, module: nn.Module) -> Format | None:
-        """The format of a linear layer, or None where it isn't quantized."""
-        if self.ignored(path, module):
+    def format_of(self, paths: tuple[str, ...], module: nn.Module) -> Format | None:
+        """The format of a linear layer, by any of its names, or None where it isn't quantized."""
+        if any(self.ignored(path, module) for path in paths):
             return None
-        return next((form for takes, form in self.groups if takes(path, module)), None)
+        return next((form for takes, form in self.groups if any(takes(path, module) for path in paths)), None)
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -249,6 +253,17 @@ def _fbgemm(fields: Fields) -> Recipe:
     return Recipe(((_any, Format(scheme, FBGEMM, (("input_scale_ub", bound),))),), ignored)
 
 
+# --- mxfp4: gpt-oss ---
+
+
+def _mxfp4(fields: Fields) -> Recipe:
+    """Of experts alone. The files say nothing of their input: MXFP8, which vLLM has the choice of too."""
+    fields.only("dequantize", None, False)
+    ignored = _by_part_of_name(fields.names("modules_to_not_convert"), f"{fields.where}.modules_to_not_convert")
+    fields.close()
+    return Recipe((), ignored, stacked=Format(Scheme(MXFP8, MXFP4), GPT_OSS))
+
+
 # --- ModelOpt ---
 
 # FP8_PB_WO's name says that weights only are quantized; activations meet them quantized by 1x128, as in vLLM.
@@ -367,6 +382,7 @@ _READERS: dict[str, Callable[[Fields], Recipe]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm,
+    "mxfp4": _mxfp4,
     "modelopt": _modelopt,
     "modelopt_fp4": _modelopt,
     "modelopt_mxfp8": _modelopt,

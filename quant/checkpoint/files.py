@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,48 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 class TensorFiles:
     """Which tensors there are, and where.
 
-    names: file of each tensor.
+    names: file of each tensor. stored: what it is called there; the same until `rename`.
     """
 
     def __init__(self, opened: dict[Path, Any]):
         self._opened = opened
         self.names: dict[str, Path] = {}
+        self._layers: dict[str, str] = {}
         for path, file in opened.items():
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if name in self.names:
                     raise ValueError(f"{path} has {name}, and so has {self.names[name].name}")
                 self.names[name] = path
+        self.stored = dict(zip(self.names, self.names, strict=True))
+
+    def rename(self, of_model: Callable[[str], str]) -> None:
+        """Call every tensor what the model does. Raises ValueError where that is the same for two."""
+        stored: dict[str, str] = {}
+        for name in self.names:
+            if (other := stored.setdefault(of_model(name), name)) != name:
+                raise ValueError(f"{self.where(other)} and {name} are both {of_model(name)} of the model")
+        self.names = {name: self.names[theirs] for name, theirs in stored.items()}
+        self.stored = stored
+        self._layers = {layer_of(name): layer_of(theirs) for name, theirs in stored.items()}
+
+    def called(self, layer: str) -> tuple[str, ...]:
+        """The model's path of a layer, and that in the files where it is another."""
+        return tuple(dict.fromkeys((layer, self._layers.get(layer, layer))))
 
     def where(self, name: str) -> str:
-        return f"{self.names[name]}: {name}"
+        return f"{self.names[name]}: {self.stored[name]}"
 
     def read(self, name: str) -> Tensor:
         """A tensor of its own memory, so that the file may change later."""
         try:
-            return self._opened[self.names[name]].get_tensor(name).clone()
+            return self._opened[self.names[name]].get_tensor(self.stored[name]).clone()
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(f"{self.where(name)}: {error}") from None
+
+
+def layer_of(name: str) -> str:
+    """The path of what has a tensor."""
+    return name.rpartition(".")[0]
 
 
 @contextmanager

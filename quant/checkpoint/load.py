@@ -19,6 +19,7 @@ from .config import CONFIG, Recipe, read_recipe
 from .fields import read_json
 from .files import TensorFiles, open_tensors
 from .formats import FLOATS, KV_SCALES, Format, cast, fit
+from .names import Names
 
 GENERATION_CONFIG = "generation_config.json"
 _SHOWN = 8  # names in a message
@@ -103,7 +104,8 @@ class _Slots:
     """
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, files: TensorFiles, config: Path, dtype: torch.dtype):
-        self.model, self.files = model, files
+        self.model, self.files, self.names = model, files, Names(model)
+        files.rename(self.names.of_model)
         self.takes: dict[str, list[tuple[str, str]]] = {}
         self.parts: dict[str, experts.Slot] = {}
         self.formats: dict[str, Format] = {}
@@ -111,7 +113,7 @@ class _Slots:
         self.zeros: list[str] = []
         self.tied = self._tied_names()
         for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (form := recipe.format_of(path, module)) is not None:
+            if isinstance(module, nn.Linear) and (form := recipe.format_of(files.called(path), module)) is not None:
                 if f"{path}.weight" in self.tied and not self._has_scales(path, form):
                     continue  # the embedding's, which isn't quantized
                 if f"{path}.weight" in self.tied:
@@ -161,26 +163,41 @@ class _Slots:
 
     def _add_experts(self, path: str, module: nn.Module, recipe: Recipe, config: Path, dtype: torch.dtype) -> None:
         try:
-            if (form := experts.format_of(path, module, recipe)) is None:
+            if (form := experts.format_of(path, module, recipe, self.files.called)) is None:
+                self._add_plain_experts(path, module)
                 return
             made = experts.empty_experts(path, module, form, dtype)
         except ValueError as error:
             raise ValueError(f"{config}: {error}") from None
         self.model.set_submodule(path, made)
         given = dict(form.given)
-        for name, stacked, part in experts.parts_of(path, made):
+        stacked_there = form.dialect.stacked
+        for name, stacked, part in experts.stacked_parts(path) if stacked_there else experts.parts_of(path, made):
+            begin = f"{name}_" if stacked_there else f"{name}."
             self.formats[stacked] = form
             layer = self.model.get_submodule(stacked)
             for buffer, _ in layer.named_buffers(recurse=False):
                 stored = form.dialect.stored(buffer, form.scheme.weight_key).names
-                key = next((f"{name}.{each}" for each in stored if f"{name}.{each}" in self.files.names), None)
+                key = next((begin + each for each in stored if begin + each in self.files.names), None)
                 if key is not None:
                     self.parts[key] = experts.Slot(stacked, buffer, part)
                 elif buffer in given:
                     layer.get_buffer(buffer).fill_(given[buffer])
                 else:
-                    self.missing.append(f"{name}.{stored[0]}")
+                    self.missing.append(begin + stored[0])
             self.zeros += {f"{name}.{each}" for each in form.dialect.zero} & self.files.names.keys() - self.parts.keys()
+
+    def _add_plain_experts(self, path: str, module: Any) -> None:
+        """Experts that aren't quantized: as the model has them, or one by one."""
+        kinds = ("weight", "bias") if module.has_bias else ("weight",)
+        found = {
+            f"{name}.{kind}": experts.Slot(path, stacked.rpartition(".")[2] + "_bias" * (kind == "bias"), part)
+            for name, stacked, part in experts.parts_of(path, module)
+            for kind in kinds
+        }
+        if found.keys() & self.files.names.keys():
+            self.parts |= {key: slot for key, slot in found.items() if key in self.files.names}
+            self.missing += found.keys() - self.files.names.keys()
 
     def _add(self, path: str, name: str, stored: Iterable[str]) -> bool:
         """Take the first of these tensors that is there, of a module, for its parameter or buffer `name`."""
@@ -204,6 +221,7 @@ class _Slots:
         """What isn't quantized: parameters, and the buffers that state dicts have."""
         persistent = self.model.state_dict(keep_vars=True)
         taken = {place for places in self.takes.values() for place in places}
+        taken |= {(slot.path, slot.buffer) for slot in self.parts.values()}
         for key in persistent:
             path, _, name = key.rpartition(".")
             module = self.model.get_submodule(path)
@@ -216,14 +234,14 @@ class _Slots:
     def check_names(self) -> None:
         """Raise ValueError unless the files have the model's tensors, and no others."""
         if self.missing:
-            raise ValueError(f"{self._places()}: missing {_some(self.missing)}")
+            raise ValueError(f"{self._places()}: missing {_some([self.names.of_file(name) for name in self.missing])}")
         known = self.takes.keys() | self.parts.keys() | set(self.zeros) | self.tied.keys()
         ignored = [re.compile(each) for each in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         # Older versions of transformers saved this buffer, which is a function of the configuration.
         ignored.append(re.compile(r"rotary_emb\.inv_freq$"))
         extra = [name for name in self.files.names if name not in known and not any(p.search(name) for p in ignored)]
         if extra:
-            raise ValueError(f"{self._places()}: unexpected {_some(extra)}")
+            raise ValueError(f"{self._places()}: unexpected {_some([self.files.stored[name] for name in extra])}")
 
     def file_of(self, path: str) -> Path:
         """The one with a layer's weight."""
@@ -247,7 +265,10 @@ class _Slots:
         for key, slot in self.parts.items():
             layer: Any = self.model.get_submodule(slot.path)
             try:
-                experts.put(layer, slot, self.formats[slot.path], self.files.read(key))
+                if slot.path in self.formats:
+                    experts.put(layer, slot, self.formats[slot.path], self.files.read(key))
+                else:
+                    experts.fill(layer, slot, self.files.read(key), self._dtype_of(f"{slot.path}.{slot.buffer}", dtype))
             except ValueError as error:
                 raise ValueError(f"{self.files.where(key)} {error}") from None
         for key in self.zeros:
@@ -268,7 +289,7 @@ class _Slots:
                 raise ValueError(f"is {scale.item()}, expected a positive, finite scale")
         elif form is not None and name != "bias":
             stored, buffer = form.dialect.stored(name, form.scheme.weight_key), module.get_buffer(name)
-            value = stored.load(fit(tensor, buffer))
+            value = stored.value(tensor, buffer)
             if name == "weight" and value.dtype == FP8 and (value.view(torch.uint8) & 0x7F == 0x7F).any():
                 raise ValueError("has values that aren't finite")
             if name in (given := dict(form.given)) and value.item() != given[name]:

@@ -20,10 +20,12 @@ from fused_ops.workspace import AllReduceWorkspace
 from .. import QuantKey
 from ..key import E8M0
 from ..methods import QuantExperts, QuantGroupedLinear, QuantLinear, ScaledLinearMethod, Scheme
+from ..methods.experts import weights_of
 from .config import CONFIG
-from .experts import holds_experts, parts_of, target_of
-from .files import INDEX
+from .experts import PARTS, holds_experts, parts_of
+from .files import INDEX, layer_of
 from .formats import ACTIVATIONS, COMPRESSED_TENSORS, KV_SCALES, WEIGHTS, Args, container
+from .names import Names
 
 
 def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: int | str = "5GB") -> None:
@@ -62,7 +64,8 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
             said = f"{partial} is there, of a call that was ended or still runs: remove it first"
             raise ValueError(f"save_quantized: {said}") from None
         ours = True
-        _write(model, _quantization_config(model), _tensors(model), partial, max_shard_size)
+        names = Names(model)
+        _write(model, _quantization_config(model, names), _tensors(model, names), partial, max_shard_size)
         partial.replace(folder)
     except BaseException:
         if ours:
@@ -103,12 +106,12 @@ def _write(model: PreTrainedModel, quantization: dict, tensors: dict[str, Tensor
 # --- the configuration ---
 
 
-def _quantization_config(model: nn.Module) -> dict[str, Any]:
+def _quantization_config(model: nn.Module, names: Names) -> dict[str, Any]:
     layers: dict[Scheme, list[str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, QuantLinear):
             stacked = isinstance(module, QuantGroupedLinear)
-            layers.setdefault(_scheme(path, module), []).append(target_of(path) if stacked else path)
+            layers.setdefault(_scheme(path, module), []).extend((_targets if stacked else _called)(path, names))
     if not layers:
         raise ValueError(f"save_quantized: model is {type(model).__name__} and has no QuantLinear")
     groups, formats = {}, set()
@@ -129,26 +132,42 @@ def _quantization_config(model: nn.Module) -> dict[str, Any]:
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _ignored(model),
+        "ignore": _ignored(model, names),
         "kv_cache_scheme": cache,
         "global_compression_ratio": None,
     }
 
 
-def _ignored(model: nn.Module) -> list[str]:
+def _ignored(model: nn.Module, names: Names) -> list[str]:
     """What isn't quantized: linear layers, experts, and routers, which in vLLM's Qwen3-MoE are linear layers."""
-    names = []
+    found: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            names.append(path)
+            found += _called(path, names)
         elif isinstance(module, QuantExperts) or holds_experts(module):
-            block = path.rpartition(".")[0]
+            block = layer_of(path)
             for name, other in model.get_submodule(block).named_children():
                 if isinstance(getattr(other, "weight", None), nn.Parameter) and not isinstance(other, nn.Linear):
-                    names.append(f"{block}.{name}")
+                    found += _called(f"{block}.{name}", names)
             if holds_experts(module):
-                names.append(f"re:{re.escape(path)}[.]")
-    return names
+                found += [f"re:{re.escape(layer_of(each))}[.]" for each in _called(f"{path}.0", names)]
+    return found
+
+
+def _called(path: str, names: Names) -> tuple[str, ...]:
+    """A layer's path in files, by which vLLM knows it, and the model's, by which transformers does, if that is another."""
+    return tuple(dict.fromkeys((layer_of(names.of_file(f"{path}.weight")), path)))
+
+
+def _targets(path: str, names: Names) -> list[str]:
+    """The layers of the files that a stacked one is."""
+    experts, _, name = path.rpartition(".")
+    each = [_called(f"{experts}.0.{part}", names) for part in PARTS[name]]
+    found = []
+    for parts in zip(*each, strict=True):
+        own = "|".join(part.rpartition(".")[2] for part in parts)
+        found.append(f"re:{re.escape(layer_of(layer_of(parts[0])))}[.][0-9]+[.]({own})$")
+    return found
 
 
 def _scheme(path: str, layer: QuantLinear) -> Scheme:
@@ -174,17 +193,23 @@ def _args(table: dict[Args, QuantKey], key: QuantKey) -> Args:
 # --- the tensors ---
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def _tensors(model: PreTrainedModel, names: Names) -> dict[str, Tensor]:
     quantized = {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     tensors: dict[str, Tensor] = {}
     owners: dict[tuple[int, torch.Size], str] = {}
+    plain: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, QuantExperts):
             tensors |= _of_experts(path, module)
+        elif holds_experts(module) and names.one_by_one(path):
+            plain |= {f"{path}.{name}" for name in PARTS}
+            for name, stacked, part in parts_of(path, module):
+                weight, _ = weights_of(module, stacked.rpartition(".")[2])
+                tensors[f"{name}.weight"] = weight[part.expert][part.rows].cpu().clone()
     for key, tensor in model.state_dict().items():
         path, _, name = key.rpartition(".")
-        if isinstance(layer := quantized.get(path), QuantGroupedLinear):
+        if isinstance(layer := quantized.get(path), QuantGroupedLinear) or key in plain:
             continue
         if layer is not None and name != "bias":
             key, tensor = _stored(path, layer, name, tensor)
@@ -194,7 +219,11 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
             else:
                 continue
         tensors[key] = tensor.cpu()
-    return tensors
+    made = {names.of_file(key): tensor for key, tensor in tensors.items()}
+    for key, name in zip(tensors, map(names.of_model, made), strict=False):
+        if key != name:
+            raise ValueError(f"save_quantized: {key} has no name in files, as transformers reads that of {name}")
+    return made
 
 
 def _of_experts(path: str, module: QuantExperts) -> dict[str, Tensor]:
