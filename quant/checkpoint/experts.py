@@ -44,7 +44,7 @@ class Part:
 
 
 class Slot(NamedTuple):
-    """Where a tensor of the files goes: a stacked layer, or unquantized experts; its buffer or parameter; which part."""
+    """Where a tensor of the files goes: a stacked layer and its buffer, or experts and their parameter; which part."""
 
     path: str
     buffer: str
@@ -52,7 +52,7 @@ class Slot(NamedTuple):
 
 
 def parts_of(path: str, experts: Any) -> Iterator[tuple[str, str, Part]]:
-    """(name of a layer in files, path of the stacked one, what it is there) of a module of experts, quantized or not."""
+    """(name of a layer in files, path of the stacked one, what it is there) of experts, quantized or not."""
     stock: Any = experts.stock if isinstance(experts, QuantExperts) else experts
     for name, names in PARTS.items():
         count, outs = _sizes(experts, name)

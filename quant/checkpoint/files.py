@@ -42,9 +42,9 @@ class TensorFiles:
         self.stored = stored
         self._layers = {layer_of(name): layer_of(theirs) for name, theirs in stored.items()}
 
-    def called(self, layer: str) -> tuple[str, ...]:
-        """The model's path of a layer, and that in the files where it is another."""
-        return tuple(dict.fromkeys((layer, self._layers.get(layer, layer))))
+    def layer(self, path: str) -> str:
+        """The path in the files of one of the model's layers, where they have something of it."""
+        return self._layers.get(path, path)
 
     def where(self, name: str) -> str:
         return f"{self.names[name]}: {self.stored[name]}"

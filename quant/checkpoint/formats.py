@@ -155,7 +155,7 @@ class Dialect(NamedTuple):
         return self.buffers.get(buffer, Stored((buffer,)))
 
 
-_DIVISOR = {"load": reciprocal, "save": divisor_of}
+_DIVISOR: dict[str, Any] = {"load": reciprocal, "save": divisor_of}
 COMPRESSED_TENSORS = Dialect(
     {
         "weight_scale2": Stored(("weight_global_scale",), **_DIVISOR),

@@ -17,7 +17,7 @@ from ..methods import QuantGroupedLinear, QuantLinear, ScaledLinearMethod
 from . import experts
 from .config import CONFIG, Recipe, read_recipe
 from .fields import read_json
-from .files import TensorFiles, open_tensors
+from .files import TensorFiles, layer_of, open_tensors
 from .formats import FLOATS, KV_SCALES, Format, cast, fit
 from .names import Names
 
@@ -113,7 +113,7 @@ class _Slots:
         self.zeros: list[str] = []
         self.tied = self._tied_names()
         for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (form := recipe.format_of(files.called(path), module)) is not None:
+            if isinstance(module, nn.Linear) and (form := recipe.format_of(self._called(path), module)) is not None:
                 if f"{path}.weight" in self.tied and not self._has_scales(path, form):
                     continue  # the embedding's, which isn't quantized
                 if f"{path}.weight" in self.tied:
@@ -126,6 +126,10 @@ class _Slots:
         if recipe.kv_cache:
             self._add_kv_scales(required=recipe.kv_cache == "required")
         self._add_plain()
+
+    def _called(self, path: str) -> tuple[str, ...]:
+        """A layer's names: the model's, that in these files, and the usual one in files."""
+        return tuple(dict.fromkeys((path, self.files.layer(path), layer_of(self.names.of_file(f"{path}.weight")))))
 
     def _tied_names(self) -> dict[str, str]:
         """Parameters that are others, so that files needn't have them."""
@@ -163,7 +167,7 @@ class _Slots:
 
     def _add_experts(self, path: str, module: nn.Module, recipe: Recipe, config: Path, dtype: torch.dtype) -> None:
         try:
-            if (form := experts.format_of(path, module, recipe, self.files.called)) is None:
+            if (form := experts.format_of(path, module, recipe, self._called)) is None:
                 self._add_plain_experts(path, module)
                 return
             made = experts.empty_experts(path, module, form, dtype)

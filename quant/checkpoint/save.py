@@ -155,7 +155,7 @@ def _ignored(model: nn.Module, names: Names) -> list[str]:
 
 
 def _called(path: str, names: Names) -> tuple[str, ...]:
-    """A layer's path in files, by which vLLM knows it, and the model's, by which transformers does, if that is another."""
+    """A layer's path in files, by which vLLM knows it, and the model's, by which transformers does."""
     return tuple(dict.fromkeys((layer_of(names.of_file(f"{path}.weight")), path)))
 
 
