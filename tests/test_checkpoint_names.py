@@ -87,9 +87,9 @@ def test_what_is_written_has_the_names_that_transformers_writes(name, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scheme", ["fp8_token", "fp8_static"])
+@pytest.mark.parametrize("scheme", ["fp8_token", "fp8_static", "mxfp4"])
 @pytest.mark.parametrize("name", ["Mixtral", "MiniMaxM2", "Qwen3Moe", "DeepseekV3"])
-def test_transformers_decodes_experts_in_fp8(name, scheme, tmp_path):
+def test_transformers_decodes_experts(name, scheme, tmp_path):
     model = quantize(stock(name), scheme)
     save_quantized(model, tmp_path)
     read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

@@ -123,6 +123,9 @@ INDEX, Y = torch.tensor([[0, 1]]), torch.ones(2, 8)
         (lambda: fused_ops.sort_by_expert(torch.zeros(3, 2).long().t(), 4), ValueError, "expected .*contiguous"),
         (lambda: fused_ops.sort_by_expert(INDEX, 0), ValueError, "num_experts is 0, expected 1 to 65536"),
         (lambda: fused_ops.sum_experts(Y, INDEX + 1, Y[:1, :2]), ValueError, "positions.* has 2, expected 0 to 1"),
+        (lambda: fused_ops.sort_by_expert(INDEX * 0, True), TypeError, "num_experts is bool, expected an int"),
+        (lambda: fused_ops.sort_by_expert(INDEX, torch.tensor(2)), TypeError, "num_experts is Tensor, expected an int"),
+        (lambda: fused_ops.sum_experts(Y[:0], INDEX, Y[:1, :2]), ValueError, "positions.* has 0, expected none, as there"),
         (lambda: fused_ops.sum_experts(Y, INDEX, Y[:1, :1]), ValueError, r"weights is \[1, 1\], expected \[1, 2\]"),
         (
             lambda: fused_ops.sum_experts(Y.bfloat16(), INDEX, Y[:1, :2].half()),
