@@ -108,7 +108,9 @@ def _(
             raise ValueError(f"{NAME}: weight is {list(tensor.shape)}, expected [experts, N, K] of at least one")
         if tensor.ndim < 2 or tensor.shape[0] != weight.shape[0]:
             of = {"bias": "N", "weight_scale2": "1"}.get(name, "...")
-            raise ValueError(f"{NAME}: {name} is {list(tensor.shape)}, expected [{len(weight)}, {of}], as weight's experts")
+            raise ValueError(
+                f"{NAME}: {name} is {list(tensor.shape)}, expected [{len(weight)}, {of}], as weight's experts"
+            )
     first = {name: _first(tensor) for name, tensor in stacked.items()}
     optional = {"scale2": scale2, "zero_point": zero_point, "weight_code": weight_code}
     with _in_this_name():

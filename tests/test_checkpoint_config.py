@@ -53,7 +53,11 @@ CONFIGS = {
         r"group_0.weights.codebook is \[1\], a field that isn't known",
     ),
     "status": (put("quantization_status", "frozen"), 'quantization_status is "frozen", expected "compressed"'),
-    "format": (put("format", "pack-quantized"), None),  # the group's own format counts
+    "format": (
+        put("format", "pack-quantized"),
+        'config.format is "pack-quantized", expected float-quantized or mixed-precision, as its groups say',
+    ),
+    "format of several": (put("format", "mixed-precision"), None),  # each group has its own
     "format of a group": (group("format", "pack-quantized", None), 'group_0.format is "pack-quantized", expected'),
     "sparsity": (put("sparsity_config", {"format": "sparse-24"}), "sparsity_config is .*isn't served"),
     "transform": (put("transform_config", {"config_groups": {"a": 1}}), "transform_config is .*isn't served"),

@@ -98,6 +98,11 @@ TENSORS = {
         f"safetensors: {UP}: weight_scale has",
     ),
     "negative scale": ("fp8_static", becomes(f"{UP}.input_scale", filled(-1.0)), f"safetensors: {UP}: input_scale has"),
+    "a scale without reciprocal": (
+        "fp8_static",
+        becomes(f"{UP}.input_scale", filled(1e-40)),
+        f"safetensors: {UP}: input_scale has values whose reciprocal isn't finite",
+    ),
     "zero divisor": ("nvfp4", becomes(f"{UP}.weight_global_scale", filled(0.0)), f"{UP}: weight_scale2 has"),
     "NaN exponent": ("mxfp8", becomes(f"{UP}.weight_scale", filled(255)), f"{UP}: weight_scale has values"),
     "a zero point": (
@@ -121,6 +126,26 @@ def test_tensors(name, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load_quantized(folder)
     assert str(folder / "model.safetensors") in str(caught.value)
+
+
+def test_a_file_without_tensors(tmp_path):
+    folder = copied(tmp_path)
+    edit_tensors(folder, dict.clear)
+    with pytest.raises(ValueError, match=r"model\.safetensors: missing .* more$"):
+        load_quantized(folder)
+
+
+def test_scales_of_the_cache_have_reciprocals(tmp_path):
+    folder = copied(tmp_path)
+    edit_config(folder, lambda _, q: q.update(kv_cache_scheme={"num_bits": 8, "type": "float"}))
+    names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("k_scale", "v_scale")]
+    edit_tensors(folder, lambda t: t.update({name: torch.ones(1) for name in names}))
+    load_quantized(folder)
+    edit_tensors(folder, lambda t: t.update({names[3]: torch.tensor([1e-39])}))
+    with pytest.raises(
+        ValueError, match=rf"{names[3]} is 1\.0.*e-39, expected a positive, finite scale, and so its rec"
+    ):
+        load_quantized(folder)
 
 
 def test_zero_points_that_are_zero_are_no_error(tmp_path):
@@ -164,6 +189,7 @@ def test_damaged_indices(tmp_path):
         (whole | {first: ""}, "weight_map names '', expected a file of this folder"),
         (whole | {first: "\0"}, "expected a file of this folder"),
         (None, "weight_map is NoneType"),
+        ({}, "index.json: weight_map is empty, expected at least one tensor"),
     ):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
         with pytest.raises(ValueError, match=message):

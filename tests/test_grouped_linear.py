@@ -197,7 +197,11 @@ CUBE = changed(X, data=X.data.unflatten(0, (2, 3)))
         ({"tokens_per_expert": COUNT - 2}, ValueError, "tokens_per_expert.* has -1 of expert 0, expected 0 to 6"),
         ({"rows": torch.tensor([0, 6])}, ValueError, "rows.* has 6, expected 0 to 5"),
         ({"rows": torch.tensor([0, -1])}, ValueError, "rows.* has -1, expected 0 to 5"),
-        ({"activation": changed(X, data=X.data[:0], scale=X.scale[:0]), "rows": ZERO}, ValueError, "rows.* expected none"),
+        (
+            {"activation": changed(X, data=X.data[:0], scale=X.scale[:0]), "rows": ZERO},
+            ValueError,
+            "rows.* expected none",
+        ),
         ({"rows": torch.tensor([[0]])}, ValueError, r"rows is \[1, 1\], expected \[R\]"),
         ({"activation": CUBE}, ValueError, r"weight is \[3, 8, 64\], expected \[2, N, 64\]"),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype is torch.int8"),

@@ -144,6 +144,8 @@ def test_a_layer_has_the_buffers_its_keys_ask_for():
         ("nvfp4", "weight_scale", float("nan")),
         ("nvfp4", "weight_scale2", -1.0),
         ("nvfp4", "input_scale2", float("inf")),
+        ("nvfp4", "input_scale2", 2.0**-130),
+        ("int8_static", "input_scale", 2.0**-149),
     ],
 )
 def test_scales_that_mean_nothing_are_refused(scheme, name, value):

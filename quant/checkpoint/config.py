@@ -147,7 +147,7 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         fields.skip(name)
     ignored = _by_name_or_class(fields.names("ignore"), f"{fields.where}.ignore")
     kv_cache = _kv_cache(fields.object("kv_cache_scheme"))
-    groups = []
+    groups, own_formats = [], []
     for group in fields.objects("config_groups").values():
         targets = _by_name_or_class(group.names("targets", required=True), f"{group.where}.targets")
         if group.values.get("input_activations") is None:
@@ -160,9 +160,11 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         expected = container(weight)
         if group.values.get("format") is None and whole not in expected:
             raise fields.error("format", whole, " or ".join(expected))
-        group.only("format", None, *expected)
+        own_formats.append(group.only("format", None, *expected))
         group.close()
         groups.append((targets, Format(Scheme(activation, weight), COMPRESSED_TENSORS)))
+    if None not in own_formats and whole not in (said := dict.fromkeys((*own_formats, "mixed-precision"))):
+        raise fields.error("format", whole, f"{' or '.join(said)}, as its groups say")
     fields.close()
     return Recipe(tuple(groups), ignored, kv_cache)
 

@@ -18,11 +18,11 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 class TensorFiles:
     """Which tensors there are, and where.
 
-    names: file of each tensor. stored: what it is called there; the same until `rename`.
+    paths: the files. names: file of each tensor. stored: what it is called there; the same until `rename`.
     """
 
     def __init__(self, opened: dict[Path, Any]):
-        self._opened = opened
+        self._opened, self.paths = opened, list(opened)
         self.names: dict[str, Path] = {}
         self._layers: dict[str, str] = {}
         for path, file in opened.items():
@@ -75,6 +75,8 @@ def open_tensors(folder: Path) -> Iterator[TensorFiles]:
             raise ValueError(
                 f"{folder / INDEX}: weight_map is {type(placed).__name__}, expected an object of file names"
             )
+        if not placed:
+            raise ValueError(f"{folder / INDEX}: weight_map is empty, expected at least one tensor")
         for name in placed.values():
             if Path(name).name != name or name in ("", "..") or "\0" in name:  # never outside of the folder
                 raise ValueError(f"{folder / INDEX}: weight_map names {name!r}, expected a file of this folder")

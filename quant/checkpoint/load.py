@@ -118,6 +118,10 @@ class _Slots:
                     continue  # the embedding's, which isn't quantized
                 if f"{path}.weight" in self.tied:
                     raise ValueError(f"{config}: {path} is quantized, but tie_word_embeddings says it is the embedding")
+                if type(module) is not nn.Linear:  # a router, of which configurations by class don't think
+                    if self._has_scales(path, form):
+                        raise ValueError(f"{config}: {path} is quantized, but a {type(module).__name__} takes no codes")
+                    continue
                 self._add_quantized(path, module, form, config)
             elif experts.holds_experts(module):
                 self._add_experts(path, module, recipe, config, dtype)
@@ -254,7 +258,7 @@ class _Slots:
         return self.files.names[owners[path, "weight"]]
 
     def _places(self) -> str:
-        return ", ".join(sorted({str(path) for path in self.files.names.values()})[:2])
+        return ", ".join(map(str, self.files.paths[:2]))
 
     def fill(self, dtype: torch.dtype) -> None:
         """Read the tensors, one by one."""
@@ -289,8 +293,8 @@ class _Slots:
         form = self.formats.get(path)
         if name in KV_SCALES and not isinstance(module, QuantLinear):
             scale = module._buffers[name] = fit(tensor, module.get_buffer(name))
-            if not (scale.isfinite() & (scale > 0)).all():
-                raise ValueError(f"is {scale.item()}, expected a positive, finite scale")
+            if not (scale.isfinite() & (scale > 0) & (1 / scale).isfinite()).all():
+                raise ValueError(f"is {scale.item()}, expected a positive, finite scale, and so its reciprocal")
         elif form is not None and name != "bias":
             stored, buffer = form.dialect.stored(name, form.scheme.weight_key), module.get_buffer(name)
             value = stored.value(tensor, buffer)

@@ -37,24 +37,23 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
 
     Args:
         model: of transformers, with `QuantLinear` layers, patched or not.
-        path: a folder that doesn't exist, or is empty. It is there once all of it is written.
-        max_shard_size: of a file, in bytes or as "5GB".
+        path: a folder that doesn't exist, or is empty and not the working directory. It is there once all of it is
+            written.
+        max_shard_size: of a file, in bytes or as "5GB" (KB, MB, GB, TB).
 
     Raises:
-        TypeError: model is not a transformers model, or path is not a str or a Path.
-        ValueError: path is there and not empty, or a call that wrote it was ended or still runs; no layer is quantized;
-            the model is cut over ranks; the format has no words for a layer's keys or scales, by its path. Nothing is
-            left behind.
+        TypeError: model is not a transformers model, path is not a str or a Path, max_shard_size no int or str.
+        ValueError: path is there and not empty, can't be a folder, or a call that wrote it was ended or still runs;
+            max_shard_size isn't positive; no layer is quantized; the model is cut over ranks; the format has no words
+            for a layer's keys or scales, by its path. Nothing is left behind.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"save_quantized: model is {type(model).__name__}, expected a model of transformers")
     if not isinstance(path, (str, Path)):
         raise TypeError(f"save_quantized: path is {type(path).__name__}, expected a str or a Path")
-    folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"save_quantized: path is {str(path)!r}, expected a folder that is new or empty")
+    folder, size = _folder(path), _bytes(max_shard_size)
     _check_whole(model)
-    partial = folder.absolute().with_name(f"{folder.absolute().name}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     new, ours = [parent for parent in partial.parents if not parent.exists()], False
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +64,7 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
             raise ValueError(f"save_quantized: {said}") from None
         ours = True
         names = Names(model)
-        _write(model, _quantization_config(model, names), _tensors(model, names), partial, max_shard_size)
+        _write(model, _quantization_config(model, names), _tensors(model, names), partial, size)
         partial.replace(folder)
     except BaseException:
         if ours:
@@ -74,6 +73,35 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
             with suppress(OSError):  # it isn't there, or others have written to it
                 parent.rmdir()
         raise
+
+
+def _folder(path: str | Path) -> Path:
+    """Where to write, which is new, or empty and can be replaced."""
+    said = f"save_quantized: path is {str(path)!r}"
+    try:
+        folder = Path(path).resolve()  # what a link leads to
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{said}: {error}") from None
+    if not there.is_dir() or (there == folder and any(folder.iterdir())):
+        raise ValueError(f"{said}, expected a folder that is new or empty")
+    if folder == Path.cwd() or folder.is_mount():
+        raise ValueError(f"{said}, the working directory or a mount, expected a folder that can be replaced")
+    return folder
+
+
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _bytes(size: int | str) -> int:
+    """max_shard_size as a number."""
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise TypeError(f"save_quantized: max_shard_size is {type(size).__name__}, expected an int or a str")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", size.upper()) if isinstance(size, str) else None
+    count = size if isinstance(size, int) else int(float(found[1]) * _SIZES[found[2]]) if found else 0
+    if count < 1:
+        raise ValueError(f'save_quantized: max_shard_size is {size!r}, expected a positive int, or a size as "5GB"')
+    return count
 
 
 def _check_whole(model: nn.Module) -> None:
@@ -88,7 +116,7 @@ def _check_whole(model: nn.Module) -> None:
         )
 
 
-def _write(model: PreTrainedModel, quantization: dict, tensors: dict[str, Tensor], folder: Path, size: Any) -> None:
+def _write(model: PreTrainedModel, quantization: dict, tensors: dict[str, Tensor], folder: Path, size: int) -> None:
     model.config.save_pretrained(folder)
     config = json.loads((folder / CONFIG).read_text())
     config |= {"architectures": [type(model).__name__], "quantization_config": quantization}

@@ -126,9 +126,15 @@ def experts_of(caller: str, model: nn.Module, ignored: set[str]) -> dict[str, nn
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if not holds_experts(module) or {path, path.rpartition(".")[2]} & ignored:
+        if {path, path.rpartition(".")[2]} & ignored:
             continue
         kind = type(module).__name__
+        if not holds_experts(module):
+            if _stacks_weights(module):
+                raise ValueError(
+                    f"{caller}: {path} is {kind}, expected experts of transformers' interface (or ignore it)"
+                )
+            continue
         if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in PROJECTIONS) or (
             module.has_post_expert_norm or not module.has_gate
         ):
@@ -143,6 +149,20 @@ def holds_experts(module: nn.Module) -> bool:
     """Whether it is one that transformers' experts interface serves, and not what `strip` left of one."""
     served = all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "_is_expert_parallel"))
     return served and any(True for _ in module.parameters(recurse=False))
+
+
+def _stacks_weights(module: nn.Module) -> bool:
+    """Whether it has a weight for each of several experts, though that interface doesn't serve it."""
+    weights = [module._parameters.get(name) for name in PROJECTIONS]
+    return all(weight is not None and weight.ndim == 3 for weight in weights)
+
+
+def routes(block: nn.Module) -> bool:
+    """Whether it is a block of experts, in which another kind of `nn.Linear` is a router."""
+    kinds = (
+        isinstance(each, QuantExperts) or holds_experts(each) or _stacks_weights(each) for each in block.children()
+    )
+    return any(kinds)
 
 
 def weights_of(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:

@@ -101,6 +101,8 @@ class ScaledLinearMethod(QuantMethod):
                 scale, zero = buffer.float(), buffer.dtype == FP8
                 if not (scale.isfinite() & ((scale >= 0) if zero else (scale > 0))).all():
                     raise ValueError(f"{layer.name}: {name} has values that aren't positive and finite")
+                if name in ("input_scale", "input_scale2") and not (1 / scale).isfinite().all():
+                    raise ValueError(f"{layer.name}: {name} has values whose reciprocal isn't finite")
         self.lay_out(layer)
 
     def check_device(self, layer: QuantLinear, device: torch.device) -> None:
