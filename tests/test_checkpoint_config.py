@@ -4,10 +4,12 @@ import json
 
 import pytest
 from checkpoints import copied, edit_config
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_targets
 from test_checkpoint import DEEPSEEK, modelopt, nested
 from torch import nn
 
-from quant import FP8_STATIC_TENSOR, NVFP4
+from quant import FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, NVFP4
 from quant.checkpoint import load_quantized
 from quant.checkpoint.config import read_recipe
 
@@ -196,6 +198,37 @@ def test_configurations(name, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         load_quantized(folder)
     assert str(folder / "config.json") in str(caught.value) or "model.safetensors" in str(caught.value)
+
+
+def test_the_most_specific_target_counts(tmp_path):
+    """Whatever the groups' order: paths, then expressions by the alphabet, then classes, as in compressed-tensors."""
+    folder = copied(tmp_path, "fp8_static")
+    one = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    token = {**one, "input_activations": {**one["input_activations"], "dynamic": True, "strategy": "token"}}
+    keys = {"static": one, "token": token}
+    for first, second, path, expected in (
+        (("static", "Linear"), ("token", "re:.*up_proj"), UP, "token"),
+        (("token", "re:.*up_proj"), ("static", "Linear"), UP, "token"),
+        (("static", "re:.*_proj"), ("token", "re:.*up_proj"), UP, "static"),
+        (("static", "re:.*_proj"), ("token", UP), UP, "token"),
+        (("static", "re:.*_proj"), ("token", UP), UP.replace("up", "gate"), "static"),
+    ):
+        groups = {str(n): {**keys[kind], "targets": [target]} for n, (kind, target) in enumerate((first, second))}
+        edit_config(folder, put("config_groups", groups))
+        theirs = QuantizationConfig.model_validate(
+            json.loads((folder / "config.json").read_text())["quantization_config"]
+        )
+        matched = match_targets(path, nn.Linear(1, 1), [t for g in theirs.config_groups.values() for t in g.targets])
+        chosen = next(kind for kind, target in (first, second) if target == matched[0])
+        key = read_recipe(folder).format_of((path,), nn.Linear(1, 1)).scheme.input_quant_key
+        assert chosen == expected
+        assert key == {"static": FP8_STATIC_TENSOR, "token": FP8_DYNAMIC_TOKEN}[expected]
+    groups["0"]["targets"] = [UP]
+    edit_config(folder, put("config_groups", groups))
+    with pytest.raises(
+        ValueError, match=rf'config_groups\.1\.targets is .*, expected none of another group, .* "{UP}"'
+    ):
+        load_quantized(folder)
 
 
 def test_what_modelopt_describes_is_understood(tmp_path):

@@ -194,7 +194,11 @@ def test_damaged_indices(tmp_path):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
         with pytest.raises(ValueError, match=message):
             load_quantized(folder)
-    shutil.copy(folder / "one.safetensors", folder / "two.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": whole}))
+    shutil.copy(folder / "one.safetensors", folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"index.json doesn't name model.safetensors, which is there too: remove the"):
+        load_quantized(folder)
+    (folder / "model.safetensors").rename(folder / "two.safetensors")
     placed = whole | {first: "two.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
     with pytest.raises(ValueError, match=r"and so has"):

@@ -127,6 +127,12 @@ BOUNDED = Scheme(SCHEMES["fp8_token"].input_quant_key, SCHEMES["fp8_token"].weig
     ("make", "error", "message"),
     [
         (lambda: nn.Linear(2, 2), TypeError, "model is Linear, expected a model of transformers"),
+        (lambda: quantize(tiny(), "int8_token").model, ValueError, "model is LlamaModel, expected one that generates"),
+        (
+            lambda: quantize(tiny(), "int8_token").to("meta"),
+            ValueError,
+            "embed_tokens.weight is on meta, expected values",
+        ),
         (tiny, ValueError, "model is LlamaForCausalLM and has no QuantLinear"),
         (_other_method, ValueError, "layers.0.mlp.up_proj has a object, expected a ScaledLinearMethod"),
         (lambda: _with(POWERS, "power"), ValueError, "layers.0.mlp.up_proj: input is .*power_of_two.* no words for"),

@@ -237,6 +237,16 @@ def test_calibration_sees_what_the_products_get(kind):
         assert_same(layer.down_proj.input_scale, scale.view(1))
 
 
+def test_an_index_of_other_tokens_is_refused():
+    layer = quantized("Qwen3Moe", "int8_token")
+    index, weights = routed(6, torch.bfloat16)
+    for x in torch.randn(5, H), torch.randn(2, 6, H), fused_ops.quantize(torch.randn(7, H), INT8_DYNAMIC_TOKEN):
+        count = x.shape[:-1].numel()
+        message = rf"experts\.gate_up_proj: top_k_index is \[6, 2\], expected \[{count}, k\], of as many tokens"
+        with pytest.raises(ValueError, match=message):
+            layer(x, index, weights)
+
+
 def test_copies_state_dicts_and_dtypes():
     layer = quantized("GptOss", "nvfp4")
     x, (index, weights) = torch.randn(6, H).bfloat16(), routed(6, torch.bfloat16)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -96,15 +97,36 @@ def _regular(pattern: str, where: str) -> re.Pattern:
         raise ValueError(f"{where} has {pattern!r}, which is no regular expression: {error}") from None
 
 
+def _by_path(name: str, where: str) -> Rule | None:
+    return None if name.startswith("re:") else lambda path, _: path == name
+
+
+def _by_expression(name: str, where: str) -> Rule | None:
+    if not name.startswith("re:"):
+        return None
+    begins = _regular(name[3:], where).match
+    return lambda path, _: begins(path) is not None
+
+
+def _by_class(name: str, where: str) -> Rule | None:
+    if name.startswith("re:"):
+        return None
+    return lambda _, module: any(kind.__name__ == name for kind in type(module).__mro__ if issubclass(kind, nn.Module))
+
+
 def _by_name_or_class(names: tuple[str, ...], where: str) -> Rule:
     """As compressed-tensors: a layer's path, "re:" and an expression that its path begins with, or a class's name."""
-    patterns = [_regular(name[3:], where) for name in names if name.startswith("re:")]
+    rules = [kind(name, where) for kind in (_by_path, _by_expression, _by_class) for name in names]
+    return lambda path, module: any(rule(path, module) for rule in rules if rule is not None)
 
-    def takes(path: str, module: nn.Module) -> bool:
-        classes = {kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
-        return path in names or bool(classes & set(names)) or any(p.match(path) for p in patterns)
 
-    return takes
+def _by_precedence(targets: dict[str, tuple[Format, str]]) -> Iterator[tuple[Rule, Format]]:
+    """As compressed-tensors: paths come before expressions, those in alphabetical order, and classes last."""
+    for kind in _by_path, _by_expression, _by_class:
+        for target in sorted(targets):
+            form, where = targets[target]
+            if (rule := kind(target, where)) is not None:
+                yield rule, form
 
 
 def _by_part_of_name(names: tuple[str, ...], where: str) -> Rule:
@@ -147,9 +169,10 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         fields.skip(name)
     ignored = _by_name_or_class(fields.names("ignore"), f"{fields.where}.ignore")
     kv_cache = _kv_cache(fields.object("kv_cache_scheme"))
-    groups, own_formats = [], []
+    targets: dict[str, tuple[Format, str]] = {}
+    own_formats = []
     for group in fields.objects("config_groups").values():
-        targets = _by_name_or_class(group.names("targets", required=True), f"{group.where}.targets")
+        names = group.names("targets", required=True)
         if group.values.get("input_activations") is None:
             raise group.error("input_activations", None, "an object: layers with quantized weights only aren't served")
         weight = _key(Fields(group.take("weights", dict), f"{group.where}.weights"), WEIGHTS)
@@ -162,11 +185,15 @@ def _compressed_tensors(fields: Fields) -> Recipe:
             raise fields.error("format", whole, " or ".join(expected))
         own_formats.append(group.only("format", None, *expected))
         group.close()
-        groups.append((targets, Format(Scheme(activation, weight), COMPRESSED_TENSORS)))
+        form = Format(Scheme(activation, weight), COMPRESSED_TENSORS)
+        for name in names:
+            if name in targets and targets[name][0] != form:
+                raise group.error("targets", list(names), f"none of another group, which has {json.dumps(name)} too")
+            targets[name] = form, f"{group.where}.targets"
     if None not in own_formats and whole not in (said := dict.fromkeys((*own_formats, "mixed-precision"))):
         raise fields.error("format", whole, f"{' or '.join(said)}, as its groups say")
     fields.close()
-    return Recipe(tuple(groups), ignored, kv_cache)
+    return Recipe(tuple(_by_precedence(targets)), ignored, kv_cache)
 
 
 def _key(fields: Fields, table: dict[Args, QuantKey]) -> QuantKey:

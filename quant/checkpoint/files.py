@@ -80,6 +80,8 @@ def open_tensors(folder: Path) -> Iterator[TensorFiles]:
         for name in placed.values():
             if Path(name).name != name or name in ("", "..") or "\0" in name:  # never outside of the folder
                 raise ValueError(f"{folder / INDEX}: weight_map names {name!r}, expected a file of this folder")
+        if (folder / SINGLE).exists() and SINGLE not in placed.values():
+            raise ValueError(f"{folder / INDEX} doesn't name {SINGLE}, which is there too: remove the one that is old")
     paths = [folder / name for name in (sorted(set(placed.values())) if placed is not None else [SINGLE])]
     with ExitStack() as stack:
         opened = {}

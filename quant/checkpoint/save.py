@@ -36,7 +36,7 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
     `k_scale` and `v_scale` of attentions are written too. The tokenizer is not.
 
     Args:
-        model: of transformers, with `QuantLinear` layers, patched or not.
+        model: a causal language model of transformers, with `QuantLinear` layers, patched or not.
         path: a folder that doesn't exist, or is empty and not the working directory. It is there once all of it is
             written.
         max_shard_size: of a file, in bytes or as "5GB" (KB, MB, GB, TB).
@@ -44,14 +44,21 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
     Raises:
         TypeError: model is not a transformers model, path is not a str or a Path, max_shard_size no int or str.
         ValueError: path is there and not empty, can't be a folder, or a call that wrote it was ended or still runs;
-            max_shard_size isn't positive; no layer is quantized; the model is cut over ranks; the format has no words
-            for a layer's keys or scales, by its path. Nothing is left behind.
+            max_shard_size isn't positive; model doesn't generate (LlamaModel), is on meta or cut over ranks; no layer
+            is quantized; the format has no words for a layer's keys or scales, by its path. Nothing is left behind.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"save_quantized: model is {type(model).__name__}, expected a model of transformers")
     if not isinstance(path, (str, Path)):
         raise TypeError(f"save_quantized: path is {type(path).__name__}, expected a str or a Path")
     folder, size = _folder(path), _bytes(max_shard_size)
+    if not model.can_generate():
+        raise ValueError(
+            f"save_quantized: model is {type(model).__name__}, expected one that generates, with its lm_head"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"save_quantized: {name} is on meta, expected values")
     _check_whole(model)
     partial = folder.with_name(f"{folder.name}.partial")
     new, ours = [parent for parent in partial.parents if not parent.exists()], False

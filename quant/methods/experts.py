@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -109,7 +110,11 @@ class QuantExperts(nn.Module):
             top_k_weights: [T, k], in the dtype of the activations or in float32.
         """
         tokens, rows, positions = fused_ops.sort_by_expert(top_k_index, self.gate_up_proj.experts)
-        y = self._apply_gate(self.gate_up_proj(hidden_states, tokens, rows))
+        x = self.gate_up_proj.method.taken(self.gate_up_proj, hidden_states)
+        if len(top_k_index) != (count := math.prod(x.shape[:-1])):
+            got = f"top_k_index is {list(top_k_index.shape)}"
+            raise ValueError(f"{self.gate_up_proj.name}: {got}, expected [{count}, k], of as many tokens")
+        y = self._apply_gate(self.gate_up_proj(x, tokens, rows))
         return fused_ops.sum_experts(self.down_proj(y, tokens), positions, top_k_weights).view(hidden_states.shape)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor | QuantizedActivation:

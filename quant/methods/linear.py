@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fused_ops
 from fused_ops import linear_gpu
+from fused_ops._check import FLOATS
 from fused_ops.linear import scale_shape
 
 from ..activation import QuantizedActivation
@@ -161,6 +162,16 @@ class ScaledLinearMethod(QuantMethod):
         )
 
 
+def _check_bias(name: str, bias: Tensor | None, shape: list[int]) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.dtype not in FLOATS:
+        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"{name}: bias is {got}, expected {FLOATS}")
+    if list(bias.shape) != shape:
+        raise ValueError(f"{name}: bias is {list(bias.shape)}, expected {shape}")
+
+
 class QuantLinear(nn.Module):
     """A linear layer whose weight is stored, and whose input is taken, quantized.
 
@@ -201,6 +212,7 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        _check_bias(name, bias, [out_features] if self.experts is None else [self.experts, out_features])
         self.in_features, self.out_features, self.method, self.name = in_features, out_features, method, name
         self.register_buffer("bias", bias)
         method.create_weights(self, device)
