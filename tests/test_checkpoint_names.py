@@ -20,7 +20,7 @@ from quant.methods import QuantExperts, QuantLinear
 
 MIXTURES = ["Mixtral", "MiniMaxM2", "Phimoe", "Qwen3Moe", "DeepseekV3", "Glm4Moe", "GptOss"]
 RENAMED = {"Mixtral", "MiniMaxM2", "Phimoe"}
-SIZES = FAMILIES | UNLISTED | {"Phimoe": {"num_local_experts": 4}}
+SIZES = FAMILIES | UNLISTED | {"Phimoe": {"num_local_experts": 4}, "Llama4Text": {}}
 FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 30.0}
 
 
@@ -150,6 +150,20 @@ def test_what_is_missing_has_its_name_in_files(tmp_path):
         load_quantized(tmp_path)
     edit_tensors(tmp_path, lambda t: t.update({name: t["model.layers.1.block_sparse_moe.experts.0.w3.weight"].clone()}))
     with pytest.raises(ValueError, match=r"unexpected model\.layers\.1\.block_sparse_moe\.experts\.9\.w1\.x$"):
+        load_quantized(tmp_path)
+
+
+def test_experts_of_other_kinds_are_refused(tmp_path):
+    """Llama4's, which llm-compressor takes apart as it does others."""
+    model = stock("Llama4Text", head_dim=16, intermediate_size_mlp=64, num_local_experts=2)
+    tensors = write_quantized(model, tmp_path, FBGEMM, by_rows)
+    assert not any("experts.0." in name for name in tensors)
+    load_quantized(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({"model.layers.1.feed_forward.experts.0.up_proj.weight": torch.ones(1)}))
+    message = (
+        r"layers\.1\.feed_forward\.experts is Llama4TextExperts, expected gated experts of transformers' interface"
+    )
+    with pytest.raises(ValueError, match=message):
         load_quantized(tmp_path)
 
 

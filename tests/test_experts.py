@@ -280,9 +280,7 @@ def test_routers_stay_as_they_are():
 def test_experts_without_the_interface_are_refused():
     """Llama4's, which multiply every token with every expert."""
     model = tiny("Llama4Text", num_hidden_layers=1, num_local_experts=4, head_dim=16, intermediate_size_mlp=64)
-    message = (
-        r"feed_forward\.experts is Llama4TextExperts, expected experts of transformers' interface \(or ignore it\)"
-    )
+    message = r"feed_forward\.experts is Llama4TextExperts, expected transformers' experts interface \(or ignore it\)"
     with pytest.raises(ValueError, match=message):
         quantize(model, "int8_token")
     quantize(model, "int8_token", ignore=("lm_head", "experts"))

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..key import FP8
 from ..methods import QuantGroupedLinear, QuantLinear, ScaledLinearMethod
+from ..methods.experts import serves, stacks_weights
 from . import experts
 from .config import CONFIG, Recipe, read_recipe
 from .fields import read_json
@@ -123,7 +124,7 @@ class _Slots:
                         raise ValueError(f"{config}: {path} is quantized, but a {type(module).__name__} takes no codes")
                     continue
                 self._add_quantized(path, module, form, config)
-            elif experts.holds_experts(module):
+            elif experts.holds_experts(module) or stacks_weights(module):
                 self._add_experts(path, module, recipe, config, dtype)
         if not self.formats:
             raise ValueError(f"{config}: quantization_config leaves no layer of {type(model).__name__} quantized")
@@ -170,6 +171,11 @@ class _Slots:
         self.zeros += zeros - self.takes.keys()
 
     def _add_experts(self, path: str, module: nn.Module, recipe: Recipe, config: Path, dtype: torch.dtype) -> None:
+        if not serves(module):
+            if any(name.startswith(f"{path}.0.") for name in self.files.names):
+                kind = type(module).__name__
+                raise ValueError(f"{config}: {path} is {kind}, expected gated experts of transformers' interface")
+            return
         try:
             if (form := experts.format_of(path, module, recipe, self._called)) is None:
                 self._add_plain_experts(path, module)

@@ -71,4 +71,4 @@ def _parts(path: str, converters: Iterable[WeightConverter]) -> dict[str, str]:
             for name, parts in PARTS.items():
                 if target == f"{path}.{name}" and len(parts) == len(converter.source_patterns):
                     found[source[1]] = parts[number]
-    return found
+    return found if len(found) == sum(map(len, PARTS.values())) else {}

@@ -135,14 +135,10 @@ def experts_of(caller: str, model: nn.Module, ignored: set[str]) -> dict[str, nn
             continue
         kind = type(module).__name__
         if not holds_experts(module):
-            if _stacks_weights(module):
-                raise ValueError(
-                    f"{caller}: {path} is {kind}, expected experts of transformers' interface (or ignore it)"
-                )
+            if stacks_weights(module):
+                raise ValueError(f"{caller}: {path} is {kind}, expected transformers' experts interface (or ignore it)")
             continue
-        if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in PROJECTIONS) or (
-            module.has_post_expert_norm or not module.has_gate
-        ):
+        if not serves(module):
             raise ValueError(f"{caller}: {path} is {kind}, expected gated experts without norms (or ignore it)")
         if module._is_expert_parallel:
             raise ValueError(f"{caller}: {path} has a part of the experts, expected all of them (or ignore it)")
@@ -156,7 +152,14 @@ def holds_experts(module: nn.Module) -> bool:
     return served and any(True for _ in module.parameters(recurse=False))
 
 
-def _stacks_weights(module: nn.Module) -> bool:
+def serves(experts: Any) -> bool:
+    """Whether `QuantExperts` can take the place of these."""
+    if not holds_experts(experts) or experts.has_post_expert_norm or not experts.has_gate:
+        return False
+    return all(isinstance(getattr(experts, name, None), nn.Parameter) for name in PROJECTIONS)
+
+
+def stacks_weights(module: nn.Module) -> bool:
     """Whether it has a weight for each of several experts, though that interface doesn't serve it."""
     weights = [module._parameters.get(name) for name in PROJECTIONS]
     return all(weight is not None and weight.ndim == 3 for weight in weights)
@@ -164,10 +167,9 @@ def _stacks_weights(module: nn.Module) -> bool:
 
 def routes(block: nn.Module) -> bool:
     """Whether it is a block of experts, in which another kind of `nn.Linear` is a router."""
-    kinds = (
-        isinstance(each, QuantExperts) or holds_experts(each) or _stacks_weights(each) for each in block.children()
+    return any(
+        isinstance(each, QuantExperts) or holds_experts(each) or stacks_weights(each) for each in block.children()
     )
-    return any(kinds)
 
 
 def weights_of(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
