@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +38,9 @@ from .formats import (
     Format,
     container,
 )
+from .rules import Rule, by_name_or_class, by_part_of_name, by_precedence, by_wildcard, every, only
 
 CONFIG, MODELOPT_CONFIG = "config.json", "hf_quant_config.json"
-Rule = Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
@@ -87,75 +85,6 @@ def read_recipe(folder: Path) -> Recipe:
     return _READERS[method](fields)
 
 
-# --- names of layers ---
-
-
-def _regular(pattern: str, where: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where} has {pattern!r}, which is no regular expression: {error}") from None
-
-
-def _by_path(name: str, where: str) -> Rule | None:
-    return None if name.startswith("re:") else lambda path, _: path == name
-
-
-def _by_expression(name: str, where: str) -> Rule | None:
-    if not name.startswith("re:"):
-        return None
-    begins = _regular(name[3:], where).match
-    return lambda path, _: begins(path) is not None
-
-
-def _by_class(name: str, where: str) -> Rule | None:
-    if name.startswith("re:"):
-        return None
-    return lambda _, module: any(kind.__name__ == name for kind in type(module).__mro__ if issubclass(kind, nn.Module))
-
-
-def _by_name_or_class(names: tuple[str, ...], where: str) -> Rule:
-    """As compressed-tensors: a layer's path, "re:" and an expression that its path begins with, or a class's name."""
-    rules = [kind(name, where) for kind in (_by_path, _by_expression, _by_class) for name in names]
-    return lambda path, module: any(rule(path, module) for rule in rules if rule is not None)
-
-
-def _by_precedence(targets: dict[str, tuple[Format, str]]) -> Iterator[tuple[Rule, Format]]:
-    """As compressed-tensors: paths come before expressions, those in alphabetical order, and classes last."""
-    for kind in _by_path, _by_expression, _by_class:
-        for target in sorted(targets):
-            form, where = targets[target]
-            if (rule := kind(target, where)) is not None:
-                yield rule, form
-
-
-def _by_part_of_name(names: tuple[str, ...], where: str) -> Rule:
-    """As transformers: the path of a layer or of what contains it, its end, or an expression for either.
-
-    There every name is an expression, whose dots fit anything; here one of letters, digits and dots is itself.
-    """
-    ends = tuple(f".{name}" for name in names)
-    plain = [re.escape(name) if re.fullmatch(r"[\w.]*", name) else name for name in names]
-    starts = [_regular(f"(?:{name})(?=[.]|$)", where) for name in plain if not name.startswith("re:")]
-    starts += [_regular(name[3:], where) for name in plain if name.startswith("re:")]
-    return lambda path, _: path.endswith(ends) or any(start.match(path) for start in starts)
-
-
-def _by_wildcard(names: Iterable[str]) -> Rule:
-    """As ModelOpt: wildcards for paths; older versions give the path of what contains the layer, or the end of one."""
-    ends = tuple(f".{name}" for name in names)
-    wildcards = [*names, *(f"{name}.*" for name in names)]
-    return lambda path, _: path.endswith(ends) or any(fnmatchcase(path, each) for each in wildcards)
-
-
-def _only(name: str) -> Rule:
-    return lambda path, _: path == name
-
-
-def _any(path: str, module: nn.Module) -> bool:
-    return True
-
-
 # --- compressed-tensors ---
 
 
@@ -167,9 +96,10 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         if fields.values.get(name) not in (None, {}):
             raise fields.error(name, fields.values[name], "none: that isn't served")
         fields.skip(name)
-    ignored = _by_name_or_class(fields.names("ignore"), f"{fields.where}.ignore")
+    ignored = by_name_or_class(fields.names("ignore"), f"{fields.where}.ignore")
     kv_cache = _kv_cache(fields.object("kv_cache_scheme"))
-    targets: dict[str, tuple[Format, str]] = {}
+    groups: list[tuple[tuple[str, ...], str, Format]] = []
+    owners: dict[str, Format] = {}
     own_formats = []
     for group in fields.objects("config_groups").values():
         names = group.names("targets", required=True)
@@ -187,13 +117,13 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         group.close()
         form = Format(Scheme(activation, weight), COMPRESSED_TENSORS)
         for name in names:
-            if name in targets and targets[name][0] != form:
+            if owners.setdefault(name, form) != form:
                 raise group.error("targets", list(names), f"none of another group, which has {json.dumps(name)} too")
-            targets[name] = form, f"{group.where}.targets"
+        groups.append((names, f"{group.where}.targets", form))
     if None not in own_formats and whole not in (said := dict.fromkeys((*own_formats, "mixed-precision"))):
         raise fields.error("format", whole, f"{' or '.join(said)}, as its groups say")
     fields.close()
-    return Recipe(tuple(_by_precedence(targets)), ignored, kv_cache)
+    return Recipe(tuple(by_precedence(groups)), ignored, kv_cache)
 
 
 def _key(fields: Fields, table: dict[Args, QuantKey]) -> QuantKey:
@@ -252,7 +182,7 @@ def _fp8(fields: Fields) -> Recipe:
     block = fields.take("weight_block_size", list, None)
     lists = [fields.names(name) for name in ("modules_to_not_convert", "ignored_layers")]
     # The output layer is never quantized, though lists seldom name it.
-    ignored = _by_part_of_name((*lists[0], *lists[1], "lm_head"), f"{fields.where}.modules_to_not_convert")
+    ignored = by_part_of_name((*lists[0], *lists[1], "lm_head"), f"{fields.where}.modules_to_not_convert")
     if block is None:
         if powers:
             raise fields.error("scale_fmt", "ue8m0", "float where weight_block_size is null")
@@ -267,7 +197,7 @@ def _fp8(fields: Fields) -> Recipe:
     else:
         raise fields.error("weight_block_size", block, "[128, 128], [64, 64], [1, 32] with scale_fmt ue8m0, or null")
     fields.close()
-    return Recipe(((_any, Format(scheme, FP8_BLOCK)),), ignored, cache)
+    return Recipe(((every, Format(scheme, FP8_BLOCK)),), ignored, cache)
 
 
 # --- fbgemm_fp8 ---
@@ -276,10 +206,10 @@ def _fp8(fields: Fields) -> Recipe:
 def _fbgemm(fields: Fields) -> Recipe:
     bound = fields.positive("activation_scale_ub", 1200.0)
     names = (*fields.names("modules_to_not_convert"), "lm_head")
-    ignored = _by_part_of_name(names, f"{fields.where}.modules_to_not_convert")
+    ignored = by_part_of_name(names, f"{fields.where}.modules_to_not_convert")
     fields.close()
     scheme = Scheme(FP8_DYNAMIC_TOKEN, block_key(FP8, 1, -1), bounded=True)
-    return Recipe(((_any, Format(scheme, FBGEMM, (("input_scale_ub", bound),))),), ignored)
+    return Recipe(((every, Format(scheme, FBGEMM, (("input_scale_ub", bound),))),), ignored)
 
 
 # --- mxfp4: gpt-oss ---
@@ -288,7 +218,7 @@ def _fbgemm(fields: Fields) -> Recipe:
 def _mxfp4(fields: Fields) -> Recipe:
     """Of experts alone. The files say nothing of their input: MXFP8, which vLLM has the choice of too."""
     fields.only("dequantize", None, False)
-    ignored = _by_part_of_name(fields.names("modules_to_not_convert"), f"{fields.where}.modules_to_not_convert")
+    ignored = by_part_of_name(fields.names("modules_to_not_convert"), f"{fields.where}.modules_to_not_convert")
     fields.close()
     return Recipe((), ignored, stacked=Format(Scheme(MXFP8, MXFP4), GPT_OSS))
 
@@ -317,8 +247,8 @@ class _ModelOpt(NamedTuple):
 def _modelopt(fields: Fields) -> Recipe:
     read = _read_modelopt(fields)
     forms = {name: Format(scheme, MODELOPT) for name, (scheme, _) in _ALGORITHMS.items()}
-    groups = tuple((_only(path) if path else _any, forms[name]) for path, name in read.quantized_layers)
-    return Recipe(groups, _by_wildcard(read.exclude_modules), "optional" if read.kv_cache_quant_algo else None)
+    groups = tuple((only(path) if path else every, forms[name]) for path, name in read.quantized_layers)
+    return Recipe(groups, by_wildcard(read.exclude_modules), "optional" if read.kv_cache_quant_algo else None)
 
 
 def _read_modelopt(fields: Fields) -> _ModelOpt:
