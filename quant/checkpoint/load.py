@@ -29,12 +29,14 @@ _SHOWN = 8  # names in a message
 def load_quantized(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The causal language model in a folder, on the CPU, ready to run; its quantized layers are `QuantLinear`.
 
-    Experts, which files have one by one, become `QuantExperts`.
+    Experts, which files have one by one, become `QuantExperts`. Names are the model's, or those that transformers
+    converts to them.
 
     Formats (docs/checkpoints.md lists them, with fields and tensors): compressed-tensors FP8, INT8, NVFP4, MXFP8 and
-    MXFP4; `fp8` of DeepSeek and AutoFP8; `fbgemm_fp8`; ModelOpt's. Codes and scales are taken as they are, nothing is
-    quantized anew; scales become float32, which loses nothing, and NVFP4's divisors their reciprocals, rounded once.
-    The layers of a model keep scales of their own, though they have the same input.
+    MXFP4; `fp8` of DeepSeek and AutoFP8; `fbgemm_fp8`; ModelOpt's; `mxfp4` of gpt-oss, whose experts get their input in
+    MXFP8. Codes and scales are taken as they are, nothing is quantized anew; scales become float32, which loses
+    nothing, and NVFP4's divisors their reciprocals, rounded once. The layers of a model keep scales of their own,
+    though they have the same input.
 
     The model is built without memory, and tensors are read one by one. Scales of a key-value cache become the buffers
     `k_scale` and `v_scale` (float32 [1]) of the attentions, for `rope_kv_cache_write` and `paged_attention`; the model

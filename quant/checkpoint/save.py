@@ -31,9 +31,10 @@ from .names import Names
 def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: int | str = "5GB") -> None:
     """Write a model as compressed-tensors does, for transformers, vLLM and `load_quantized`, which gives the same bits.
 
-    Codes and scales are those of the layers, whatever device they are on, those of experts one by one, as layers of
-    their own (which transformers doesn't read); scales are float32, which those who read them widen to anyway. Buffers
-    `k_scale` and `v_scale` of attentions are written too. The tokenizer is not.
+    Names are those that transformers writes for such a model. Codes and scales are those of the layers, whatever device
+    they are on, those of experts one by one, as layers of their own (which transformers reads in FP8 by row and in
+    MXFP4); scales are float32, which those who read them widen to anyway. Buffers `k_scale` and `v_scale` of attentions
+    are written too. The tokenizer is not.
 
     Args:
         model: a causal language model of transformers, with `QuantLinear` layers, patched or not.
