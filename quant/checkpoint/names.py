@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from ..methods import QuantExperts
 from .experts import PARTS, holds_experts
@@ -27,7 +27,8 @@ class Names:
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self._renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         # Some files have such a prefix and others haven't: none is added, as transformers adds none to a new model.
-        back = [each for each in self._renamings if not isinstance(each, PrefixChange)]
+        # (By its name, since 5.0 hasn't the class.)
+        back = [each for each in self._renamings if type(each).__name__ != "PrefixChange"]
         self._back = [each.reverse_transform() for each in reversed(back)]
         self._ours: dict[str, dict[str, str]] = {}  # by the experts' path and a layer's name in files
         for path, module in model.named_modules():
