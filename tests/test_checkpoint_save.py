@@ -260,6 +260,11 @@ def test_what_calibrate_refuses(model, data, error, message):
         calibrate(subject, data)
 
 
+def test_progress_is_a_bool():
+    with pytest.raises(TypeError, match="progress is 'no', expected a bool"):
+        calibrate(tiny(num_hidden_layers=1), [tokens()], progress="no")
+
+
 def test_a_calibration_of_another_model():
     spans = calibrate(tiny(num_hidden_layers=1), [tokens()], progress=False)
     with pytest.raises(ValueError, match=r"calibration has nothing of model.layers.1.self_attn.q_proj, expected"):

@@ -43,7 +43,7 @@ class Names:
         return _with_part(name, self._ours)
 
     def of_file(self, name: str) -> str:
-        """What a model's tensor is called in files, as transformers writes and vLLM reads them."""
+        """What a model's tensor is called in files, as transformers writes them."""
         name = _with_part(name, self._theirs)
         for renaming in self._back:
             name, _ = renaming.rename_source_key(name)
