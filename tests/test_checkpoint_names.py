@@ -12,10 +12,11 @@ from compare import assert_as_near, assert_same
 from patching import FAMILIES, UNLISTED, quantize, tiny, tokens
 from safetensors.torch import load_file, save_file
 from test_checkpoint import DEEPSEEK
+from transformers.core_model_loading import WeightRenaming
 
 from fused_ops.linear import decode_weight
 from quant import MXFP4, MXFP8
-from quant.checkpoint import load_quantized, save_quantized
+from quant.checkpoint import load_quantized, names, save_quantized
 from quant.methods import QuantExperts, QuantLinear
 
 MIXTURES = ["Mixtral", "MiniMaxM2", "Phimoe", "Qwen3Moe", "DeepseekV3", "Glm4Moe", "GptOss"]
@@ -153,6 +154,17 @@ def test_what_is_missing_has_its_name_in_files(tmp_path):
     edit_tensors(tmp_path, lambda t: t.update({name: t["model.layers.1.block_sparse_moe.experts.0.w3.weight"].clone()}))
     with pytest.raises(ValueError, match=r"unexpected model\.layers\.1\.block_sparse_moe\.experts\.9\.w1\.x$"):
         load_quantized(tmp_path)
+
+
+def test_a_name_that_does_not_come_back_is_refused(tmp_path, monkeypatch):
+    model = quantize(tiny(num_hidden_layers=1), "int8_token")
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda *_, **__: [WeightRenaming("q_proj", "k_proj")])
+    message = (
+        r"self_attn\.q_proj\.weight would be .*q_proj\.weight in files, which transformers reads as .*k_proj\.weight"
+    )
+    with pytest.raises(ValueError, match=message):
+        save_quantized(model, tmp_path / "model")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_experts_of_other_kinds_are_refused(tmp_path):

@@ -255,10 +255,12 @@ def _tensors(model: PreTrainedModel, names: Names) -> dict[str, Tensor]:
             else:
                 continue
         tensors[key] = tensor.cpu()
-    made = {names.of_file(key): tensor for key, tensor in tensors.items()}
-    for key, name in zip(tensors, map(names.of_model, made), strict=False):
-        if key != name:
-            raise ValueError(f"save_quantized: {key} has no name in files, as transformers reads that of {name}")
+    made = {}
+    for key, tensor in tensors.items():
+        name = names.of_file(key)
+        if (read := names.of_model(name)) != key:
+            raise ValueError(f"save_quantized: {key} would be {name} in files, which transformers reads as {read}")
+        made[name] = tensor
     return made
 
 
