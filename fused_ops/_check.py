@@ -67,6 +67,14 @@ def _check_shape(op: str, name: str, tensor: Tensor, dims: list[str], sizes: dic
         raise ValueError(f"{op}: {name} has strides {tensor.stride()}, expected a contiguous last dimension")
 
 
+def check_below(op: str, name: str, indices: Tensor, end: int) -> None:
+    """Raise ValueError unless each index is that of one of so many."""
+    for index in indices.flatten().tolist():
+        if not 0 <= index < end:
+            expected = f"0 to {end - 1}" if end else "none, as there are no rows"
+            raise ValueError(f"{op}: {name} has {index}, expected {expected}")
+
+
 def number(op: str, **values: Any) -> None:
     """Raise TypeError unless each value is a real number."""
     for name, value in values.items():

@@ -9,11 +9,12 @@ token with a position that isn't there gets NaN.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, INDICES, check
+from ._check import FLOATS, INDICES, check, check_below
 from ._op import invoke, op
 
 MOST = 65536  # experts
@@ -24,9 +25,7 @@ MOST = 65536  # experts
 @op("tokens_per_expert rows positions")
 def _sort_by_expert(top_k_index: Tensor, num_experts: int):
     flat = top_k_index.reshape(-1).long()
-    for expert in flat.tolist():
-        if not 0 <= expert < num_experts:
-            raise ValueError(f"sort_by_expert: top_k_index has {expert}, expected 0 to {num_experts - 1}")
+    check_below("sort_by_expert", "top_k_index", flat, num_experts)
     order = flat.argsort(stable=True)
     positions = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=flat.device))
     rows = order // max(top_k_index.shape[1], 1)
@@ -37,12 +36,17 @@ def _sort_by_expert(top_k_index: Tensor, num_experts: int):
 @_sort_by_expert.declares("check")
 def _(top_k_index, num_experts) -> None:
     check("sort_by_expert", top_k_index=(top_k_index, "T k", INDICES))
-    if type(num_experts) is not int:
-        raise TypeError(f"sort_by_expert: num_experts is {type(num_experts).__name__}, expected an int")
+    _check_count(num_experts)
     if not 1 <= num_experts <= MOST:
         raise ValueError(f"sort_by_expert: num_experts is {num_experts}, expected 1 to {MOST}")
     if not top_k_index.is_contiguous():
         raise ValueError(f"sort_by_expert: top_k_index has strides {top_k_index.stride()}, expected contiguous memory")
+
+
+def _check_count(num_experts: Any) -> None:
+    """Raise TypeError for what torch would make an int of: True, a tensor."""
+    if isinstance(num_experts, bool) or not isinstance(num_experts, (int, torch.SymInt)):
+        raise TypeError(f"sort_by_expert: num_experts is {type(num_experts).__name__}, expected an int")
 
 
 @_sort_by_expert.declares("empty")
@@ -88,6 +92,7 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
+    _check_count(num_experts)
     return invoke(_sort_by_expert, (top_k_index, num_experts))
 
 
@@ -96,9 +101,7 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 @op("sum")
 def _sum_experts(y: Tensor, positions: Tensor, weights: Tensor):
-    for position in positions.flatten().tolist():
-        if not 0 <= position < len(y):
-            raise ValueError(f"sum_experts: positions has {position}, expected 0 to {len(y) - 1}")
+    check_below("sum_experts", "positions", positions, len(y))
     products = y[positions] * weights.unsqueeze(-1)
     total = y.new_zeros((len(weights), y.shape[1]), dtype=torch.float32)
     for product in products.unbind(1):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quant import QuantizedActivation, QuantKey, formats
 
-from ._check import FLOATS, INDICES, check
+from ._check import FLOATS, INDICES, check, check_below
 from ._op import invoke, op
 from .linear import (
     INFERRED,
@@ -57,9 +57,7 @@ def _grouped_scaled_linear(
     x = formats.dequantize(data, scale, QuantKey.from_code(key), scale2=scale2, zero_point=zero_point)
     if rows is not None:
         x = x.flatten(0, -2)
-        for row in rows.tolist():
-            if not 0 <= row < len(x):
-                raise ValueError(f"{NAME}: rows has {row}, expected 0 to {len(x) - 1}")
+        check_below(NAME, "rows", rows, len(x))
         x = x[rows]
     y = x.new_zeros((*x.shape[:-1], weight.shape[1]))
     w_key = weight_key_of(weight[0], weight_scale[0], weight_code)
@@ -112,7 +110,10 @@ def _(
         if name == "weight" and (tensor.ndim != 3 or not tensor.shape[0]):
             raise ValueError(f"{NAME}: weight is {list(tensor.shape)}, expected [experts, N, K] of at least one")
         if tensor.ndim < 2 or tensor.shape[0] != weight.shape[0]:
-            raise ValueError(f"{NAME}: {name} is {list(tensor.shape)}, expected one for each of {len(weight)} experts")
+            of = {"bias": "N", "weight_scale2": "1"}.get(name, "...")
+            raise ValueError(
+                f"{NAME}: {name} is {list(tensor.shape)}, expected [{len(weight)}, {of}], as weight's experts"
+            )
     first = {name: _first(tensor) for name, tensor in stacked.items()}
     optional = {"scale2": scale2, "zero_point": zero_point, "weight_code": weight_code}
     with _in_this_name():

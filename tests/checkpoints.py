@@ -1,16 +1,21 @@
 """Checkpoints as the tools of each format write them, and what they mean: weights decoded without this library."""
 
 import json
-from functools import partial
+import shutil
+import tempfile
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from safetensors.torch import save_file
+from patching import quantize, tiny
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quant import formats
+from quant.checkpoint import save_quantized
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 INPUT_AMAX = 6.0  # what static scales of inputs are made of, times a layer's number: those of q, k and v differ
@@ -76,6 +81,38 @@ def _expert(gate_up, down) -> nn.Module:
         layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
         setattr(made, name, layer)
     return made
+
+
+# --- saved by this library, to be damaged ---
+
+SAVED = "fp8_static", "int8_static_asym", "nvfp4", "mxfp8"
+
+
+@cache
+def _saved(scheme: str) -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory()
+    torch.manual_seed(0)
+    save_quantized(quantize(tiny(num_hidden_layers=2), scheme), folder.name)
+    return folder
+
+
+def copied(folder, scheme: str = "fp8_static"):
+    """A checkpoint of a tiny Llama in this folder."""
+    return Path(shutil.copytree(_saved(scheme).name, folder / scheme))
+
+
+def edit_config(folder, change) -> None:
+    """change: of the configuration, and the quantization's in it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config, config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
 
 
 # --- the others, by their definitions ---

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from checkpoints import decoded, one_by_one, write, write_compressed_tensors
+from checkpoints import decoded, edit_config, edit_tensors, one_by_one, write, write_compressed_tensors
 from compare import assert_same
 from patching import quantize, tiny_model, tokens
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_checkpoint import BY_HAND, COMPRESSED
 
 import fused_ops
@@ -39,12 +39,6 @@ def make(name: str, folder, **changes) -> dict:
     return load_file(folder / "model.safetensors")
 
 
-def change(folder, edit) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 def raise_one(tensors: dict) -> None:
     """Make the input's scale of a layer that is neither the first nor the last the largest."""
     for name, factor in ("input_scale", 4), ("input_global_scale", 1 / 4):
@@ -62,7 +56,7 @@ def raise_one(tensors: dict) -> None:
 def test_stacked_layers_hold_what_the_files_say(name, tmp_path):
     """Weights of each expert, to the rounding of a product of scales; the largest of the inputs' scales."""
     make(name, tmp_path)
-    change(tmp_path, raise_one)
+    edit_tensors(tmp_path, raise_one)
     tensors = load_file(tmp_path / "model.safetensors")
     model = load_quantized(tmp_path, torch.float32)
     experts = model.get_submodule(EXPERTS)
@@ -170,14 +164,14 @@ def test_experts_that_are_not_quantized_stay_so(ignore, tmp_path):
 def test_damaged_files_are_refused_by_name(scheme, edit, message, tmp_path):
     save_quantized(quantize(tiny_model("Qwen3Moe", num_hidden_layers=1), scheme), tmp_path / "model")
     load_quantized(tmp_path / "model")
-    change(tmp_path / "model", edit)
+    edit_tensors(tmp_path / "model", edit)
     with pytest.raises(ValueError, match=message):
         load_quantized(tmp_path / "model")
 
 
 def test_a_bound_that_is_not_the_configurations_is_refused(tmp_path):
     make("fbgemm", tmp_path)
-    change(tmp_path, lambda t: t.update({f"{EXPERTS}.1.up_proj.input_scale_ub": torch.tensor([5.0])}))
+    edit_tensors(tmp_path, lambda t: t.update({f"{EXPERTS}.1.up_proj.input_scale_ub": torch.tensor([5.0])}))
     with pytest.raises(ValueError, match=r"up_proj\.input_scale_ub is 5.0, the configuration says 3.0"):
         load_quantized(tmp_path)
 
@@ -187,9 +181,7 @@ def test_what_stacked_layers_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"experts has 192 rows of gates and of ups, .* a multiple of 128"):
         load_quantized(tmp_path / "blocks")
     make("fp8-dynamic", tmp_path / "some")
-    config = json.loads((tmp_path / "some" / "config.json").read_text())
-    config["quantization_config"]["ignore"].append(f"{EXPERTS}.1.up_proj")
-    (tmp_path / "some" / "config.json").write_text(json.dumps(config))
+    edit_config(tmp_path / "some", lambda _, q: q["ignore"].append(f"{EXPERTS}.1.up_proj"))
     with pytest.raises(ValueError, match=r"experts has experts of several formats, expected one"):
         load_quantized(tmp_path / "some")
     model = quantize(tiny_model("Qwen3Moe"), "fp8_block")
@@ -201,10 +193,10 @@ def test_what_stacked_layers_cannot_hold_is_refused(tmp_path):
 def test_biases_beyond_float16(tmp_path):
     model, name = quantize(tiny_model("GptOss", num_hidden_layers=1), "int8_token"), f"{EXPERTS}.1.down_proj.bias"
     save_quantized(model, tmp_path)
-    change(tmp_path, lambda t: t[name].fill_(1e5))
+    edit_tensors(tmp_path, lambda t: t[name].fill_(1e5))
     load_quantized(tmp_path)
     with pytest.raises(ValueError, match=r"1\.down_proj\.bias has values beyond torch\.float16"):
         load_quantized(tmp_path, torch.float16)
-    change(tmp_path, lambda t: t.update({name: t[name].double()}))
+    edit_tensors(tmp_path, lambda t: t.update({name: t[name].double()}))
     with pytest.raises(ValueError, match=r"1\.down_proj\.bias is torch\.float64 .*, expected floats"):
         load_quantized(tmp_path)

@@ -1,6 +1,7 @@
 """What `save_quantized` writes is the model, to the bit, for us and for transformers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_every_family(family, tmp_path):
 
 def test_in_several_files_and_another_dtype(tmp_path):
     model = quantize(tiny(dtype=torch.float16, attention_bias=True), "int8_token")
-    save_quantized(model, tmp_path / "model", max_shard_size="60KB")
+    save_quantized(model, tmp_path / "model", max_shard_size="0.06 mb")
     assert len([*(tmp_path / "model").glob("*.safetensors")]) > 2
     assert_same_model(load_quantized(tmp_path / "model", torch.float16), model)
 
@@ -126,6 +127,12 @@ BOUNDED = Scheme(SCHEMES["fp8_token"].input_quant_key, SCHEMES["fp8_token"].weig
     ("make", "error", "message"),
     [
         (lambda: nn.Linear(2, 2), TypeError, "model is Linear, expected a model of transformers"),
+        (lambda: quantize(tiny(), "int8_token").model, ValueError, "model is LlamaModel, expected one that generates"),
+        (
+            lambda: quantize(tiny(), "int8_token").to("meta"),
+            ValueError,
+            "embed_tokens.weight is on meta, expected values",
+        ),
         (tiny, ValueError, "model is LlamaForCausalLM and has no QuantLinear"),
         (_other_method, ValueError, "layers.0.mlp.up_proj has a object, expected a ScaledLinearMethod"),
         (lambda: _with(POWERS, "power"), ValueError, "layers.0.mlp.up_proj: input is .*power_of_two.* no words for"),
@@ -158,15 +165,56 @@ def test_folders(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new.partial"]
 
 
+def test_folders_by_other_names(tmp_path, monkeypatch):
+    """A link is what it leads to; what can't be replaced is refused before anything is written."""
+    model = quantize(tiny(num_hidden_layers=1), "int8_token")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("new")
+    for name, real in ("link", "real"), ("dangling", "new"), ("real/../other", "other"):
+        save_quantized(model, tmp_path / name)
+        assert (tmp_path / real / "config.json").exists()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = sorted(tmp_path.rglob("*"))
+    for path, message in (
+        (".", r"path is '\.', the working directory or a mount, expected a folder that can be replaced"),
+        ("", r"path is '', the working directory"),
+        (Path("../here"), r"path is '\.\./here', the working directory"),
+        (tmp_path / "file", r"file', expected a folder that is new or empty"),
+        (tmp_path / "file" / "in" / "it", r"in/it', expected a folder that is new or empty"),
+        (tmp_path / "loop", r"loop'"),
+        ("a\0b", r"path is 'a\\x00b': embedded null"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_quantized(model, path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("size", "error"),
+    [(-1, ValueError), (0, ValueError), ("0GB", ValueError), ("5", ValueError), ("-1GB", ValueError),
+     ("5 gibibytes", ValueError), (True, TypeError), (1e9, TypeError), (None, TypeError)],
+)  # fmt: skip
+def test_sizes_of_files(size, error, tmp_path):
+    model = quantize(tiny(num_hidden_layers=1), "int8_token")
+    expected = "a positive int" if error is ValueError else "an int or a str"
+    with pytest.raises(error, match=f"max_shard_size is .*, expected {expected}"):
+        save_quantized(model, tmp_path / "model", max_shard_size=size)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_of_two_calls_at_once_one_writes(tmp_path, monkeypatch):
     """As ranks make them, say; the other leaves what the first has written."""
     model, tensors = quantize(tiny(num_hidden_layers=1), "int8_token"), save._tensors
 
-    def interrupted(model):
+    def interrupted(*args):
         monkeypatch.setattr(save, "_tensors", tensors)
         with pytest.raises(ValueError, match=r"model.partial is there, of a call that was ended or still runs"):
             save_quantized(model, tmp_path / "model")
-        return tensors(model)
+        return tensors(*args)
 
     monkeypatch.setattr(save, "_tensors", interrupted)
     save_quantized(model, tmp_path / "model")
@@ -210,6 +258,11 @@ def test_what_calibrate_refuses(model, data, error, message):
     subject = quantize(tiny(), "int8_token") if model == "quantized" else model or tiny()
     with pytest.raises(error, match=message):
         calibrate(subject, data)
+
+
+def test_progress_is_a_bool():
+    with pytest.raises(TypeError, match="progress is 'no', expected a bool"):
+        calibrate(tiny(num_hidden_layers=1), [tokens()], progress="no")
 
 
 def test_a_calibration_of_another_model():

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 import transformers
-from compare import EXPERTS_ERROR, assert_codes_close, assert_same
+from compare import EXPERTS_ERROR, assert_as_near, assert_codes_close, assert_same
 from linear_operands import compiled_only, each_backend
-from patching import count, quantize, tiny_model
+from patching import count, quantize, tiny, tiny_model, tokens
 from torch import nn
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
@@ -124,6 +124,13 @@ INDEX, Y = torch.tensor([[0, 1]]), torch.ones(2, 8)
         (lambda: fused_ops.sort_by_expert(torch.zeros(3, 2).long().t(), 4), ValueError, "expected .*contiguous"),
         (lambda: fused_ops.sort_by_expert(INDEX, 0), ValueError, "num_experts is 0, expected 1 to 65536"),
         (lambda: fused_ops.sum_experts(Y, INDEX + 1, Y[:1, :2]), ValueError, "positions.* has 2, expected 0 to 1"),
+        (lambda: fused_ops.sort_by_expert(INDEX * 0, True), TypeError, "num_experts is bool, expected an int"),
+        (lambda: fused_ops.sort_by_expert(INDEX, torch.tensor(2)), TypeError, "num_experts is Tensor, expected an int"),
+        (
+            lambda: fused_ops.sum_experts(Y[:0], INDEX, Y[:1, :2]),
+            ValueError,
+            "positions.* has 0, expected none, as there",
+        ),
         (lambda: fused_ops.sum_experts(Y, INDEX, Y[:1, :1]), ValueError, r"weights is \[1, 1\], expected \[1, 2\]"),
         (
             lambda: fused_ops.sum_experts(Y.bfloat16(), INDEX, Y[:1, :2].half()),
@@ -231,6 +238,16 @@ def test_calibration_sees_what_the_products_get(kind):
         assert_same(layer.down_proj.input_scale, scale.view(1))
 
 
+def test_an_index_of_other_tokens_is_refused():
+    layer = quantized("Qwen3Moe", "int8_token")
+    index, weights = routed(6, torch.bfloat16)
+    for x in torch.randn(5, H), torch.randn(2, 6, H), fused_ops.quantize(torch.randn(7, H), INT8_DYNAMIC_TOKEN):
+        count = x.shape[:-1].numel()
+        message = rf"experts\.gate_up_proj: top_k_index is \[6, 2\], expected \[{count}, k\], of as many tokens"
+        with pytest.raises(ValueError, match=message):
+            layer(x, index, weights)
+
+
 def test_copies_state_dicts_and_dtypes():
     layer = quantized("GptOss", "nvfp4")
     x, (index, weights) = torch.randn(6, H).bfloat16(), routed(6, torch.bfloat16)
@@ -250,6 +267,37 @@ def test_on_a_gpu_they_need_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match=r"experts\.gate_up_proj: 5 experts on cpu are left to Triton: .*pip"):
         quantized("Qwen3Moe", "int8_token")
+
+
+def test_routers_stay_as_they_are():
+    """Phimoe's, too, which is a linear layer of its own kind."""
+    model = tiny("Phimoe", num_hidden_layers=1, num_local_experts=4)
+    exact, router = model(tokens()).logits, model.model.layers[0].mlp.router
+    quantize(model, "int8_token", ignore=("lm_head", "experts"))
+    assert_as_near(quantize(model, "fp8_token")(tokens()).logits, exact, exact * 1.1)
+    assert model.model.layers[0].mlp.router is router
+    assert isinstance(model.model.layers[0].mlp.experts, QuantExperts)
+
+
+def test_experts_without_the_interface_are_refused():
+    """Llama4's, which multiply every token with every expert."""
+    model = tiny("Llama4Text", num_hidden_layers=1, num_local_experts=4, head_dim=16, intermediate_size_mlp=64)
+    message = r"feed_forward\.experts is Llama4TextExperts, expected transformers' experts interface \(or ignore it\)"
+    with pytest.raises(ValueError, match=message):
+        quantize(model, "int8_token")
+    quantize(model, "int8_token", ignore=("lm_head", "experts"))
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_biases_of_another_dtype_are_refused(name):
+    block = Block("GptOss")
+    setattr(
+        block.experts, f"{name}_bias", nn.Parameter(torch.zeros(getattr(block.experts, f"{name}_bias").shape).double())
+    )
+    with pytest.raises(
+        TypeError, match=rf"the bias of experts\.{name} is torch\.float64, expected bfloat16, float16 or"
+    ):
+        quantize_model(block, "int8_token")
 
 
 def test_one_scheme_for_the_experts_and_then_another_for_the_rest():

@@ -172,7 +172,7 @@ def test_a_padded_hidden_size_changes_no_bit(key):
 
 X = activation(6, 64, INT8_DYNAMIC_TOKEN)
 _, (W, SCALE, KEY, _) = stacked(3, 8, 64, usual_weight(INT8_DYNAMIC_TOKEN))
-COUNT = torch.tensor([1, 2, 3])
+COUNT, ZERO = torch.tensor([1, 2, 3]), torch.tensor([0])
 CUBE = changed(X, data=X.data.unflatten(0, (2, 3)))
 
 
@@ -184,11 +184,12 @@ CUBE = changed(X, data=X.data.unflatten(0, (2, 3)))
         ({"weight": W[:0]}, ValueError, r"weight is \[0, 8, 64\], expected \[experts, N, K\] of at least one"),
         ({"weight": None}, TypeError, "weight is NoneType, expected a Tensor"),
         ({"weight": W[..., :32]}, ValueError, r"grouped_scaled_linear: weight is \[8, 32\] .* expected \[N, 64\]"),
-        ({"weight_scale": SCALE[:2]}, ValueError, r"weight_scale is \[2, 8, 1\], expected one for each of 3 experts"),
+        ({"weight_scale": SCALE[:2]}, ValueError, r"weight_scale is \[2, 8, 1\], expected \[3, \.\.\.\], as weight"),
         ({"weight_scale": SCALE[:, :5]}, ValueError, r"grouped_scaled_linear: weight_scale is \[5, 1\]"),
         ({"weight_scale2": torch.ones(3, 1)}, ValueError, "weight_scale2 is given, but .* takes none"),
         ({"weight_key": "int8"}, TypeError, "grouped_scaled_linear: weight_key is str, expected a QuantKey"),
-        ({"bias": torch.ones(8)}, ValueError, r"bias is \[8\], expected one for each of 3 experts"),
+        ({"bias": torch.ones(8)}, ValueError, r"bias is \[8\], expected \[3, N\], as weight's experts"),
+        ({"bias": torch.ones(3)}, ValueError, r"bias is \[3\], expected \[3, N\]"),
         ({"bias": torch.ones(3, 7)}, ValueError, r"grouped_scaled_linear: bias is \[7\], expected \[8\]"),
         ({"tokens_per_expert": COUNT[:2]}, ValueError, r"tokens_per_expert is \[2\], expected \[3\]"),
         ({"tokens_per_expert": COUNT.float()}, TypeError, "tokens_per_expert is torch.float32"),
@@ -196,6 +197,11 @@ CUBE = changed(X, data=X.data.unflatten(0, (2, 3)))
         ({"tokens_per_expert": COUNT - 2}, ValueError, "tokens_per_expert.* has -1 of expert 0, expected 0 to 6"),
         ({"rows": torch.tensor([0, 6])}, ValueError, "rows.* has 6, expected 0 to 5"),
         ({"rows": torch.tensor([0, -1])}, ValueError, "rows.* has -1, expected 0 to 5"),
+        (
+            {"activation": changed(X, data=X.data[:0], scale=X.scale[:0]), "rows": ZERO},
+            ValueError,
+            "rows.* expected none",
+        ),
         ({"rows": torch.tensor([[0]])}, ValueError, r"rows is \[1, 1\], expected \[R\]"),
         ({"activation": CUBE}, ValueError, r"weight is \[3, 8, 64\], expected \[2, N, 64\]"),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype is torch.int8"),

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fused_ops
 from fused_ops.linear import decode_weight
 from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN, MXFP8, QuantizedActivation
-from quant.methods import SCHEMES, QuantLinear, quantize_model
+from quant.methods import SCHEMES, QuantLinear, ScaledLinearMethod, quantize_model
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # The largest relative error (norm) that a scheme may make on normally distributed weights and inputs.
@@ -144,6 +144,8 @@ def test_a_layer_has_the_buffers_its_keys_ask_for():
         ("nvfp4", "weight_scale", float("nan")),
         ("nvfp4", "weight_scale2", -1.0),
         ("nvfp4", "input_scale2", float("inf")),
+        ("nvfp4", "input_scale2", 2.0**-130),
+        ("int8_static", "input_scale", 2.0**-149),
     ],
 )
 def test_scales_that_mean_nothing_are_refused(scheme, name, value):
@@ -151,6 +153,19 @@ def test_scales_that_mean_nothing_are_refused(scheme, name, value):
     layer.get_buffer(name).flatten()[:1].fill_(value)
     with pytest.raises(ValueError, match=f"0: {name} "):
         layer.method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        (torch.zeros(8).double(), TypeError, "up: bias is torch.float64, expected"),
+        ([0.0] * 8, TypeError, "up: bias is list, expected"),
+        (torch.zeros(1, 8), ValueError, r"up: bias is \[1, 8\], expected \[8\]"),
+    ],
+)
+def test_biases_that_no_product_takes_are_refused(bias, error, message):
+    with pytest.raises(error, match=message):
+        QuantLinear(64, 8, ScaledLinearMethod(SCHEMES["int8_token"]), bias, name="up")
 
 
 def test_a_block_of_zero_weights_is_no_error():

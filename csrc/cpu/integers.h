@@ -31,6 +31,7 @@ struct Integers {
   void check_below(int64_t end, const char* name) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t value = (*this)[i];
+      STD_TORCH_CHECK(end > 0, name, ": has ", value, ", expected none, as there are no rows");
       STD_TORCH_CHECK(value >= 0 && value < end, name, ": has ", value, ", expected 0 to ", end - 1);
     }
   }

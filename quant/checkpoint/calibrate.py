@@ -42,6 +42,8 @@ def calibrate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"calibrate: model is {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(progress, bool):
+        raise TypeError(f"calibrate: progress is {progress!r}, expected a bool")
     check_batches("calibrate", "data", data)
     after = _Progress(data) if progress else lambda done: None
     return calibrated_inputs("calibrate", "data", model, *layers_of("calibrate", model, ignore), data, after)

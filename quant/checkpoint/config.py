@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from .. import (
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
+    MXFP4,
     MXFP8,
     NVFP4,
     QuantKey,
@@ -30,6 +30,7 @@ from .formats import (
     COMPRESSED_TENSORS,
     FBGEMM,
     FP8_BLOCK,
+    GPT_OSS,
     MODELOPT,
     SCALE_DTYPES,
     WEIGHTS,
@@ -37,9 +38,9 @@ from .formats import (
     Format,
     container,
 )
+from .rules import Rule, by_name_or_class, by_part_of_name, by_precedence, by_wildcard, every, only
 
 CONFIG, MODELOPT_CONFIG = "config.json", "hf_quant_config.json"
-Rule = Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,20 @@ class Recipe:
 
     groups: (which layers, format); the first that fits is a layer's.
     ignored: layers that no group takes.
+    stacked: the format of experts that the files have in one tensor, as the model has them.
     kv_cache: whether there are scales of keys and values; "required" where there must be.
     """
 
     groups: tuple[tuple[Rule, Format], ...]
     ignored: Rule
     kv_cache: str | None = None
+    stacked: Format | None = None
 
-    def format_of(self, path: str, module: nn.Module) -> Format | None:
-        """The format of a linear layer, or None where it isn't quantized."""
-        if self.ignored(path, module):
+    def format_of(self, paths: tuple[str, ...], module: nn.Module) -> Format | None:
+        """The format of a linear layer, by any of its names, or None where it isn't quantized."""
+        if any(self.ignored(path, module) for path in paths):
             return None
-        return next((form for takes, form in self.groups if takes(path, module)), None)
+        return next((form for takes, form in self.groups if any(takes(path, module) for path in paths)), None)
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -82,54 +85,6 @@ def read_recipe(folder: Path) -> Recipe:
     return _READERS[method](fields)
 
 
-# --- names of layers ---
-
-
-def _regular(pattern: str, where: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where} has {pattern!r}, which is no regular expression: {error}") from None
-
-
-def _by_name_or_class(names: tuple[str, ...], where: str) -> Rule:
-    """As compressed-tensors: a layer's path, "re:" and an expression that its path begins with, or a class's name."""
-    patterns = [_regular(name[3:], where) for name in names if name.startswith("re:")]
-
-    def takes(path: str, module: nn.Module) -> bool:
-        classes = {kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module)}
-        return path in names or bool(classes & set(names)) or any(p.match(path) for p in patterns)
-
-    return takes
-
-
-def _by_part_of_name(names: tuple[str, ...], where: str) -> Rule:
-    """As transformers: the path of a layer or of what contains it, its end, or an expression for either.
-
-    There every name is an expression, whose dots fit anything; here one of letters, digits and dots is itself.
-    """
-    ends = tuple(f".{name}" for name in names)
-    plain = [re.escape(name) if re.fullmatch(r"[\w.]*", name) else name for name in names]
-    starts = [_regular(f"(?:{name})(?=[.]|$)", where) for name in plain if not name.startswith("re:")]
-    starts += [_regular(name[3:], where) for name in plain if name.startswith("re:")]
-    return lambda path, _: path.endswith(ends) or any(start.match(path) for start in starts)
-
-
-def _by_wildcard(names: Iterable[str]) -> Rule:
-    """As ModelOpt: wildcards for paths; older versions give the path of what contains the layer, or the end of one."""
-    ends = tuple(f".{name}" for name in names)
-    wildcards = [*names, *(f"{name}.*" for name in names)]
-    return lambda path, _: path.endswith(ends) or any(fnmatchcase(path, each) for each in wildcards)
-
-
-def _only(name: str) -> Rule:
-    return lambda path, _: path == name
-
-
-def _any(path: str, module: nn.Module) -> bool:
-    return True
-
-
 # --- compressed-tensors ---
 
 
@@ -141,11 +96,13 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         if fields.values.get(name) not in (None, {}):
             raise fields.error(name, fields.values[name], "none: that isn't served")
         fields.skip(name)
-    ignored = _by_name_or_class(fields.names("ignore"), f"{fields.where}.ignore")
+    ignored = by_name_or_class(fields.names("ignore"), f"{fields.where}.ignore")
     kv_cache = _kv_cache(fields.object("kv_cache_scheme"))
-    groups = []
+    groups: list[tuple[tuple[str, ...], str, Format]] = []
+    owners: dict[str, Format] = {}
+    own_formats = []
     for group in fields.objects("config_groups").values():
-        targets = _by_name_or_class(group.names("targets", required=True), f"{group.where}.targets")
+        names = group.names("targets", required=True)
         if group.values.get("input_activations") is None:
             raise group.error("input_activations", None, "an object: layers with quantized weights only aren't served")
         weight = _key(Fields(group.take("weights", dict), f"{group.where}.weights"), WEIGHTS)
@@ -156,11 +113,17 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         expected = container(weight)
         if group.values.get("format") is None and whole not in expected:
             raise fields.error("format", whole, " or ".join(expected))
-        group.only("format", None, *expected)
+        own_formats.append(group.only("format", None, *expected))
         group.close()
-        groups.append((targets, Format(Scheme(activation, weight), COMPRESSED_TENSORS)))
+        form = Format(Scheme(activation, weight), COMPRESSED_TENSORS)
+        for name in names:
+            if owners.setdefault(name, form) != form:
+                raise group.error("targets", list(names), f"none of another group, which has {json.dumps(name)} too")
+        groups.append((names, f"{group.where}.targets", form))
+    if None not in own_formats and whole not in (said := dict.fromkeys((*own_formats, "mixed-precision"))):
+        raise fields.error("format", whole, f"{' or '.join(said)}, as its groups say")
     fields.close()
-    return Recipe(tuple(groups), ignored, kv_cache)
+    return Recipe(tuple(by_precedence(groups)), ignored, kv_cache)
 
 
 def _key(fields: Fields, table: dict[Args, QuantKey]) -> QuantKey:
@@ -219,7 +182,7 @@ def _fp8(fields: Fields) -> Recipe:
     block = fields.take("weight_block_size", list, None)
     lists = [fields.names(name) for name in ("modules_to_not_convert", "ignored_layers")]
     # The output layer is never quantized, though lists seldom name it.
-    ignored = _by_part_of_name((*lists[0], *lists[1], "lm_head"), f"{fields.where}.modules_to_not_convert")
+    ignored = by_part_of_name((*lists[0], *lists[1], "lm_head"), f"{fields.where}.modules_to_not_convert")
     if block is None:
         if powers:
             raise fields.error("scale_fmt", "ue8m0", "float where weight_block_size is null")
@@ -234,7 +197,7 @@ def _fp8(fields: Fields) -> Recipe:
     else:
         raise fields.error("weight_block_size", block, "[128, 128], [64, 64], [1, 32] with scale_fmt ue8m0, or null")
     fields.close()
-    return Recipe(((_any, Format(scheme, FP8_BLOCK)),), ignored, cache)
+    return Recipe(((every, Format(scheme, FP8_BLOCK)),), ignored, cache)
 
 
 # --- fbgemm_fp8 ---
@@ -243,10 +206,21 @@ def _fp8(fields: Fields) -> Recipe:
 def _fbgemm(fields: Fields) -> Recipe:
     bound = fields.positive("activation_scale_ub", 1200.0)
     names = (*fields.names("modules_to_not_convert"), "lm_head")
-    ignored = _by_part_of_name(names, f"{fields.where}.modules_to_not_convert")
+    ignored = by_part_of_name(names, f"{fields.where}.modules_to_not_convert")
     fields.close()
     scheme = Scheme(FP8_DYNAMIC_TOKEN, block_key(FP8, 1, -1), bounded=True)
-    return Recipe(((_any, Format(scheme, FBGEMM, (("input_scale_ub", bound),))),), ignored)
+    return Recipe(((every, Format(scheme, FBGEMM, (("input_scale_ub", bound),))),), ignored)
+
+
+# --- mxfp4: gpt-oss ---
+
+
+def _mxfp4(fields: Fields) -> Recipe:
+    """Of experts alone. The files say nothing of their input: MXFP8, which vLLM has the choice of too."""
+    fields.only("dequantize", None, False)
+    ignored = by_part_of_name(fields.names("modules_to_not_convert"), f"{fields.where}.modules_to_not_convert")
+    fields.close()
+    return Recipe((), ignored, stacked=Format(Scheme(MXFP8, MXFP4), GPT_OSS))
 
 
 # --- ModelOpt ---
@@ -273,8 +247,8 @@ class _ModelOpt(NamedTuple):
 def _modelopt(fields: Fields) -> Recipe:
     read = _read_modelopt(fields)
     forms = {name: Format(scheme, MODELOPT) for name, (scheme, _) in _ALGORITHMS.items()}
-    groups = tuple((_only(path) if path else _any, forms[name]) for path, name in read.quantized_layers)
-    return Recipe(groups, _by_wildcard(read.exclude_modules), "optional" if read.kv_cache_quant_algo else None)
+    groups = tuple((only(path) if path else every, forms[name]) for path, name in read.quantized_layers)
+    return Recipe(groups, by_wildcard(read.exclude_modules), "optional" if read.kv_cache_quant_algo else None)
 
 
 def _read_modelopt(fields: Fields) -> _ModelOpt:
@@ -367,6 +341,7 @@ _READERS: dict[str, Callable[[Fields], Recipe]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm,
+    "mxfp4": _mxfp4,
     "modelopt": _modelopt,
     "modelopt_fp4": _modelopt,
     "modelopt_mxfp8": _modelopt,

@@ -6,8 +6,7 @@ an input's is the largest of theirs, as in vLLM; second scales and zero points m
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,16 +19,16 @@ from ..key import FP8
 from ..methods import QuantExperts, QuantGroupedLinear, ScaledLinearMethod, Scheme
 from ..methods.experts import PROJECTIONS, holds_experts, strip, weights_of
 from .config import Recipe
-from .formats import FLOATS, Format, cast, fit
+from .formats import FLOATS, Format, cast
 
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a layer of the files is in a stacked one: some rows of an expert's weight."""
+    """What a layer of the files is in a stacked one: some rows of an expert's weight, or all of it."""
 
-    expert: int
+    expert: int | slice
     rows: slice
 
     def of(self, layer: QuantGroupedLinear, buffer: str, tensor: Tensor) -> Tensor:
@@ -45,33 +44,52 @@ class Part:
 
 
 class Slot(NamedTuple):
-    """Where a tensor of the files goes: a stacked layer, its buffer, and the part of it."""
+    """Where a tensor of the files goes: a stacked layer and its buffer, or experts and their parameter; which part."""
 
     path: str
     buffer: str
     part: Part
 
 
-def parts_of(path: str, experts: QuantExperts) -> Iterator[tuple[str, str, Part]]:
-    """(name of a layer in files, path of the stacked one, what it is there) of a module of experts."""
-    for name in PROJECTIONS:
-        layer: QuantGroupedLinear = getattr(experts, name)
-        outs, names = layer.out_features, PARTS[name]
+def parts_of(path: str, experts: Any) -> Iterator[tuple[str, str, Part]]:
+    """(name of a layer in files, path of the stacked one, what it is there) of experts, quantized or not."""
+    stock: Any = experts.stock if isinstance(experts, QuantExperts) else experts
+    for name, names in PARTS.items():
+        count, outs = _sizes(experts, name)
         for number, part in enumerate(names):
-            if len(names) == 1 or experts.stock.is_concatenated:
+            if len(names) == 1 or stock.is_concatenated:
                 size = outs // len(names)
                 rows = slice(number * size, (number + 1) * size)
             else:
                 rows = slice(number, outs, len(names))
-            for expert in range(layer.experts):
+            for expert in range(count):
                 yield f"{path}.{expert}.{part}", f"{path}.{name}", Part(expert, rows)
 
 
-def format_of(path: str, experts: Any, recipe: Recipe) -> Format | None:
-    """How the files have a model's experts, or None where they aren't quantized; ValueError where they differ."""
-    count, linear = len(weights_of(experts, "down_proj")[0]), nn.Linear(1, 1, device="meta")
-    names = [f"{path}.{expert}.{part}" for expert in range(count) for parts in PARTS.values() for part in parts]
-    first, *others = [recipe.format_of(name, linear) for name in names]
+def stacked_parts(path: str) -> Iterator[tuple[str, str, Part]]:
+    """`parts_of` of files that have them stacked too."""
+    for name in PARTS:
+        yield f"{path}.{name}", f"{path}.{name}", Part(slice(None), slice(None))
+
+
+def _sizes(experts: Any, name: str) -> tuple[int, int]:
+    """How many, and how many rows each of their weights has."""
+    if isinstance(experts, QuantExperts):
+        layer: QuantGroupedLinear = getattr(experts, name)
+        return layer.experts, layer.out_features
+    count, outs, _ = weights_of(experts, name)[0].shape
+    return count, outs
+
+
+def format_of(path: str, experts: Any, recipe: Recipe, called: Callable[[str], tuple[str, ...]]) -> Format | None:
+    """How the files have a model's experts, or None where they aren't quantized; ValueError where they differ.
+
+    called: the names of a layer, here and in the files.
+    """
+    if recipe.stacked is not None:
+        return None if any(recipe.ignored(each, experts) for each in called(path)) else recipe.stacked
+    linear = nn.Linear(1, 1, device="meta")
+    first, *others = [recipe.format_of(called(name), linear) for name, *_ in parts_of(path, experts)]
     if any(other != first for other in others):
         raise ValueError(f"quantization_config: {path} has experts of several formats, expected one")
     return first
@@ -118,13 +136,11 @@ def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> 
     """Write a tensor of the files where it belongs. Raises ValueError where it can't be."""
     name, place = slot.buffer, slot.part.of(layer, slot.buffer, layer.get_buffer(slot.buffer))
     if name == "bias":
-        if list(tensor.shape) != list(place.shape) or tensor.dtype not in FLOATS:
-            raise ValueError(f"is {tensor.dtype} {list(tensor.shape)}, expected floats {list(place.shape)}")
-        place.copy_(cast(tensor, place.dtype))
+        _put_floats(place, tensor)
         return
     one = name == "weight_scale" and form.scheme.weight_key.per_tensor
     like = place[:1] if one else place
-    value = form.dialect.stored(name, form.scheme.weight_key).load(fit(tensor, like))
+    value = form.dialect.stored(name, form.scheme.weight_key).value(tensor, like)
     if name == "weight" and value.dtype == FP8 and (value.view(torch.uint8) & 0x7F == 0x7F).any():
         raise ValueError("has values that aren't finite")
     if name in (given := dict(form.given)) and value.item() != given[name]:
@@ -140,10 +156,22 @@ def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> 
     place.copy_(value.expand_as(place))
 
 
-def target_of(path: str) -> str:
-    """The layers of the files that a stacked one is, as compressed-tensors' targets name them."""
-    experts, _, name = path.rpartition(".")
-    return f"re:{re.escape(experts)}[.][0-9]+[.]({'|'.join(PARTS[name])})$"
+def fill(experts: Any, slot: Slot, tensor: Tensor, dtype: torch.dtype) -> None:
+    """`put` of experts that aren't quantized, whose parameter is made in this dtype when its first part comes."""
+    stacked: nn.Parameter = getattr(experts, slot.buffer)
+    if stacked.is_meta:
+        stacked = nn.Parameter(torch.empty(stacked.shape, dtype=dtype), requires_grad=False)
+        setattr(experts, slot.buffer, stacked)
+    weight, bias = weights_of(experts, slot.buffer.removesuffix("_bias"))
+    of = bias if slot.buffer.endswith("_bias") else weight
+    assert of is not None
+    _put_floats(of[slot.part.expert][slot.part.rows], tensor)
 
 
-__all__ = ["Slot", "empty_experts", "format_of", "holds_experts", "parts_of", "put", "target_of"]
+def _put_floats(place: Tensor, tensor: Tensor) -> None:
+    if list(tensor.shape) != list(place.shape) or tensor.dtype not in FLOATS:
+        raise ValueError(f"is {tensor.dtype} {list(tensor.shape)}, expected floats {list(place.shape)}")
+    place.copy_(cast(tensor, place.dtype))
+
+
+__all__ = ["PARTS", "Slot", "empty_experts", "fill", "format_of", "holds_experts", "parts_of", "put", "stacked_parts"]

@@ -100,11 +100,21 @@ def container(key: QuantKey) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A buffer in the files: its name there, or those it has had, and what its values become."""
+    """A buffer in the files: its name there, or those it has had, and what its values become.
+
+    groups: the size of the groups in which its last dimension is there.
+    """
 
     names: tuple[str, ...]
     load: Callable[[Tensor], Tensor] = lambda tensor: tensor
     save: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    groups: int | None = None
+
+    def value(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """What the buffer `like` becomes by the files' tensor; see `fit`."""
+        if self.groups is None:
+            return self.load(fit(tensor, like))
+        return self.load(fit(tensor, like.unflatten(-1, (-1, self.groups))).flatten(-2))
 
 
 def reciprocal(x: Tensor) -> Tensor:
@@ -127,20 +137,25 @@ def divisor_of(scale: Tensor) -> Tensor:
 
 
 class Dialect(NamedTuple):
-    """Names and conventions of a tool. zero: tensors that nothing asks for, which may be there and then are zeros."""
+    """Names and conventions of a tool.
+
+    zero: tensors that nothing asks for, which may be there and then are zeros. stacked: experts are in one tensor, as
+    the model has them, `experts.down_proj_blocks`.
+    """
 
     buffers: Mapping[str, Stored]
     packed_weight: str = "weight"
     zero: tuple[str, ...] = ()
+    stacked: bool = False
 
     def stored(self, buffer: str, key: QuantKey) -> Stored:
         """How it stores this buffer of a layer whose weight has this key."""
-        if buffer == "weight" and key.dtype == FP4:
+        if buffer == "weight" and key.dtype == FP4 and not self.stacked:
             return Stored((self.packed_weight,))
         return self.buffers.get(buffer, Stored((buffer,)))
 
 
-_DIVISOR = {"load": reciprocal, "save": divisor_of}
+_DIVISOR: dict[str, Any] = {"load": reciprocal, "save": divisor_of}
 COMPRESSED_TENSORS = Dialect(
     {
         "weight_scale2": Stored(("weight_global_scale",), **_DIVISOR),
@@ -158,6 +173,10 @@ FP8_BLOCK = Dialect(
     }
 )
 FBGEMM = Dialect({})
+GPT_OSS = Dialect(
+    {"weight": Stored(("blocks",), groups=MXFP4.scale.group_shape.cols // 2), "weight_scale": Stored(("scales",))},
+    stacked=True,
+)
 MODELOPT = Dialect({"weight_scale2": Stored(("weight_scale_2",)), "input_scale2": Stored(("input_scale",))})
 KV_SCALES = {  # of an attention: what files call them
     "k_scale": ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "kv_scale"),

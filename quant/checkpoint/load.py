@@ -14,11 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..key import FP8
 from ..methods import QuantGroupedLinear, QuantLinear, ScaledLinearMethod
+from ..methods.experts import serves, stacks_weights
 from . import experts
 from .config import CONFIG, Recipe, read_recipe
 from .fields import read_json
-from .files import TensorFiles, open_tensors
+from .files import TensorFiles, layer_of, open_tensors
 from .formats import FLOATS, KV_SCALES, Format, cast, fit
+from .names import Names
 
 GENERATION_CONFIG = "generation_config.json"
 _SHOWN = 8  # names in a message
@@ -27,12 +29,14 @@ _SHOWN = 8  # names in a message
 def load_quantized(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The causal language model in a folder, on the CPU, ready to run; its quantized layers are `QuantLinear`.
 
-    Experts, which files have one by one, become `QuantExperts`.
+    Experts, which files have one by one, become `QuantExperts`. Names are the model's, or those that transformers
+    converts to them.
 
     Formats (docs/checkpoints.md lists them, with fields and tensors): compressed-tensors FP8, INT8, NVFP4, MXFP8 and
-    MXFP4; `fp8` of DeepSeek and AutoFP8; `fbgemm_fp8`; ModelOpt's. Codes and scales are taken as they are, nothing is
-    quantized anew; scales become float32, which loses nothing, and NVFP4's divisors their reciprocals, rounded once.
-    The layers of a model keep scales of their own, though they have the same input.
+    MXFP4; `fp8` of DeepSeek and AutoFP8; `fbgemm_fp8`; ModelOpt's; `mxfp4` of gpt-oss, whose experts get their input in
+    MXFP8. Codes and scales are taken as they are, nothing is quantized anew; scales become float32, which loses
+    nothing, and NVFP4's divisors their reciprocals, rounded once. The layers of a model keep scales of their own,
+    though they have the same input.
 
     The model is built without memory, and tensors are read one by one. Scales of a key-value cache become the buffers
     `k_scale` and `v_scale` (float32 [1]) of the attentions, for `rope_kv_cache_write` and `paged_attention`; the model
@@ -103,7 +107,8 @@ class _Slots:
     """
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, files: TensorFiles, config: Path, dtype: torch.dtype):
-        self.model, self.files = model, files
+        self.model, self.files, self.names = model, files, Names(model)
+        files.rename(self.names.of_model)
         self.takes: dict[str, list[tuple[str, str]]] = {}
         self.parts: dict[str, experts.Slot] = {}
         self.formats: dict[str, Format] = {}
@@ -111,19 +116,27 @@ class _Slots:
         self.zeros: list[str] = []
         self.tied = self._tied_names()
         for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (form := recipe.format_of(path, module)) is not None:
+            if isinstance(module, nn.Linear) and (form := recipe.format_of(self._called(path), module)) is not None:
                 if f"{path}.weight" in self.tied and not self._has_scales(path, form):
                     continue  # the embedding's, which isn't quantized
                 if f"{path}.weight" in self.tied:
                     raise ValueError(f"{config}: {path} is quantized, but tie_word_embeddings says it is the embedding")
+                if type(module) is not nn.Linear:  # a router, of which configurations by class don't think
+                    if self._has_scales(path, form):
+                        raise ValueError(f"{config}: {path} is quantized, but a {type(module).__name__} takes no codes")
+                    continue
                 self._add_quantized(path, module, form, config)
-            elif experts.holds_experts(module):
+            elif experts.holds_experts(module) or stacks_weights(module):
                 self._add_experts(path, module, recipe, config, dtype)
         if not self.formats:
             raise ValueError(f"{config}: quantization_config leaves no layer of {type(model).__name__} quantized")
         if recipe.kv_cache:
             self._add_kv_scales(required=recipe.kv_cache == "required")
         self._add_plain()
+
+    def _called(self, path: str) -> tuple[str, ...]:
+        """A layer's names: the model's, that in these files, and the usual one in files."""
+        return tuple(dict.fromkeys((path, self.files.layer(path), layer_of(self.names.of_file(f"{path}.weight")))))
 
     def _tied_names(self) -> dict[str, str]:
         """Parameters that are others, so that files needn't have them."""
@@ -160,27 +173,47 @@ class _Slots:
         self.zeros += zeros - self.takes.keys()
 
     def _add_experts(self, path: str, module: nn.Module, recipe: Recipe, config: Path, dtype: torch.dtype) -> None:
+        if not serves(module):
+            if any(name.startswith(f"{path}.0.") for name in self.files.names):
+                kind = type(module).__name__
+                raise ValueError(f"{config}: {path} is {kind}, expected gated experts of transformers' interface")
+            return
         try:
-            if (form := experts.format_of(path, module, recipe)) is None:
+            if (form := experts.format_of(path, module, recipe, self._called)) is None:
+                self._add_plain_experts(path, module)
                 return
             made = experts.empty_experts(path, module, form, dtype)
         except ValueError as error:
             raise ValueError(f"{config}: {error}") from None
         self.model.set_submodule(path, made)
         given = dict(form.given)
-        for name, stacked, part in experts.parts_of(path, made):
+        stacked_there = form.dialect.stacked
+        for name, stacked, part in experts.stacked_parts(path) if stacked_there else experts.parts_of(path, made):
+            begin = f"{name}_" if stacked_there else f"{name}."
             self.formats[stacked] = form
             layer = self.model.get_submodule(stacked)
             for buffer, _ in layer.named_buffers(recurse=False):
                 stored = form.dialect.stored(buffer, form.scheme.weight_key).names
-                key = next((f"{name}.{each}" for each in stored if f"{name}.{each}" in self.files.names), None)
+                key = next((begin + each for each in stored if begin + each in self.files.names), None)
                 if key is not None:
                     self.parts[key] = experts.Slot(stacked, buffer, part)
                 elif buffer in given:
                     layer.get_buffer(buffer).fill_(given[buffer])
                 else:
-                    self.missing.append(f"{name}.{stored[0]}")
+                    self.missing.append(begin + stored[0])
             self.zeros += {f"{name}.{each}" for each in form.dialect.zero} & self.files.names.keys() - self.parts.keys()
+
+    def _add_plain_experts(self, path: str, module: Any) -> None:
+        """Experts that aren't quantized: as the model has them, or one by one."""
+        kinds = ("weight", "bias") if module.has_bias else ("weight",)
+        found = {
+            f"{name}.{kind}": experts.Slot(path, stacked.rpartition(".")[2] + "_bias" * (kind == "bias"), part)
+            for name, stacked, part in experts.parts_of(path, module)
+            for kind in kinds
+        }
+        if found.keys() & self.files.names.keys():
+            self.parts |= {key: slot for key, slot in found.items() if key in self.files.names}
+            self.missing += found.keys() - self.files.names.keys()
 
     def _add(self, path: str, name: str, stored: Iterable[str]) -> bool:
         """Take the first of these tensors that is there, of a module, for its parameter or buffer `name`."""
@@ -204,6 +237,7 @@ class _Slots:
         """What isn't quantized: parameters, and the buffers that state dicts have."""
         persistent = self.model.state_dict(keep_vars=True)
         taken = {place for places in self.takes.values() for place in places}
+        taken |= {(slot.path, slot.buffer) for slot in self.parts.values()}
         for key in persistent:
             path, _, name = key.rpartition(".")
             module = self.model.get_submodule(path)
@@ -216,14 +250,14 @@ class _Slots:
     def check_names(self) -> None:
         """Raise ValueError unless the files have the model's tensors, and no others."""
         if self.missing:
-            raise ValueError(f"{self._places()}: missing {_some(self.missing)}")
+            raise ValueError(f"{self._places()}: missing {_some([self.names.of_file(name) for name in self.missing])}")
         known = self.takes.keys() | self.parts.keys() | set(self.zeros) | self.tied.keys()
         ignored = [re.compile(each) for each in getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         # Older versions of transformers saved this buffer, which is a function of the configuration.
         ignored.append(re.compile(r"rotary_emb\.inv_freq$"))
         extra = [name for name in self.files.names if name not in known and not any(p.search(name) for p in ignored)]
         if extra:
-            raise ValueError(f"{self._places()}: unexpected {_some(extra)}")
+            raise ValueError(f"{self._places()}: unexpected {_some([self.files.stored[name] for name in extra])}")
 
     def file_of(self, path: str) -> Path:
         """The one with a layer's weight."""
@@ -232,7 +266,7 @@ class _Slots:
         return self.files.names[owners[path, "weight"]]
 
     def _places(self) -> str:
-        return ", ".join(sorted({str(path) for path in self.files.names.values()})[:2])
+        return ", ".join(map(str, self.files.paths[:2]))
 
     def fill(self, dtype: torch.dtype) -> None:
         """Read the tensors, one by one."""
@@ -247,7 +281,10 @@ class _Slots:
         for key, slot in self.parts.items():
             layer: Any = self.model.get_submodule(slot.path)
             try:
-                experts.put(layer, slot, self.formats[slot.path], self.files.read(key))
+                if slot.path in self.formats:
+                    experts.put(layer, slot, self.formats[slot.path], self.files.read(key))
+                else:
+                    experts.fill(layer, slot, self.files.read(key), self._dtype_of(f"{slot.path}.{slot.buffer}", dtype))
             except ValueError as error:
                 raise ValueError(f"{self.files.where(key)} {error}") from None
         for key in self.zeros:
@@ -264,11 +301,11 @@ class _Slots:
         form = self.formats.get(path)
         if name in KV_SCALES and not isinstance(module, QuantLinear):
             scale = module._buffers[name] = fit(tensor, module.get_buffer(name))
-            if not (scale.isfinite() & (scale > 0)).all():
-                raise ValueError(f"is {scale.item()}, expected a positive, finite scale")
+            if not (scale.isfinite() & (scale > 0) & (1 / scale).isfinite()).all():
+                raise ValueError(f"is {scale.item()}, expected a positive, finite scale, and so its reciprocal")
         elif form is not None and name != "bias":
             stored, buffer = form.dialect.stored(name, form.scheme.weight_key), module.get_buffer(name)
-            value = stored.load(fit(tensor, buffer))
+            value = stored.value(tensor, buffer)
             if name == "weight" and value.dtype == FP8 and (value.view(torch.uint8) & 0x7F == 0x7F).any():
                 raise ValueError("has values that aren't finite")
             if name in (given := dict(form.given)) and value.item() != given[name]:

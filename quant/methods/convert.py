@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fused_ops._check import FLOATS
+
 from .calibration import Calibration, check_batches, observe
-from .experts import PROJECTIONS, experts_of, observed, quantized_experts, strip
+from .experts import PROJECTIONS, experts_of, observed, quantized_experts, routes, strip, weights_of
 from .linear import QuantLinear, ScaledLinearMethod
 from .scheme import SCHEMES, Scheme
 
@@ -26,11 +27,11 @@ def quantize_model(
 
     Experts are those of transformers 5 that hold gates and ups, and downs, in one weight each: Qwen3-MoE, Mixtral,
     DeepSeek, MiniMax-M2, GLM4-MoE, gpt-oss, ... Each expert's weight is quantized for itself; a calibrated scale of
-    their input is one for all of them. Routers stay as they are, but for an `nn.Linear` in one (HunYuan's, AFMoE's),
-    which is a layer as others are: ignore it.
+    their input is one for all of them. Routers stay as they are (Phimoe's too, which is a kind of `nn.Linear`), but for
+    an `nn.Linear` in one (HunYuan's, AFMoE's), which is a layer as others are: ignore it.
 
     Args:
-        model: any module; its weights are bfloat16, float16 or float32.
+        model: any module; its weights and biases are bfloat16, float16 or float32.
         scheme: a name in `quant.methods.SCHEMES`: "int8_token", "int8_static", "int8_static_asym", "fp8_static",
             "fp8_token", "fp8_block", "fp8_group64", "mxfp8", "mxfp4", "nvfp4".
         calibration: batches for the schemes that are calibrated (the static ones and nvfp4): what `model(batch)` takes,
@@ -44,9 +45,9 @@ def quantize_model(
 
     Raises:
         TypeError, ValueError: an argument is not as above, a weight isn't finite or is shared with another module, its
-            columns are no multiple of the scheme's group (32 of mxfp8 and mxfp4, 16 of nvfp4), or it is on a GPU that
-            has no such product (`fused_ops.linear_products.DEVICES`; for experts that is without Triton); the model is
-            left as it was.
+            columns are no multiple of the scheme's group (32 of mxfp8 and mxfp4, 16 of nvfp4), experts aren't those
+            that transformers' interface serves (Llama4's), or it is on a GPU that has no such product
+            (`fused_ops.linear_products.DEVICES`; for experts that is without Triton); the model is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -116,6 +117,8 @@ def layers_of(
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and not {path, path.rpartition(".")[2]} & ignored:
             if type(module) is not nn.Linear:
+                if routes(model.get_submodule(path.rpartition(".")[0])):
+                    continue
                 raise ValueError(f"{caller}: {path} is {type(module).__name__}, expected nn.Linear (or ignore it)")
             layers[path] = module
     experts = experts_of(caller, model, ignored)
@@ -123,8 +126,19 @@ def layers_of(
         raise ValueError(f"{caller}: model is {type(model).__name__} and contains no nn.Linear to replace")
     weights = {path: layer.weight for path, layer in layers.items()}
     weights |= {f"{path}.{name}": getattr(module, name) for path, module in experts.items() for name in PROJECTIONS}
+    biases: dict[str, Tensor | None] = {path: layer.bias for path, layer in layers.items()}
+    for path, module in experts.items():
+        biases |= {f"{path}.{name}": weights_of(module, name)[1] for name in PROJECTIONS}
+    _check_dtypes(caller, "weight", weights)
+    _check_dtypes(caller, "bias", biases)
     _check_weights(caller, model, weights)
     return layers, experts
+
+
+def _check_dtypes(caller: str, kind: str, tensors: Mapping[str, Tensor | None]) -> None:
+    for path, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"{caller}: the {kind} of {path} is {tensor.dtype}, expected bfloat16, float16 or float32")
 
 
 def _check_weights(caller: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -132,8 +146,6 @@ def _check_weights(caller: str, model: nn.Module, weights: Mapping[str, Tensor])
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
     for path, weight in weights.items():
-        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise TypeError(f"{caller}: the weight of {path} is {weight.dtype}, expected bfloat16, float16 or float32")
         if weight.is_meta:
             raise ValueError(f"{caller}: the weight of {path} is on meta, expected one with values")
         if len(shared := owners[id(weight)]) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -109,7 +110,11 @@ class QuantExperts(nn.Module):
             top_k_weights: [T, k], in the dtype of the activations or in float32.
         """
         tokens, rows, positions = fused_ops.sort_by_expert(top_k_index, self.gate_up_proj.experts)
-        y = self._apply_gate(self.gate_up_proj(hidden_states, tokens, rows))
+        x = self.gate_up_proj.method.taken(self.gate_up_proj, hidden_states)
+        if len(top_k_index) != (count := math.prod(x.shape[:-1])):
+            got = f"top_k_index is {list(top_k_index.shape)}"
+            raise ValueError(f"{self.gate_up_proj.name}: {got}, expected [{count}, k], of as many tokens")
+        y = self._apply_gate(self.gate_up_proj(x, tokens, rows))
         return fused_ops.sum_experts(self.down_proj(y, tokens), positions, top_k_weights).view(hidden_states.shape)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor | QuantizedActivation:
@@ -126,12 +131,14 @@ def experts_of(caller: str, model: nn.Module, ignored: set[str]) -> dict[str, nn
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if not holds_experts(module) or {path, path.rpartition(".")[2]} & ignored:
+        if {path, path.rpartition(".")[2]} & ignored:
             continue
         kind = type(module).__name__
-        if not all(isinstance(getattr(module, name, None), nn.Parameter) for name in PROJECTIONS) or (
-            module.has_post_expert_norm or not module.has_gate
-        ):
+        if not holds_experts(module):
+            if stacks_weights(module):
+                raise ValueError(f"{caller}: {path} is {kind}, expected transformers' experts interface (or ignore it)")
+            continue
+        if not serves(module):
             raise ValueError(f"{caller}: {path} is {kind}, expected gated experts without norms (or ignore it)")
         if module._is_expert_parallel:
             raise ValueError(f"{caller}: {path} has a part of the experts, expected all of them (or ignore it)")
@@ -143,6 +150,26 @@ def holds_experts(module: nn.Module) -> bool:
     """Whether it is one that transformers' experts interface serves, and not what `strip` left of one."""
     served = all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "_is_expert_parallel"))
     return served and any(True for _ in module.parameters(recurse=False))
+
+
+def serves(experts: Any) -> bool:
+    """Whether `QuantExperts` can take the place of these."""
+    if not holds_experts(experts) or experts.has_post_expert_norm or not experts.has_gate:
+        return False
+    return all(isinstance(getattr(experts, name, None), nn.Parameter) for name in PROJECTIONS)
+
+
+def stacks_weights(module: nn.Module) -> bool:
+    """Whether it has a weight for each of several experts, though that interface doesn't serve it."""
+    weights = [module._parameters.get(name) for name in PROJECTIONS]
+    return all(weight is not None and weight.ndim == 3 for weight in weights)
+
+
+def routes(block: nn.Module) -> bool:
+    """Whether it is a block of experts, in which another kind of `nn.Linear` is a router."""
+    return any(
+        isinstance(each, QuantExperts) or holds_experts(each) or stacks_weights(each) for each in block.children()
+    )
 
 
 def weights_of(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:

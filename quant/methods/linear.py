@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fused_ops
 from fused_ops import _triton, linear_products
+from fused_ops._check import FLOATS
 from fused_ops.linear import scale_shape
 
 from .. import formats
@@ -108,6 +109,8 @@ class ScaledLinearMethod(QuantMethod):
                 scale, zero = buffer.float(), buffer.dtype == FP8
                 if not (scale.isfinite() & ((scale >= 0) if zero else (scale > 0))).all():
                     raise ValueError(f"{layer.name}: {name} has values that aren't positive and finite")
+                if name in ("input_scale", "input_scale2") and not (1 / scale).isfinite().all():
+                    raise ValueError(f"{layer.name}: {name} has values whose reciprocal isn't finite")
         self.lay_out(layer)
 
     def check_device(self, layer: QuantLinear, device: torch.device) -> None:
@@ -193,6 +196,16 @@ def _rescaled(buffers: dict[str, Tensor], factor: float, converted: Callable[[Te
     return {name: change[name](tensor) if name in change else tensor for name, tensor in buffers.items()}
 
 
+def _check_bias(name: str, bias: Tensor | None, shape: list[int]) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.dtype not in FLOATS:
+        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"{name}: bias is {got}, expected {FLOATS}")
+    if list(bias.shape) != shape:
+        raise ValueError(f"{name}: bias is {list(bias.shape)}, expected {shape}")
+
+
 class QuantLinear(nn.Module):
     """A linear layer whose weight is stored, and whose input is taken, quantized.
 
@@ -233,6 +246,7 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
+        _check_bias(name, bias, [out_features] if self.experts is None else [self.experts, out_features])
         self.in_features, self.out_features, self.method, self.name = in_features, out_features, method, name
         self.register_buffer("bias", bias)
         method.create_weights(self, device)

@@ -1,56 +1,19 @@
-"""What `load_quantized` refuses, by file and name; nothing of it is silent."""
+"""Configurations that `load_quantized` refuses, by file and field; nothing of it is silent."""
 
 import json
-import shutil
 
 import pytest
-import torch
-from patching import quantize, tiny
-from safetensors.torch import load_file, save_file
+from checkpoints import copied, edit_config
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_targets
 from test_checkpoint import DEEPSEEK, modelopt, nested
 from torch import nn
 
-from quant import FP8_STATIC_TENSOR, NVFP4
-from quant.checkpoint import load_quantized, save_quantized
+from quant import FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, NVFP4
+from quant.checkpoint import load_quantized
 from quant.checkpoint.config import read_recipe
 
 UP = "model.layers.1.mlp.up_proj"
-FP8 = torch.float8_e4m3fn
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("originals")
-    for scheme in "fp8_static", "int8_static_asym", "nvfp4", "mxfp8":
-        save_quantized(quantize(tiny(num_hidden_layers=2), scheme), folder / scheme)
-    return folder
-
-
-@pytest.fixture
-def copy(originals, tmp_path):
-    def copied(scheme="fp8_static"):
-        return shutil.copytree(originals / scheme, tmp_path / scheme)
-
-    return copied
-
-
-def edit_config(folder, change) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config, config["quantization_config"])
-    path.write_text(json.dumps(config))
-
-
-def edit_tensors(folder, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def test_the_originals_load(originals):
-    for folder in originals.iterdir():
-        load_quantized(folder)
 
 
 def group(field, value, where="weights"):
@@ -92,7 +55,11 @@ CONFIGS = {
         r"group_0.weights.codebook is \[1\], a field that isn't known",
     ),
     "status": (put("quantization_status", "frozen"), 'quantization_status is "frozen", expected "compressed"'),
-    "format": (put("format", "pack-quantized"), None),  # the group's own format counts
+    "format": (
+        put("format", "pack-quantized"),
+        'config.format is "pack-quantized", expected float-quantized or mixed-precision, as its groups say',
+    ),
+    "format of several": (put("format", "mixed-precision"), None),  # each group has its own
     "format of a group": (group("format", "pack-quantized", None), 'group_0.format is "pack-quantized", expected'),
     "sparsity": (put("sparsity_config", {"format": "sparse-24"}), "sparsity_config is .*isn't served"),
     "transform": (put("transform_config", {"config_groups": {"a": 1}}), "transform_config is .*isn't served"),
@@ -221,8 +188,8 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations(name, copy):
-    folder = copy()
+def test_configurations(name, tmp_path):
+    folder = copied(tmp_path)
     change, message = CONFIGS[name]
     edit_config(folder, change)
     if message is None:
@@ -231,6 +198,37 @@ def test_configurations(name, copy):
     with pytest.raises(ValueError, match=message) as caught:
         load_quantized(folder)
     assert str(folder / "config.json") in str(caught.value) or "model.safetensors" in str(caught.value)
+
+
+def test_the_most_specific_target_counts(tmp_path):
+    """Whatever the groups' order: paths, then expressions by the alphabet, then classes, as in compressed-tensors."""
+    folder = copied(tmp_path, "fp8_static")
+    one = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    token = {**one, "input_activations": {**one["input_activations"], "dynamic": True, "strategy": "token"}}
+    keys = {"static": one, "token": token}
+    for first, second, path, expected in (
+        (("static", "Linear"), ("token", "re:.*up_proj"), UP, "token"),
+        (("token", "re:.*up_proj"), ("static", "Linear"), UP, "token"),
+        (("static", "re:.*_proj"), ("token", "re:.*up_proj"), UP, "static"),
+        (("static", "re:.*_proj"), ("token", UP), UP, "token"),
+        (("static", "re:.*_proj"), ("token", UP), UP.replace("up", "gate"), "static"),
+    ):
+        groups = {str(n): {**keys[kind], "targets": [target]} for n, (kind, target) in enumerate((first, second))}
+        edit_config(folder, put("config_groups", groups))
+        theirs = QuantizationConfig.model_validate(
+            json.loads((folder / "config.json").read_text())["quantization_config"]
+        )
+        matched = match_targets(path, nn.Linear(1, 1), [t for g in theirs.config_groups.values() for t in g.targets])
+        chosen = next(kind for kind, target in (first, second) if target == matched[0])
+        key = read_recipe(folder).format_of((path,), nn.Linear(1, 1)).scheme.input_quant_key
+        assert chosen == expected
+        assert key == {"static": FP8_STATIC_TENSOR, "token": FP8_DYNAMIC_TOKEN}[expected]
+    groups["0"]["targets"] = [UP]
+    edit_config(folder, put("config_groups", groups))
+    with pytest.raises(
+        ValueError, match=rf'config_groups\.1\.targets is .*, expected none of another group, .* "{UP}"'
+    ):
+        load_quantized(folder)
 
 
 def test_what_modelopt_describes_is_understood(tmp_path):
@@ -258,14 +256,14 @@ def test_what_modelopt_describes_is_understood(tmp_path):
         theirs = nested(algorithm, **({"quantized_layers": quantized} if "MIXED" in algorithm else {}))
         (tmp_path / "hf_quant_config.json").write_text(json.dumps(theirs))
         recipe = read_recipe(tmp_path)
-        assert recipe.format_of("lm_head", nn.Linear(1, 1)) is None
+        assert recipe.format_of(("lm_head",), nn.Linear(1, 1)) is None
         name = "NVFP4" if "MIXED" in algorithm else algorithm
-        form = recipe.format_of(f"layer.{name}", nn.Linear(1, 1))
+        form = recipe.format_of((f"layer.{name}",), nn.Linear(1, 1))
         assert form.scheme.input_quant_key == {"FP8": FP8_STATIC_TENSOR, "NVFP4": NVFP4}[name]
 
 
-def test_two_files_that_disagree(copy):
-    folder = copy()
+def test_two_files_that_disagree(tmp_path):
+    folder = copied(tmp_path)
     edit_config(folder, instead(modelopt("FP8")))
     (folder / "hf_quant_config.json").write_text(json.dumps(nested("NVFP4")))
     other = folder / "hf_quant_config.json"
@@ -287,207 +285,8 @@ def test_two_files_that_disagree(copy):
         load_quantized(folder)
 
 
-def renamed(old, new):
-    return lambda t: t.__setitem__(new, t.pop(old))
-
-
-def becomes(name, change):
-    return lambda t: t.__setitem__(name, change(t[name].clone()).contiguous())
-
-
-def filled(value, at=0):
-    def change(x):
-        x.view(-1)[at] = value
-        return x
-
-    return change
-
-
-TENSORS = {
-    "missing scale": ("fp8_static", lambda t: t.pop(f"{UP}.weight_scale"), f"missing {UP}.weight_scale$"),
-    "missing weight": ("nvfp4", lambda t: t.pop(f"{UP}.weight_packed"), f"missing {UP}.weight_packed$"),
-    "missing norm": ("fp8_static", lambda t: t.pop("model.norm.weight"), "missing model.norm.weight$"),
-    "many missing": ("fp8_static", lambda t: [t.pop(n) for n in [*t] if "_proj" in n], "and 34 more"),
-    "another name": ("fp8_static", renamed(f"{UP}.input_scale", f"{UP}.in_scale"), f"missing {UP}.input_scale"),
-    "unexpected": ("fp8_static", lambda t: t.update(extra=torch.ones(2)), "unexpected extra$"),
-    "a cache's scale": (
-        "fp8_static",
-        lambda t: t.update({"model.layers.0.self_attn.k_scale": torch.ones(1)}),
-        "unexpected .*k_scale",
-    ),
-    "shape of codes": (
-        "fp8_static",
-        becomes(f"{UP}.weight", lambda x: x[:-1]),
-        rf"{UP}.weight is \[159, 64\], expected",
-    ),
-    "shape of scales": (
-        "fp8_static",
-        becomes(f"{UP}.weight_scale", lambda x: x[1:]),
-        r"weight_scale is \[159, 1\], expected",
-    ),
-    "transposed": (
-        "fp8_static",
-        becomes(f"{UP}.weight", lambda x: x.t()),
-        r"weight is \[64, 160\], expected \[160, 64\]",
-    ),
-    "dtype of codes": (
-        "fp8_static",
-        becomes(f"{UP}.weight", lambda x: x.view(torch.int8)),
-        "weight is torch.int8, expected",
-    ),
-    "float weights": (
-        "fp8_static",
-        becomes(f"{UP}.weight", lambda x: x.bfloat16()),
-        "weight is torch.bfloat16, expected",
-    ),
-    "dtype of scales": (
-        "fp8_static",
-        becomes(f"{UP}.weight_scale", lambda x: x.double()),
-        "weight_scale is torch.float64, expected",
-    ),
-    "dtype of a norm": (
-        "fp8_static",
-        becomes("model.norm.weight", lambda x: x.to(FP8)),
-        "norm.weight is torch.float8_e4m3fn",
-    ),
-    "shape of a norm": (
-        "fp8_static",
-        becomes("model.norm.weight", lambda x: x[1:]),
-        r"norm.weight is \[63\], expected \[64\]",
-    ),
-    "NaN codes": (
-        "fp8_static",
-        becomes(f"{UP}.weight", filled(float("nan"), 77)),
-        "weight has values that aren't finite",
-    ),
-    "NaN scale": (
-        "fp8_static",
-        becomes(f"{UP}.weight_scale", filled(float("nan"))),
-        f"safetensors: {UP}: weight_scale has",
-    ),
-    "negative scale": ("fp8_static", becomes(f"{UP}.input_scale", filled(-1.0)), f"safetensors: {UP}: input_scale has"),
-    "zero divisor": ("nvfp4", becomes(f"{UP}.weight_global_scale", filled(0.0)), f"{UP}: weight_scale2 has"),
-    "NaN exponent": ("mxfp8", becomes(f"{UP}.weight_scale", filled(255)), f"{UP}: weight_scale has values"),
-    "a zero point": (
-        "fp8_static",
-        lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(1)}),
-        "values other than zero",
-    ),
-    "a zero point as float": (
-        "int8_static_asym",
-        becomes(f"{UP}.input_zero_point", lambda x: x.float()),
-        "input_zero_point is torch.float32",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_tensors(name, copy):
-    scheme, change, message = TENSORS[name]
-    folder = copy(scheme)
-    edit_tensors(folder, change)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_quantized(folder)
-    assert str(folder / "model.safetensors") in str(caught.value)
-
-
-def test_zero_points_that_are_zero_are_no_error(copy):
-    folder = copy()
-    edit_tensors(folder, lambda t: t.update({f"{UP}.weight_zero_point": torch.zeros(160, 1)}))
-    load_quantized(folder)
-
-
-def test_damaged_files(copy):
-    folder = copy()
-    path = folder / "model.safetensors"
-    whole = path.read_bytes()
-    broken = [whole[:-1], whole[: len(whole) // 2], whole[:7], b"", whole + b"x", b"\xff" * 8 + whole[8:]]
-    for data in broken:
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"model.safetensors: "):
-            load_quantized(folder)
-    path.unlink()
-    with pytest.raises(ValueError, match=r"model.safetensors: "):
-        load_quantized(folder)
-    for name in "generation_config.json", "config.json":
-        for data in "{", "[]", "[" * 100_000:
-            (folder / name).write_text(data)
-            with pytest.raises(ValueError, match=rf"/{name}:? "):
-                load_quantized(folder)
-        (folder / name).unlink()
-
-
-def test_damaged_indices(copy):
-    folder = copy()
-    names = list(load_file(folder / "model.safetensors"))
-    (folder / "model.safetensors").rename(folder / "one.safetensors")
-    whole = dict.fromkeys(names, "one.safetensors")
-    first, *others = names
-    for placed, message in (
-        (whole | {"nothing": "one.safetensors"}, "weight_map places nothing in one.safetensors, which doesn't have it"),
-        (dict.fromkeys(others, "one.safetensors"), "one.safetensors: .* isn't in the index's weight_map"),
-        (whole | {first: "two.safetensors"}, "two.safetensors: "),
-        (whole | {first: "../one.safetensors"}, "expected a file of this folder"),
-        (whole | {first: ".."}, "weight_map names '..', expected a file of this folder"),
-        (whole | {first: ""}, "weight_map names '', expected a file of this folder"),
-        (whole | {first: "\0"}, "expected a file of this folder"),
-        (None, "weight_map is NoneType"),
-    ):
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-        with pytest.raises(ValueError, match=message):
-            load_quantized(folder)
-    shutil.copy(folder / "one.safetensors", folder / "two.safetensors")
-    placed = whole | {first: "two.safetensors"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
-    with pytest.raises(ValueError, match=r"and so has"):
-        load_quantized(folder)
-
-
-def test_columns_that_are_no_multiple_of_a_group(copy):
-    folder = copy("mxfp8")
+def test_columns_that_are_no_multiple_of_a_group(tmp_path):
+    folder = copied(tmp_path, "mxfp8")
     edit_config(folder, lambda config, _: config.update(intermediate_size=150))
     with pytest.raises(ValueError, match=r"config.json: .*down_proj: input has 150 columns, MXFP8 expects a multiple"):
         load_quantized(folder)
-
-
-def test_an_output_layer_that_is_quantized_and_tied(copy):
-    folder = copy()
-    edit_config(folder, lambda config, q: (config.update(tie_word_embeddings=True), q.update(ignore=[])))
-    load_tied = {"lm_head.weight": torch.zeros(97, 64).to(FP8), "lm_head.weight_scale": torch.ones(97, 1)}
-    edit_tensors(folder, lambda t: t.pop("lm_head.weight"))
-    load_quantized(folder)  # the files have none, so it is the embedding
-    edit_tensors(folder, lambda t: t.update(load_tied))
-    with pytest.raises(ValueError, match=r"config.json: lm_head is quantized, but tie_word_embeddings"):
-        load_quantized(folder)
-
-
-def test_an_output_layer_that_is_tied_and_has_values_of_its_own(copy):
-    folder = copy()
-    edit_config(folder, lambda config, _: config.update(tie_word_embeddings=True))
-    with pytest.raises(ValueError, match=r"lm_head.weight isn't model.embed_tokens.weight, but tie_word_embeddings"):
-        load_quantized(folder)
-    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    model = load_quantized(folder)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_weights_beyond_float16(copy):
-    folder = copy()
-    edit_tensors(folder, lambda t: t.update({"model.norm.weight": torch.full((64,), 1e5)}))
-    load_quantized(folder)
-    with pytest.raises(ValueError, match=r"model.norm.weight has values beyond torch.float16"):
-        load_quantized(folder, torch.float16)
-
-
-@pytest.mark.parametrize(
-    ("path", "dtype", "error", "message"),
-    [
-        (3, torch.bfloat16, TypeError, "path is int, expected a str or a Path"),
-        ("/nowhere/at/all", torch.bfloat16, ValueError, "path is '/nowhere/at/all', expected a folder"),
-        (".", torch.float64, TypeError, "dtype is torch.float64, expected one of"),
-        (".", "bfloat16", TypeError, "dtype is 'bfloat16', expected one of"),
-    ],
-)
-def test_arguments(path, dtype, error, message):
-    with pytest.raises(error, match=message):
-        load_quantized(path, dtype)
