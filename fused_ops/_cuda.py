@@ -37,8 +37,8 @@ Compile = ctypes.CFUNCTYPE(
 Launch = ctypes.CFUNCTYPE(
     ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
 )
-LIMITS = f"rows of up to 65536 columns of 16 bits, 32768 of 32, heads of up to 4096 and 2048, and {KEYS}"
-MOST_IN_ROW, MOST_IN_HEAD = 16 * 8 * 1024, 8192  # bytes: a block's registers, and what it shares of each thread's
+MOST_IN_ROW, MOST_IN_HEAD = 1 << 29, 8192  # columns that kernels count; bytes that a block shares
+LIMITS = f"rows of up to {MOST_IN_ROW} columns, heads of up to 4096 of 16 bits and 2048 of 32, and {KEYS}"
 NOT_NOW = 1  # in the place of a kernel: nothing is to be launched
 
 
@@ -94,14 +94,14 @@ def _supports(op: Op) -> Callable[..., bool]:
 def _row_fits(op: Op, args: tuple) -> bool:
     up = op.argument("up")
     interleaved = up is not None and args[up] is None
-    return args[0].shape[-1] // (1 + interleaved) * args[0].element_size() <= MOST_IN_ROW
+    return args[0].shape[-1] // (1 + interleaved) <= MOST_IN_ROW
 
 
 def _heads_fit(op: Op, args: tuple) -> bool:
     size, whole = args[0].element_size(), args[op.arguments.index("flags")] & WHOLE_VECTOR
     tensors = [x for name, x in zip(op.arguments, args, strict=False) if name in _HEADS and x is not None]
     return all(x.shape[-1] * size <= MOST_IN_HEAD for x in tensors) and not (
-        whole and any(x.shape[1] * x.shape[2] * size > MOST_IN_ROW for x in args[:2])
+        whole and any(x.shape[1] * x.shape[2] > MOST_IN_ROW for x in args[:2])
     )
 
 
