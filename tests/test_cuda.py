@@ -1,5 +1,6 @@
 """The CUDA backend: its kernels on the host (tests/host_cuda), or with FUSED_OPS_TEST_DEVICE=cuda on a GPU."""
 
+import itertools
 from contextlib import contextmanager
 
 import host_cuda
@@ -28,6 +29,9 @@ from quant import (
 ELSEWHERE = (*HEADS, *ATTENTION, *COLLECTIVES, "scaled_linear")  # which have files of their own
 ROW_OPS = [p for p in ALL if p.id not in ELSEWHERE]
 PER_OP = 6 if DEVICE == "cpu" else 60  # kernels to compile take a third of a second each
+
+
+LONG = 65536 + 32  # columns of 16 bits that no block's registers hold
 
 
 def some(op) -> list[tuple]:
@@ -70,7 +74,7 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("cols", [32, 160, 576, 5120, 16384, 65536])
+@pytest.mark.parametrize("cols", [32, 160, 576, 5120, 16384, 65536, LONG])
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_quantize_at_every_row_length(key, cols):
     x = torch.randn(3, cols).bfloat16() * torch.tensor([[1.0], [0.0], [300.0]]).bfloat16()
@@ -97,7 +101,7 @@ def test_rows_of_a_warp_that_are_left_out():
     assert run(OPS["layer_norm_quant"], args)["scale"] < 1e-3  # rows that aren't there would be normed to 100
 
 
-@pytest.mark.parametrize("cols", [1, 31, 577, 4097])
+@pytest.mark.parametrize("cols", [1, 31, 577, 4097, LONG + 1])
 def test_rows_that_no_pack_divides(cols):
     x, r, w = torch.randn(5, cols), torch.randn(5, cols), torch.randn(cols)
     expected = fused_ops.fused_add_rms_norm_quant(x, r, w, 1e-6, INT8_DYNAMIC_TOKEN, keep_unquantized=True)
@@ -113,7 +117,7 @@ def test_rows_that_no_pack_divides(cols):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("cols", [64, 576])
+@pytest.mark.parametrize("cols", [64, 576, LONG])
 def test_a_row_depends_on_nothing_but_itself(dtype, cols):
     """Promise 2: alone, in a batch, at an odd address, with gaps between rows."""
     x, w = on_device(torch.randn(9, cols).to(dtype)), on_device(torch.randn(cols))
@@ -126,10 +130,46 @@ def test_a_row_depends_on_nothing_but_itself(dtype, cols):
         assert_same(fused_ops.rms_norm(shifted, w, 1e-6), whole)
 
 
-def test_rows_too_long_for_a_block_are_refused():
-    x = on_device(torch.zeros(1, 65536 + 8, dtype=torch.bfloat16))
-    with by_cuda(), pytest.raises(ValueError, match="the cuda backend"):
-        fused_ops.relu2(x)
+LONG_KEYS = itertools.cycle([FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN_ASYM, FP8_STATIC_TENSOR, FP8_DYNAMIC_GROUP_128])
+LONG_CALLS = [pytest.param(p.values[0], next(LONG_KEYS), id=p.id) for p in ROW_OPS if p.id.endswith("_quant")]
+
+
+@pytest.mark.parametrize(("op", "key"), LONG_CALLS)
+def test_long_rows(op, key):
+    """Rows that are read again for every reduction."""
+    args = op.workload(2, LONG, key, torch.float16, "cpu")
+    promises.results_are_the_cpus(run, op, [args])
+    promises.fused_is_unfused(run, op, [args])
+
+
+def test_columns_behind_a_long_row():
+    args = OPS["fused_add_rms_norm"].workload(2, LONG, None, torch.bfloat16, "cpu")
+    expected, actual = run(OPS["fused_add_rms_norm"], args), run(OPS["fused_add_rms_norm_pad"], (*args, 256))
+    assert_same(actual["residual"], expected["residual"])
+    assert_same(actual["y"], torch.nn.functional.pad(expected["y"], (0, -LONG % 256)))
+
+
+def test_a_group_longer_than_what_threads_hold():
+    key = FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 49152))
+    x = torch.randn(2, LONG + 1).half()
+    with by_cuda():
+        actual = fused_ops.quantize(on_device(x), key).to("cpu")
+    expected = fused_ops.quantize(x, key)
+    assert_same(actual.data, expected.data)
+    assert_same(actual.scale, expected.scale)
+
+
+@pytest.mark.parametrize("key", [None, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 96))], ids=str)
+def test_a_long_row_is_written_where_it_is_read(key):
+    """By the last pass over it."""
+    x, r, w = (on_device(torch.randn(*shape, LONG).half()) for shape in ((2,), (2,), ()))
+    with by_cuda():
+        expected, summed = fused_ops.rms_norm_add_rms_norm_quant(x, r, w, w, 1e-6, 1e-6, key)
+        actual, _ = fused_ops.rms_norm_add_rms_norm_quant(x, r, w, w, 1e-6, 1e-6, key, residual_out=r)
+        assert_same(r, summed)
+        assert_same(*((codes if key is None else codes.data) for codes in (actual, expected)))
+        normed = fused_ops.rms_norm(summed, w, 1e-6)
+        assert_same(fused_ops.rms_norm(r, w, 1e-6, out=r), normed)
 
 
 def test_without_rows_a_static_scale_is_returned_all_the_same():

@@ -152,6 +152,13 @@ def test_kernels_compile(key, tmp_path, monkeypatch):
     assert len(list(cache.iterdir())) == len(chosen)
 
 
+@pytest.mark.parametrize(("arch", "key"), zip(ARCHITECTURES, KEYS[2::2], strict=True), ids=str)
+def test_kernels_of_long_rows_compile(arch, key, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_OPS_CACHE", str(tmp_path / "cache"))
+    (text,) = kernels_of(lambda: add_norm(131072, torch.bfloat16, key))
+    check_machine_code(instructions(_cuda.cubin(text, arch), tmp_path))
+
+
 HEADS = {
     "64": lambda: rotated(64, 64, round_products=True),
     "128, three axes": lambda: rotated(128, 128, mrope_section=[16, 24, 24], mrope_interleaved=True),
