@@ -163,6 +163,9 @@ def warmup(*calls: Callable[[], object]) -> int:
     return len(listed)
 
 
+# FP4 codes by sm_100a's and sm_120a's own conversion, which no GPU has shown to be equal: tests/test_gpu.py would.
+HARDWARE_FP4 = False
+
 _KERNEL = """\
 #include "pipeline.cuh"
 using namespace fused_ops;
@@ -244,10 +247,11 @@ _OTHERS = {
 
 def source(stages: bytes, stages_of_b: bytes | None = None) -> str:
     """A kernel for one choice of stages, or for two of rows, of which the first has so many of the blocks."""
+    options = "#define FUSED_OPS_HARDWARE_FP4\n" if HARDWARE_FP4 else ""
     if stages_of_b is not None:
-        return _KERNEL_OF_TWO % (stages.decode(), stages_of_b.decode())
+        return options + _KERNEL_OF_TWO % (stages.decode(), stages_of_b.decode())
     text = stages.decode()
-    return _OTHERS.get(text.partition("{")[0], _KERNEL) % text
+    return options + _OTHERS.get(text.partition("{")[0], _KERNEL) % text
 
 
 def architecture(major: int, minor: int) -> str:

@@ -12,7 +12,7 @@ from promises import DEVICE, on_device
 from test_ops import ALL, ATTENTION, COLLECTIVES, HEADS, cases, results
 
 import fused_ops
-from fused_ops import OPS
+from fused_ops import OPS, _cuda
 from quant import (
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TENSOR,
@@ -20,6 +20,7 @@ from quant import (
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
     INT8_DYNAMIC_TOKEN_ASYM,
+    MXFP4,
     MXFP8,
     NVFP4,
     QuantizedActivation,
@@ -85,6 +86,31 @@ def test_quantize_at_every_row_length(key, cols):
         actual = fused_ops.quantize(on_device(x), key, **{k: on_device(v) for k, v in options.items()}).to("cpu")
     for name in "data", "scale", "zero_point":
         assert_same(getattr(actual, name), getattr(expected, name), name)
+
+
+def around(values: list[float]) -> torch.Tensor:
+    """These, and their neighbours in float32, of both signs."""
+    bits = torch.tensor(values).view(torch.int32)
+    x = torch.cat([bits - 1, bits, bits + 1]).clamp_min(0).view(torch.float32)
+    return torch.cat([x, -x])
+
+
+@pytest.mark.parametrize("key", [MXFP4, NVFP4], ids=str)
+def test_fp4_by_the_hardware_is_the_same(key, monkeypatch):
+    """On the host by what PTX says of the instruction. Of 992 columns, which nobody else asks for."""
+    monkeypatch.setattr(_cuda, "HARDWARE_FP4", True)
+    ties = around([0, 2**-149, 2**-126, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6])
+    groups = torch.cat([ties, torch.randn(31 * 31 - len(ties)) * 2]).clamp(-6, 6).view(31, 31)
+    one = torch.cat([groups, torch.full((31, 1), 6.0)], dim=1).view(1, 992)  # the scale of each is one
+    beyond = one * torch.tensor([[2.0**40], [1e-38]])  # what NVFP4's scales can't follow
+    x = torch.cat([one, beyond, torch.randn(3, 992), torch.zeros(1, 992)])
+    x[4, 5], x[4, 400], x[5, 900] = float("nan"), float("inf"), -float("inf")
+    options = {"scale2": torch.tensor([1 / 448])} if key.scale2 else {}
+    with by_cuda():
+        actual = fused_ops.quantize(on_device(x), key, **{k: on_device(v) for k, v in options.items()}).to("cpu")
+    expected = fused_ops.quantize(x, key, **options)
+    assert_same(actual.data, expected.data)
+    assert_same(actual.scale, expected.scale)
 
 
 def test_rows_of_a_warp_that_are_left_out():

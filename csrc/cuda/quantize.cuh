@@ -37,13 +37,60 @@ DEVICE int encode(float x, float zero_point) {
 }
 
 #if PTX(890)
-// Two codes at once, the first in the low byte.
 DEVICE int encode_two_e4m3(float first, float second) {
   unsigned short codes;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
   return codes;
 }
 #endif
+
+// FP4 by the hardware, where an architecture with all of its own features has it; _cuda.HARDWARE_FP4 defines it.
+#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+#define FP4_BY_PTX PTX(1000)
+#else
+#define FP4_BY_PTX 0
+#endif
+#if defined(FUSED_OPS_HARDWARE_FP4) && (FP4_BY_PTX || !defined(__CUDA_ARCH__))
+// What the instruction makes of NaN, 6, is 0 here.
+DEVICE int encode_two_e2m1(float first, float second) {
+  first = first == first ? first : 0.0f;
+  second = second == second ? second : 0.0f;
+#if FP4_BY_PTX
+  int codes;
+  asm("{\n"
+      "  .reg .b8 two;\n"
+      "  .reg .b16 wide;\n"
+      "  cvt.rn.satfinite.e2m1x2.f32 two, %1, %2;\n"
+      "  mov.b16 wide, {two, 0};\n"
+      "  cvt.u32.u16 %0, wide;\n"
+      "}"
+      : "=r"(codes)
+      : "f"(second), "f"(first));
+  return codes;
+#else
+  const auto code = [](float x) {
+    const float m = bits<float>(bits<int>(x) & kMagnitudeBits);  // which at a tie goes to the even code
+    const int steps = (m > 0.25f) + (m >= 0.75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) + (m >= 3.5f) + (m > 5.0f);
+    return steps | (bits<int>(x) < 0 ? 8 : 0);
+  };
+  return code(first) | code(second) << 4;
+#endif
+}
+#endif
+
+// Codes of two neighbours, the first in the low bits.
+template <Stages K>
+DEVICE int encode_two(float first, float second, float zero_point) {
+  constexpr int kFormat = Key{K.key}.format();
+#if PTX(890)
+  if constexpr (kFormat == Key::kE4m3) return encode_two_e4m3(first, second);
+#endif
+#if defined(FUSED_OPS_HARDWARE_FP4) && (FP4_BY_PTX || !defined(__CUDA_ARCH__))
+  if constexpr (kFormat == Key::kE2m1) return encode_two_e2m1(first, second);
+#endif
+  constexpr int kBits = 8 / Key{K.key}.codes_per_byte();
+  return encode<K>(first, zero_point) | encode<K>(second, zero_point) << kBits;
+}
 
 // Codes of pack i.
 template <Stages K>
@@ -52,28 +99,15 @@ DEVICE void store_codes(const Held<K>& held, int i, unsigned char* data, float r
   float v[kPack];
   held.floats(i, v);
   const int n = held.count(i);
-  if constexpr (Key{K.key}.format() == Key::kE2m1) {
-    Pack<unsigned char, kPack / 2> codes;
+  constexpr int kPerByte = Key{K.key}.codes_per_byte();
+  Pack<unsigned char, kPack / kPerByte> codes;
 #pragma unroll
-    for (int j = 0; j < kPack; j += 2)
-      codes.e[j / 2] = (unsigned char)(encode<K>(v[j] * reciprocal, 0) | encode<K>(v[j + 1] * reciprocal, 0) << 4);
-    store<K.aligned>(data + held.at(i) / 2, codes, n / 2);
-  } else {
-    Pack<unsigned char, kPack> codes;
-#pragma unroll
-    for (int j = 0; j < kPack; j += 2) {
-      const float a = v[j] * reciprocal, b = v[j + 1] * reciprocal;
-#if PTX(890)
-      constexpr bool kByHardware = Key{K.key}.format() == Key::kE4m3;
-      const int two = kByHardware ? encode_two_e4m3(a, b) : encode<K>(a, zero_point) | encode<K>(b, zero_point) << 8;
-#else
-      const int two = encode<K>(a, zero_point) | encode<K>(b, zero_point) << 8;
-#endif
-      codes.e[j] = (unsigned char)two;
-      codes.e[j + 1] = (unsigned char)(two >> 8);
-    }
-    store<K.aligned>(data + held.at(i), codes, n);
+  for (int j = 0; j < kPack; j += 2) {
+    const int two = encode_two<K>(v[j] * reciprocal, v[j + 1] * reciprocal, zero_point);
+    codes.e[j / kPerByte] = (unsigned char)two;
+    if constexpr (kPerByte == 1) codes.e[j + 1] = (unsigned char)(two >> 8);
   }
+  store<K.aligned>(data + held.at(i) / kPerByte, codes, n / kPerByte);
 }
 
 // What is stored for group g, and zeros after the last.
