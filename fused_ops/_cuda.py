@@ -71,6 +71,11 @@ def set_driver(driver: Driver) -> None:
     library().fused_ops_set_cuda_driver(ctypes.byref(driver))
 
 
+def driver() -> Driver:
+    """The device's."""
+    return Driver(Launch(("fused_ops_launch", library())), Compile(compile))
+
+
 def load() -> None:
     """Make `cuda` the backend of CUDA tensors, where torch was built for CUDA."""
     if torch.version.cuda is not None and library_path() is not None:
@@ -79,7 +84,7 @@ def load() -> None:
 
 def serve() -> None:
     """Put the row kernels into PyTorch's dispatcher for CUDA; NVRTC and the driver are looked for on first use."""
-    set_driver(Driver(Launch(("fused_ops_launch", library())), Compile(compile)))
+    set_driver(driver())
     library().fused_ops_implement_rows(b"CUDA")
     for op in OPS.values():
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_ops::{op.name}", "CUDA"):
