@@ -60,7 +60,9 @@ def main(arguments: list[str] | None = None) -> dict:
     with torch.no_grad():
         record["copy_gb_per_second"] = _copy_rate(options.device)
         record["calls"] = list(launch.measure(options.device))
-        print(f"copying 1 GiB: {record['copy_gb_per_second']:.0f} GB/s\n{launch.calls_table(record['calls'])}", flush=True)
+        print(
+            f"copying 1 GiB: {record['copy_gb_per_second']:.0f} GB/s\n{launch.calls_table(record['calls'])}", flush=True
+        )
         if not options.ops or "scaled_linear" in options.ops:
             record["linear"] = list(_linear(options.tokens, options.cols[0], options.device, options.budget))
             print(

@@ -185,7 +185,9 @@ def test_a_group_longer_than_what_threads_hold():
     assert_same(actual.scale, expected.scale)
 
 
-@pytest.mark.parametrize("key", [None, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 96))], ids=str)
+@pytest.mark.parametrize(
+    "key", [None, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 96))], ids=str
+)
 def test_a_long_row_is_written_where_it_is_read(key):
     """By the last pass over it."""
     x, r, w = (on_device(torch.randn(*shape, LONG).half()) for shape in ((2,), (2,), ()))

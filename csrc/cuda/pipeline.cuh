@@ -70,15 +70,14 @@ DEVICE void work(const Row& p, long long r, bool active, const Load& load_held, 
     }
     if constexpr (kAddsFirst) add<K, K.multiplied>(p, r, residual, part, active);
   });
-  auto&& added = norm<K, K.post, kPostSum>(begun, p.post_weight, nullptr, p.post_eps, shared.scratch)
-                     .then([&](Held<K>& part) {
-                       if constexpr (kAddsLater) add<K, false>(p, r, residual, part, active);
-                     });
-  auto&& result = norm<K, K.norm, kNormSum>(added, p.weight, p.bias, p.eps, shared.scratch)
-                      .then([&](Held<K>& part) {
-                        if constexpr (K.y)
-                          if (active && part.writes) store_rows(p.y, r, part, K.y_cols);
-                      });
+  auto&& added =
+      norm<K, K.post, kPostSum>(begun, p.post_weight, nullptr, p.post_eps, shared.scratch).then([&](Held<K>& part) {
+        if constexpr (kAddsLater) add<K, false>(p, r, residual, part, active);
+      });
+  auto&& result = norm<K, K.norm, kNormSum>(added, p.weight, p.bias, p.eps, shared.scratch).then([&](Held<K>& part) {
+    if constexpr (K.y)
+      if (active && part.writes) store_rows(p.y, r, part, K.y_cols);
+  });
   if constexpr (K.data || K.scale) {
     const int place = threadIdx.x / K.threads;
     int* const amax = shared.amax + (Shared<K>::kGroups ? place * Shared<K>::kParts * Codes<K>::kTogether : 0);

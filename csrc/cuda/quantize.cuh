@@ -208,7 +208,8 @@ DEVICE void quantize(const Row& p, long long r, R& row, Scratch& scratch, int* a
       row.template write<kCols>(
           [&](const Held<K>& part) {
 #pragma unroll
-            for (int i = 0; i < C::kPacks; ++i) write(part, i, g, scale, zero_point, i == 0 && part.thread == 0 && part.first == begin);
+            for (int i = 0; i < C::kPacks; ++i)
+              write(part, i, g, scale, zero_point, i == 0 && part.thread == 0 && part.first == begin);
           },
           begin, end);
     }
