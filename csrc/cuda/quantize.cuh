@@ -167,7 +167,8 @@ template <Stages K, class R>
 DEVICE void quantize(const Row& p, long long r, R& row, Scratch& scratch, int* amax, bool active) {
   using C = Codes<K>;
   constexpr int kCols = Held<K>::kCols;
-  unsigned char* const data = active && K.data ? at<K.flat, unsigned char>(p.data, r) : nullptr;
+  // Nobody writes where there is no row. Compilers use fewer registers if they are told so here, but not of whole rows.
+  unsigned char* const data = K.data && (active || C::kByAll) ? at<K.flat, unsigned char>(p.data, r) : nullptr;
   if constexpr (K.by_tensor_amax || C::kKey.is_static()) {
     float scale;
     if constexpr (K.by_tensor_amax) {
