@@ -43,7 +43,7 @@ NAME = "flashinfer"
 WORKSPACE = 384 << 20  # bytes, for a stream: partial results of sequences that are split
 KEPT = 2  # workspaces, of a device
 
-CALLS = {  # what is called, with the names of what is handed over: by place, then after * by name
+CALLS = {  # what is called, of a class or a module, and what is handed over: by place, then after * by name
     ("BatchPrefillWithPagedKVCacheWrapper", "__init__"): "float_workspace_buffer * kv_layout",
     ("BatchPrefillWithPagedKVCacheWrapper", "plan"): (
         "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len num_qo_heads num_kv_heads head_dim_qk "
@@ -65,39 +65,40 @@ CALLS = {  # what is called, with the names of what is handed over: by place, th
 }
 
 
-def missing() -> str | None:
-    """What must be installed for this backend; it is imported to see whether it is called as here."""
-    how = "and nvcc and ninja for it: pip install 'flashinfer-python==0.6.13'"
+def missing(calls: dict[tuple[str, str], str] = CALLS) -> str | None:
+    """What must be installed for these calls; FlashInfer is imported to see whether it takes them."""
+    how = "with nvcc and ninja: pip install 'flashinfer-python==0.6.13'"
     if not importlib.util.find_spec("flashinfer"):
-        return f"the flashinfer backend needs FlashInfer, {how}"
+        return f"FlashInfer, {how}"
     try:
         found = library()
     except Exception as error:  # of its own, or of what it needs
-        return f"FlashInfer can't be imported ({type(error).__name__}: {error}); it is needed, {how}"
-    if other := _differs(found):
+        return f"FlashInfer, {how}; what is here can't be imported ({type(error).__name__}: {error})"
+    if other := _differs(found, calls):
         version = getattr(found, "__version__", "of unknown version")
-        return f"the flashinfer backend is written for FlashInfer 0.6.13; {version} is here, whose {other}"
+        return f"a FlashInfer that is called as 0.6.13; {version} is here, whose {other}"
     return None
 
 
-def _differs(flashinfer: Any) -> str:
-    """Which of its parameters aren't those of `CALLS`, or nothing."""
-    for (kind, method), names in CALLS.items():
+def _differs(flashinfer: Any, calls: dict[tuple[str, str], str]) -> str:
+    """Which of its parameters aren't those of `calls`, or nothing."""
+    for (kind, method), names in calls.items():
         placed, named = (part.split() for part in (*names.split("*"), "")[:2])
-        function = getattr(getattr(flashinfer, kind, None), method, None)
+        name, owner = f"{kind}.{method}", getattr(flashinfer, kind, None)
+        function = getattr(owner, method, None)
         if function is None:
-            return f"{kind}.{method} is missing"
-        _, *parameters = inspect.signature(function).parameters.values()
+            return f"{name} is missing"
+        parameters = list(inspect.signature(function).parameters.values())[isinstance(owner, type) :]
         theirs = [p.name for p in parameters]
         if theirs[: len(placed)] != placed:
-            return f"{kind}.{method} takes {', '.join(theirs[: len(placed)])}, expected {', '.join(placed)}"
+            return f"{name} takes {', '.join(theirs[: len(placed)])}, expected {', '.join(placed)}"
         if absent := [name for name in named if name not in theirs]:
-            return f"{kind}.{method} has no {', '.join(absent)}"
+            return f"{name} has no {', '.join(absent)}"
         rest = [
             p for p in parameters if p.name not in (*placed, *named) and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
         if more := [p.name for p in rest if p.default is p.empty]:
-            return f"{kind}.{method} needs {', '.join(more)}, too"
+            return f"{name} needs {', '.join(more)}, too"
     return ""
 
 
@@ -280,11 +281,16 @@ def _then_quantizes(name: str, write: Callable, refuses: Callable) -> tuple[Call
     return write_quant, refuses_quant
 
 
+def _missing() -> str | None:
+    """Of the backend."""
+    return (reason := missing()) and f"the flashinfer backend needs {reason}"
+
+
 def load(devices: tuple[str, ...] = ("CUDA",)) -> None:
     """Make `flashinfer` a backend of attention, and `quantize` run as without it."""
     if torch.version.hip:
         return
-    OPS["quantize"].backend(Backend(NAME, None, devices, missing=missing))
+    OPS["quantize"].backend(Backend(NAME, None, devices, missing=_missing))
     for name, write, refuses in (
         ("paged_attention", write_paged, refuses_paged),
         ("mla_attention", write_latent, refuses_latent),
@@ -292,4 +298,4 @@ def load(devices: tuple[str, ...] = ("CUDA",)) -> None:
         served = {name: (write, refuses), f"{name}_quant": _then_quantizes(name, write, refuses)}
         for each, (run, refusal) in served.items():
             supports = lambda *args, refusal=refusal: not refusal(*args)  # noqa: E731
-            OPS[each].backend(Backend(NAME, run, devices, supports, refusal, missing))
+            OPS[each].backend(Backend(NAME, run, devices, supports, refusal, _missing))

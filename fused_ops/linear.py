@@ -27,6 +27,7 @@ from .quantize import case_keys, key_inputs
 
 GROUPS = (32, 64, 128, 256, 512)  # columns that may share a float32 scale
 BLOCKS = (128, 64)  # sides of the blocks of a weight that may
+ONE_BYTE = (torch.int8, FP8, FP8_FNUZ)  # formats that go with them
 INFERRED = -1  # instead of the weight's key, where its dtype and the shape of its scale say all of it
 
 
@@ -122,7 +123,7 @@ def weight_key_of(weight: Tensor, weight_scale: Tensor, code: int) -> QuantKey:
     for key in MXFP8, MXFP4, NVFP4:
         if (weight.dtype, weight_scale.dtype) == (key.storage_dtype, key.scale.dtype):
             return key if weight_scale.ndim != 1 else key.with_scale(layout=ScaleLayout.SWIZZLED_128X4)
-    if weight.dtype not in (torch.int8, FP8):
+    if weight.dtype not in ONE_BYTE:
         raise TypeError(_no_product("weight", f"{weight.dtype} with {weight_scale.dtype}"))
     groups = [PER_TENSOR, PER_TOKEN, *(GroupShape(side, side) for side in BLOCKS)]
     shapes = [scale_shape(weight.shape, group) for group in groups]
@@ -153,7 +154,7 @@ def _check_blocks(weight: Any, weight_scale: Any, key: QuantKey) -> None:
     """Kernels take no code of a key whose groups span rows: they infer it, and here is checked that this is right."""
     group = key.scale.group_shape
     square = group in [(side, side) for side in BLOCKS]
-    if not (square and key.dtype in (torch.int8, FP8) and key.symmetric and not key.scale.layout):
+    if not (square and key.dtype in ONE_BYTE and key.symmetric and not key.scale.layout):
         raise ValueError(_no_product("weight_key", key))
     if not (isinstance(weight, Tensor) and isinstance(weight_scale, Tensor) and weight.ndim == 2):
         return  # the operation says what is wrong
@@ -176,7 +177,7 @@ def _check_storage(weight: Tensor, key: QuantKey) -> None:
 
 def takes(key: QuantKey, weight: bool = False) -> bool:
     """Whether there is a product of activations, or of weights, of this key."""
-    known = key.dtype != FP8_FNUZ and (key.scale.dtype != torch.float32 or key.scale.group_shape.cols in (-1, *GROUPS))
+    known = key.scale.dtype != torch.float32 or key.scale.group_shape.cols in (-1, *GROUPS)
     if weight:
         return known and key.symmetric and key.scale.layout in (ScaleLayout.ROW_MAJOR, ScaleLayout.SWIZZLED_128X4)
     return known and (key.per_tensor or not key.scale.static)
@@ -225,7 +226,7 @@ def _(
     x_key = QuantKey.from_code(key)
     if not takes(x_key):
         raise ValueError(_no_product("activation", x_key))
-    codes = (torch.int8, FP8, torch.uint8)
+    codes = (*ONE_BYTE, torch.uint8)
     sizes = check("scaled_linear", data=(data, "... K", x_key.storage_dtype), weight=(weight, "N columns", codes))
     cols = sizes["K"] * x_key.packing
     _check_scales(x_key, data.shape[:-1].numel(), cols, data.device, scale=scale, scale2=scale2, zero_point=zero_point)
@@ -323,14 +324,15 @@ def scaled_linear(
 ) -> Tensor:
     """`y = round_out(sum_k(x_k * w_k) + bias)` of an activation and a weight that are both quantized.
 
-    On a GPU by the products that torch has there (`fused_ops.linear_gpu`), of operands laid out as a `QuantLinear`
-    asks for and stores them; others are refused.
+    On a GPU by torch's products, and FlashInfer's where torch has none (`fused_ops.linear_products`), of operands laid
+    out as a `QuantLinear` asks for and stores them; others are refused. FlashInfer's, and ROCm's of MX formats, make
+    bfloat16 and float16 only, and round before they add a bias.
 
     Args:
-        activation: logical shape [..., K], of any key and layout but fnuz codes; float32 scales of groups of 32, 64,
-            128, 256 or 512 columns, rows, or the tensor; zero points within [-128, 127].
-        weight: [N, K] INT8 or FP8 codes, or uint8 [N, K // 2] of FP4 (the low nibble is the even column); its format
-            may be another than the activation's.
+        activation: logical shape [..., K], of any key and layout; float32 scales of groups of 32, 64, 128, 256 or 512
+            columns, rows, or the tensor; zero points within [-128, 127].
+        weight: [N, K] INT8 or FP8 (e4m3fn, e4m3fnuz) codes, or uint8 [N, K // 2] of FP4 (the low nibble is the even
+            column); its format may be another than the activation's.
         weight_scale: float32: one element, [N, 1], or [ceil(N / b), ceil(K / b)] for blocks of b = 128 or 64; else
             what `weight_key` says.
         bias: [N] bfloat16, float16 or float32.

@@ -1,178 +1,31 @@
-"""`scaled_linear` on GPUs: the products that torch has there, which device has which, and how they take their operands.
+"""`scaled_linear` on GPUs, by the products in `linear_products`.
 
-    y = round_out(sum_k x_k * w_k + bias)       float32 sums by cuBLAS or CUTLASS, int32 of INT8
+    y = round_out(sum_k x_k * w_k + bias)       float32 sums by cuBLAS, CUTLASS or cuDNN, int32 of INT8
 
 Nothing is rearranged on the way. A layer (`quant.methods`) stores its weight as its product takes it, and asks for
 activations as it takes them: layout of the scales, and memory for a multiple of so many rows.
+
+A product that makes no float32 (`Product.results`) rounds before the bias is added, and once more behind it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library
-from torch.nn.functional import ScalingType, SwizzleType, pad
+from torch.nn.functional import SwizzleType
 
-from quant import QuantKey, ScaleLayout, formats
-from quant.key import E8M0, FP4, FP8, PER_TENSOR, PER_TOKEN, GroupShape
+from quant import QuantKey, ScaleLayout
+from quant.key import FP4
 
+from . import _flashinfer_linear, linear_products
 from ._op import OPS, Backend, kernels_of
 from .linear import INFERRED, weight_key_of
+from .linear_products import L4, LONG, ONE, ROW, Product, product_of
 
 SCALED_MM = torch.ops.aten._scaled_mm_v2
-BLOCK, L4 = 128, 4  # of a weight; a row of its scales is padded to a multiple of four
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product of torch's, by the operands it takes.
-
-    dtype, scale_dtype: of the codes and their scales, on both sides. groups: what shares a scale, of an activation and
-        of a weight. layout: of the activation's scales, and of a weight's where it is swizzled.
-    recipe: how `scaled_mm` is told of either side; None: `torch._int_mm`.
-    cols, step: K is a multiple of the first; N, and the bytes between rows, of the second.
-    pad_rows, enough: rows of activation come in multiples of the first, or are at least so many.
-    needs: what a device lacks that doesn't have it.
-    """
-
-    name: str
-    dtype: torch.dtype
-    scale_dtype: torch.dtype
-    groups: tuple[tuple[GroupShape, ...], tuple[GroupShape, ...]]
-    recipe: tuple[list[ScalingType], list[ScalingType]] | None
-    needs: str
-    layout: ScaleLayout = ScaleLayout.ROW_MAJOR
-    cols: int = 16
-    step: int = 16
-    pad_rows: int = 1
-    enough: float = 0
-
-    def takes(self, x: QuantKey, w: QuantKey) -> bool:
-        """Whether these are its operands, if they are laid out for it."""
-        return all(
-            (key.dtype, key.scale.dtype) == (self.dtype, self.scale_dtype) and key.scale.group_shape in groups
-            for key, groups in zip((x, w), self.groups, strict=True)
-        )
-
-    def activation(self, key: QuantKey) -> QuantKey:
-        """The key in the layout it takes."""
-        return key if key.per_tensor else key.with_scale(layout=self.layout)
-
-    def weight(self, key: QuantKey) -> QuantKey:
-        """The same of a weight's key."""
-        swizzled = self.layout == ScaleLayout.SWIZZLED_128X4
-        return key.with_scale(layout=self.layout if swizzled else ScaleLayout.ROW_MAJOR)
-
-    def rows(self, count: int) -> int:
-        """How many rows it reads of an activation that has `count`."""
-        return count if count >= self.enough else -(-count // self.pad_rows) * self.pad_rows
-
-    def check_sizes(self, cols: int, outs: int) -> None:
-        """Raise ValueError unless it takes weights [outs, cols]."""
-        for name, size, step in ("K", cols, self.cols), ("N", outs, self.step):
-            if size % step:
-                raise ValueError(f"{name} is {size}, the {self.name} product takes multiples of {step}")
-
-
-_ROWS = (PER_TOKEN, PER_TENSOR)
-_ONE, _ROW, _LONG = [ScalingType.TensorWise], [ScalingType.RowWise], [ScalingType.BlockWise1x128]
-_SQUARE, _MX = [ScalingType.BlockWise128x128], [ScalingType.BlockWise1x32]
-_NV = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
-_FP8 = "tensor cores for float8_e4m3fn: sm_89 and later, gfx950"
-_BLACKWELL = "Blackwell's block scales: sm_100, sm_103, sm_120, sm_121"
-SWIZZLED = ScaleLayout.SWIZZLED_128X4
-PRODUCTS = {
-    product.name: product
-    for product in (  # the first that takes a pair of keys is theirs
-        Product("tensor", FP8, torch.float32, ((PER_TENSOR,), (PER_TENSOR,)), (_ONE, _ONE), _FP8),
-        Product("row", FP8, torch.float32, (_ROWS, _ROWS), (_ROW, _ROW), _FP8),
-        Product(
-            "1x128", FP8, torch.float32, ((GroupShape(1, BLOCK),), (GroupShape(BLOCK, BLOCK),)), (_LONG, _SQUARE),
-            "cuBLAS 12.9 or later on sm_90, the only one it has this for", ScaleLayout.TMA_ALIGNED,
-            cols=BLOCK, pad_rows=4, enough=inf,  # columns of the activation's scales begin at 16 bytes
-        ),
-        Product("mxfp8", FP8, E8M0, ((GroupShape(1, 32),),) * 2, (_MX, _MX), _BLACKWELL, SWIZZLED, cols=32),
-        Product("nvfp4", FP4, FP8, ((GroupShape(1, 16),),) * 2, (_NV, _NV), _BLACKWELL, SWIZZLED, cols=32),
-        Product(
-            "int8", torch.int8, torch.float32, (_ROWS, _ROWS), None,
-            "cuBLAS's INT8: sm_80 to sm_100, sm_120, sm_121", cols=8, step=8, pad_rows=32, enough=17,
-        ),
-    )
-}  # fmt: skip
-_BLOCKS = ("tensor", "row", "mxfp8", "nvfp4")
-# What a device has; `Product.needs` says what the others lack. sm_103 has hardly any INT8 left; gfx942 multiplies
-# float8_e4m3fnuz only, which `scaled_linear` doesn't take; torch's MXFP4 (sm_100) rounds before there is a bias.
-DEVICES = {
-    "sm_80": ("int8",),
-    "sm_86": ("int8",),
-    "sm_87": ("int8",),
-    "sm_89": ("tensor", "row", "int8"),
-    "sm_90": ("tensor", "row", "1x128", "int8"),
-    "sm_100": (*_BLOCKS, "int8"),
-    "sm_103": _BLOCKS,
-    "sm_120": (*_BLOCKS, "int8"),
-    "sm_121": (*_BLOCKS, "int8"),
-    "gfx942": (),
-    "gfx950": ("tensor", "row"),
-}
-
-
-def architecture(device: torch.device) -> str | None:
-    """Such as "sm_90" or "gfx950"; None where the kernels are not these products."""
-    return _architecture(device.index) if device.type == "cuda" else None
-
-
-@cache
-def _architecture(index: int | None) -> str:
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
-
-
-def available(arch: str) -> tuple[str, ...]:
-    """Names of the products that the architecture has in this build of torch."""
-    cuda = torch.version.cuda
-    old = cuda is not None and tuple(map(int, cuda.split(".")[:2])) < (12, 9)
-    return tuple(name for name in DEVICES.get(arch, ()) if not (name == "1x128" and old))
-
-
-def product_of(x: QuantKey, w: QuantKey, arch: str) -> Product:
-    """The product of activations and weights of these keys, in whatever layout; ValueError where there is none."""
-    product = next((p for p in PRODUCTS.values() if p.takes(x, w)), None)
-    has = available(arch)
-    if product is None or product.name not in has:
-        needs = f", which needs {product.needs}" if product else ""
-        names = ", ".join(has) or "none"
-        raise ValueError(f"{arch} has no product of {x} with a weight of {w}{needs}; it has {names}")
-    return product
-
-
-# --- a weight's scales ---
-
-
-def arrange(scale: Tensor, key: QuantKey, product: Product | None) -> Tensor:
-    """Row-major scales of a weight as the product reads them, of the same shape but where swizzled.
-
-    1x128: rows of a multiple of four, the rest zero.
-    """
-    if product is None:
-        return scale
-    if product.layout == SWIZZLED:
-        return formats.arrange(scale, product.weight(key).scale)
-    groups = scale.shape[-1]
-    return pad(scale, (0, -groups % L4))[:, :groups] if product.name == "1x128" else scale
-
-
-def row_major(scale: Tensor, shape: tuple[int, int], key: QuantKey, product: Product | None) -> Tensor:
-    """The inverse of `arrange`, for a weight of this shape."""
-    if product is not None and product.layout == SWIZZLED:
-        return formats.unswizzled(scale, shape[0], key.groups(shape[1]))
-    return scale.contiguous()
 
 
 # --- the product ---
@@ -205,7 +58,7 @@ def refusal(*args) -> str:
     o = Operands(*args)
     x, w = o.keys
     try:
-        product = product_of(x, w, architecture(o.data.device) or "a CPU")
+        product = product_of(x, w, linear_products.architecture(o.data.device) or "a CPU")
         product.check_sizes(o.weight.shape[1] * w.packing, o.weight.shape[0])
     except ValueError as error:
         return str(error)
@@ -214,24 +67,27 @@ def refusal(*args) -> str:
             return f"{name} is {key}, the {product.name} product takes {taken}"
     if not x.symmetric and o.weight_sums is None:
         return "weight_sums is None, and zero points take weight.sum(1, dtype=torch.int32)"
+    if o.out_dtype not in product.results:
+        made = " and ".join(map(str, product.results))
+        return f"out_dtype is {o.out_dtype}, the {product.name} product makes {made}"
     return ""
 
 
 def multiply(args: tuple, out: Tensor | None = None) -> Tensor:
     """The result, in `out` where that is given; everything else about the arguments has been checked."""
     o = Operands(*args)
-    x, w = o.keys
-    product = next(p for p in PRODUCTS.values() if p.takes(x, w))
+    product = product_of(*o.keys, linear_products.architecture(o.data.device) or "a CPU")
     count, outs = o.data.shape[:-1].numel(), o.weight.shape[0]
     shape = (*o.data.shape[:-1], outs)
     if not (count and outs):
         return o.data.new_empty(shape, dtype=o.out_dtype) if out is None else out
     o = o._replace(data=_rows(o, product, count))
-    if product.recipe is None:
-        y = _int8(o, count)
+    direct = out is not None and out.is_contiguous() and o.data.shape[0] == count
+    place = out.view(count, outs) if out is not None and direct else None
+    if product.flashinfer:
+        y = _flashinfer(o, product, place)
     else:
-        direct = o.data.shape[0] == count
-        y = _scaled(o, product, out.view(count, outs) if direct and out is not None and out.is_contiguous() else None)
+        y = _int8(o, count) if product.recipe is None else _scaled(o, product, place)
     y = y[:count].view(shape)
     if out is None:
         return y.to(o.out_dtype)
@@ -247,6 +103,11 @@ def _rows(o: Operands, product: Product, count: int) -> Tensor:
         raise ValueError(f"scaled_linear: data has strides {strides}, expected rows at one distance") from None
     stride = data.stride(0) if count > 1 else data.shape[1]
     for name, step, start in ("data", stride, data), ("weight", o.weight.stride(0), o.weight):
+        if product.flashinfer and step != data.shape[1]:
+            raise ValueError(
+                f"scaled_linear: rows of {name} are {step} bytes apart, the {product.name} product takes them "
+                f"{data.shape[1]} apart, without gaps"
+            )
         if step % product.step or start.data_ptr() % product.step:
             raise ValueError(
                 f"scaled_linear: rows of {name} are {step} bytes apart and begin at {start.data_ptr():#x}, "
@@ -267,13 +128,13 @@ def _memory(tensor: Tensor, name: str, shape: tuple[int, int], strides: tuple[in
 
 
 def _scaled(o: Operands, product: Product, out: Tensor | None) -> Tensor:
-    """By `scaled_mm`; unrounded, in float32, where the product can't add the bias or make the result's dtype."""
+    """By `scaled_mm`; unrounded, in float32 if it can, where it can't add the bias or make the result's dtype."""
     fused = o.bias is None or o.bias.dtype == o.out_dtype == torch.bfloat16
-    dtype = o.out_dtype if fused else torch.float32
-    if product.name == "row" and (dtype == torch.float32 or (torch.version.hip and dtype != torch.bfloat16)):
+    dtype = o.out_dtype if fused or torch.float32 not in product.results else torch.float32
+    if product.recipe == (ROW, ROW) and (dtype == torch.float32 or (torch.version.hip and dtype != torch.bfloat16)):
         dtype = torch.float32  # which not every device makes of scales by row, but of one scale
         one = [torch.ones(1, device=o.data.device)]
-        return _rescaled(_scaled_mm(o, (one, one), (_ONE, _ONE), None, dtype, None), o)
+        return _rescaled(_scaled_mm(o, (one, one), (ONE, ONE), None, dtype, None), o)
     added = None if fused else o.bias
     y = _scaled_mm(o, _scales(o, product), product.recipe, o.bias if fused else None, dtype, out if fused else None)
     return y if added is None else y + added
@@ -283,13 +144,17 @@ def _scales(o: Operands, product: Product) -> tuple[list[Tensor], list[Tensor]]:
     """What the recipes of either side ask for."""
     rows, outs = o.data.shape[0], o.weight.shape[0]
     x, w = o.scale, o.weight_scale
-    if product.name == "row":  # one scale for all of them is handed over as one for each
+    if product.recipe == (ROW, ROW):  # one scale for all of them is handed over as one for each
         x, w = x.reshape(-1, 1).expand(rows, 1).contiguous(), w.reshape(1, -1).expand(1, outs).contiguous()
-    elif product.name == "1x128":
+    elif product.recipe and product.recipe[0] == LONG:
         high, groups = w.shape
         wide = -(-groups // L4) * L4
         x = _memory(x, "scale", (rows, groups), (1, rows), product)
         w = _memory(w, "weight_scale", (wide, high), (1, wide), product)
+    elif product.pad_rows > 1 and product.layout == ScaleLayout.ROW_MAJOR:
+        x = _memory(x, "scale", (rows, x.shape[1]), (x.shape[1], 1), product)
+    if product.flashinfer and not w.is_contiguous():
+        raise ValueError(f"scaled_linear: weight_scale has strides {w.stride()}, {product.name} takes no gaps in it")
     if o.scale2 is None or o.weight_scale2 is None:
         return [x], [w]
     return [x, o.scale2.reshape(1)], [w, o.weight_scale2.reshape(1)]
@@ -302,10 +167,21 @@ def _scaled_mm(o: Operands, scales, recipes, bias: Tensor | None, dtype: torch.d
         x, w = x.view(FP4), w.view(FP4)
     sides = []
     for each, recipe in zip(scales, recipes, strict=True):
-        swizzles = [SwizzleType.NO_SWIZZLE if s.dtype == torch.float32 else SwizzleType.SWIZZLE_32_4_4 for s in each]
+        swizzled = [s.dtype != torch.float32 and s.ndim == 1 for s in each]
+        swizzles = [SwizzleType.SWIZZLE_32_4_4 if s else SwizzleType.NO_SWIZZLE for s in swizzled]
         sides += [each, [kind.value for kind in recipe], [kind.value for kind in swizzles]]
     args = (x, w.t(), *sides, bias, dtype)
     return SCALED_MM.default(*args) if out is None else SCALED_MM.out(*args, out=out)
+
+
+def _flashinfer(o: Operands, product: Product, out: Tensor | None) -> Tensor:
+    """By FlashInfer, which rounds to the result's dtype; a bias is added to that, in float32."""
+    (x_scale,), (w_scale,) = _scales(o, product)
+    shape = o.data.shape[0], o.weight.shape[0]
+    aligned = out is not None and o.bias is None and out.data_ptr() % product.step == 0
+    y = out if out is not None and aligned else o.data.new_empty(shape, dtype=o.out_dtype)
+    _flashinfer_linear.RUN[product.flashinfer](o.data, o.weight, x_scale, w_scale, y)
+    return y if o.bias is None else y + o.bias
 
 
 def _int8(o: Operands, count: int) -> Tensor:

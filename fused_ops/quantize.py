@@ -33,7 +33,7 @@ class QuantOptions(TypedDict, total=False):
     zero_point: int32 [1], a static asymmetric key.
     scale_ub: float32 [1], an upper bound of the magnitude that dynamic FP8 scales come from.
     keep_unquantized: also return the unquantized result, as `.unquantized`.
-    pad_rows: allocate rows of `data` to a multiple of this; the result is a view of the first.
+    pad_rows: allocate rows of `data`, and of row-major scales, to a multiple of this; results are views of the first.
     out: its tensors are written instead of fresh ones; returned, with this call's static scale, zero point or scale2.
         With `quant_key=None` a Tensor.
     """
@@ -326,7 +326,7 @@ def target(
     if out is None:
         out = QuantizedActivation(
             _padded(op_name, fresh["data"], pad_rows, prefix),
-            fresh["scale"] if scale is None else scale,
+            _padded_scale(op_name, key, fresh["scale"], pad_rows, prefix) if scale is None else scale,
             key,
             dtype,
             scale2,
@@ -354,6 +354,12 @@ def _padded(op_name: str, data: Tensor, pad_rows: Any, prefix: str) -> Tensor:
         return data
     rows = data.shape[:-1].numel()
     return data.new_empty((-(-rows // pad_rows) * pad_rows, data.shape[-1]))[:rows].view(data.shape)
+
+
+def _padded_scale(op_name: str, key: QuantKey, scale: Tensor, pad_rows: Any, prefix: str) -> Tensor:
+    """The same of a scale whose rows follow each other; other layouts have rows of their own to fill up."""
+    plain = key.scale.layout == ScaleLayout.ROW_MAJOR and not key.per_tensor
+    return _padded(op_name, scale, pad_rows, prefix) if plain else scale
 
 
 def _given_out(op_name, out: Any, key, scale, scale2, zero_point, keep_unquantized, dtype) -> QuantizedActivation:

@@ -17,6 +17,8 @@ _parsing = threading.Lock()
 def formula(function: Callable, **helpers: Callable) -> str | None:
     """What `function` returns, as one expression of its parameters; None where it does more than assign and return.
 
+    More is also a call of its own methods or submodules whose result goes nowhere.
+
     Locals are replaced by their values, by a conditional expression where a branch assigns them; `not` in a condition
     turns it round; keywords stand in order, and an option (a parameter after the first) that is passed on under its own
     name counts as part of `**kwargs`. So names of variables and options that are only handed through don't matter, and
@@ -104,12 +106,15 @@ def _conditional(test: ast.expr, then: ast.expr, otherwise: ast.expr) -> ast.exp
 class _Inline(ast.NodeTransformer):
     def __init__(self, options: set[str], helpers: dict[str, Callable], values: dict[str, ast.expr]) -> None:
         self.options, self.helpers, self.values = options, helpers, values
+        self.calls: set[str] = set()  # of methods and submodules: a result that nothing reads is work all the same
 
     def returned(self, definition: ast.FunctionDef) -> ast.expr | None:
         *body, last = definition.body
         if not all(map(self.assign, body)) or not isinstance(last, ast.Return) or last.value is None:
             return None
-        return self.visit(last.value)
+        value = self.visit(last.value)
+        text = ast.unparse(value)
+        return value if all(call in text for call in self.calls) else None
 
     def assign(self, statement: ast.stmt) -> bool:
         """Take note of what the statement assigns to names; False where it does anything else."""
@@ -150,6 +155,8 @@ class _Inline(ast.NodeTransformer):
         own = [keyword for keyword in node.keywords if not self._handed_through(keyword)]
         kwargs = [ast.keyword(None, ast.Name("kwargs", ast.Load()))] if len(own) < len(node.keywords) else []
         node.keywords = sorted(own, key=lambda keyword: keyword.arg or "") + kwargs
+        if isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "self":
+            self.calls.add(ast.unparse(node))
         return node
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:

@@ -204,6 +204,19 @@ def decode(data: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(codes < 8, 0.5, -0.5) * halves
 
 
+def halved(data: Tensor) -> Tensor:
+    """float8_e4m3fnuz codes of half the values that float8_e4m3fn ones have: the same bits, but for NaN and -0."""
+    codes = data.view(torch.uint8)
+    nan = codes & 0x7F == NAN_CODE[FP8]
+    return torch.where(nan, NAN_CODE[FP8_FNUZ], codes.where(codes != 0x80, 0)).to(torch.uint8).view(FP8_FNUZ)
+
+
+def doubled(data: Tensor) -> Tensor:
+    """The inverse of `halved`, but for -0; 240, whose double is too large, becomes NaN."""
+    codes = data.view(torch.uint8)
+    return torch.where(codes == NAN_CODE[FP8_FNUZ], NAN_CODE[FP8], codes).to(torch.uint8).view(FP8)
+
+
 def pack(codes: Tensor) -> Tensor:
     """Two four-bit codes to a byte, the even column in the low nibble."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

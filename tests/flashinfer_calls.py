@@ -1,5 +1,6 @@
 """Calls of attention by the FlashInfer backend on the CPU, by its double."""
 
+import ast
 from collections import OrderedDict
 
 import flashinfer_double as double
@@ -50,6 +51,19 @@ def latent(lengths=MIXED, dtype=torch.bfloat16, block=16):
     kv_b = (torch.randn(3, 256, 512) / 32).to(dtype)
     cache, _ = filled((blocks_of(lengths, block), block, 576), dtype, "cpu")
     return [q[..., :128], q[..., 128:], cache, kv_b[:, :128], kv_b[:, 128:], *batch(lengths, block, "cpu")]
+
+
+def parameters(source: str, name: str, kind: str | None = None) -> list[tuple[str, str | None]]:
+    """Of a function, or of a method of a class: with their defaults, as they are written."""
+    tree = ast.parse(source)
+    classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == kind]
+    (scope,) = classes or [tree]
+    *_, found = (n for n in scope.body if isinstance(n, ast.FunctionDef) and n.name == name)  # the last of overloads
+    a = found.args
+    defaults = [None] * (len(a.args) - len(a.defaults)) + [ast.unparse(d) for d in a.defaults]
+    named = list(zip([x.arg for x in a.args], defaults, strict=True))
+    named += [("*", None)] if a.vararg else []
+    return named + [(x.arg, d and ast.unparse(d)) for x, d in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
 
 
 def both(function, *args, **options):

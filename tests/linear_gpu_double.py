@@ -2,20 +2,18 @@
 
 import copy
 
+import flashinfer_linear_double
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.library import Library
 from torch.nn.functional import ScalingType, SwizzleType
 
-from fused_ops import OPS, linear_gpu
+from fused_ops import OPS, _flashinfer, _flashinfer_linear, linear_gpu, linear_products
 from fused_ops._op import kernels_of
 from fused_ops.linear import exact_values
-from quant import (
-    QuantizedActivation,
-    formats,
-)
-from quant.key import FP4
+from quant import QuantizedActivation, formats
+from quant.key import FP4, FP8
 from quant.methods import SCHEMES, QuantLinear, quantize_model
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -29,14 +27,35 @@ SERVED = {
     "sm_90": INT8 | ROWWISE | {"fp8_block"},
     **dict.fromkeys(("sm_100", "sm_120", "sm_121"), INT8 | BLACKWELL),
     "sm_103": BLACKWELL,
-    "gfx942": set(),
-    "gfx950": ROWWISE,
+    "gfx942": ROWWISE,
+    "gfx950": ROWWISE | {"mxfp8", "mxfp4"},
 }
-ON = {scheme: next(a for a in ("sm_90", "sm_100") if scheme in SERVED[a]) for scheme in SERVED["sm_90"] | BLACKWELL}
+PLACES = [  # each product
+    *((scheme, "sm_90") for scheme in sorted(SERVED["sm_90"])),
+    *((scheme, "sm_100") for scheme in ("fp8_block", "mxfp4", "mxfp8", "nvfp4")),
+    ("fp8_block", "sm_120"),
+    *((scheme, "gfx942") for scheme in sorted(ROWWISE)),
+    *((scheme, "gfx950") for scheme in ("mxfp4", "mxfp8")),
+]
 needs_products = pytest.mark.skipif(
     not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU"), reason="torch 2.11 has none here"
 )
-each_scheme = pytest.mark.parametrize("scheme", sorted(ON))
+each_place = pytest.mark.parametrize(("scheme", "arch"), PLACES)
+
+
+def served(arch: str) -> set[str]:
+    """Schemes that it has a product for, with what is installed here."""
+    found = SERVED.get(arch, set())
+    if "mxfp8" not in found or arch.startswith("gfx"):
+        return found
+    return found | {
+        scheme for scheme, name in flashinfer_linear_double.NAMES.items() if not _flashinfer_linear.missing(name)
+    }
+
+
+def halves_only(scheme: str, arch: str) -> bool:
+    """Whether its product makes no float32."""
+    return arch == "gfx950" or (arch != "sm_90" and scheme in flashinfer_linear_double.NAMES)
 
 
 class Decoded:
@@ -46,10 +65,14 @@ class Decoded:
         recipes = x_recipe, x_swizzle, w_recipe, w_swizzle
         meta = [[as_meta(s) for s in scales] for scales in (x_scales, w_scales)]
         sides = meta[0], *recipes[:2], meta[1], *recipes[2:]
-        linear_gpu_mm.default(as_meta(x), as_meta(w), *sides, bias, dtype)
+        if torch.version.hip:
+            check_rocm(x, w, x_scales[0], w_scales[0], x_recipe, dtype)
+        if not (torch.version.hip and x_recipe == [MX]):  # whose scales torch 2.13's own check miscounts
+            linear_gpu_mm.default(as_meta(x), as_meta(w), *sides, bias, dtype)
         assert set(x_swizzle + w_swizzle) <= {SWIZZLED, PLAIN}
         left = operand(x, x_scales, x_recipe, x_swizzle)
-        right = operand(w.t(), [s.t() if s.ndim == 2 else s for s in w_scales], w_recipe, w_swizzle)
+        by_row = [s.t() if s.ndim == 2 and s.dtype == torch.float32 else s for s in w_scales]
+        right = operand(w.t(), by_row, w_recipe, w_swizzle)
         y = left @ right.t()
         if bias is not None:
             assert bias.dtype == dtype == torch.bfloat16
@@ -62,13 +85,29 @@ class Decoded:
 
 
 linear_gpu_mm = linear_gpu.SCALED_MM
+MX = ScalingType.BlockWise1x32.value
 SWIZZLED, PLAIN = SwizzleType.SWIZZLE_32_4_4.value, SwizzleType.NO_SWIZZLE.value
 GROUPS = {  # columns and rows of a scale
     ScalingType.BlockWise1x16.value: (16, 1),
-    ScalingType.BlockWise1x32.value: (32, 1),
+    MX: (32, 1),
     ScalingType.BlockWise1x128.value: (128, 1),
     ScalingType.BlockWise128x128.value: (128, 128),
 }
+
+
+def check_rocm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, recipe: list[int], dtype: torch.dtype) -> None:
+    """What ScaledBlas.cpp asks for there: scales in rows, whole blocks of 32, and hipBLASLt's results."""
+    assert recipe != [ScalingType.RowWise.value] or dtype == torch.bfloat16
+    if recipe == [MX]:
+        packing = 2 if x.dtype == FP4 else 1
+        assert not any(size % 32 for size in (*x.shape, *w.shape))
+        assert x_scale.shape == (x.shape[0], packing * x.shape[1] // 32)
+        assert w_scale.shape == (w.shape[1], packing * w.shape[0] // 32)
+        assert x_scale.is_contiguous()
+        assert w_scale.is_contiguous()
+        assert dtype != torch.float32
+    else:
+        assert x.dtype == w.dtype == torch.float8_e4m3fnuz
 
 
 def as_meta(tensor: Tensor) -> Tensor:
@@ -107,15 +146,20 @@ def decoded(monkeypatch):
     real = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", int_mm)
     monkeypatch.setattr(linear_gpu, "SCALED_MM", Decoded())
+    monkeypatch.setattr(_flashinfer, "library", lambda: flashinfer_linear_double.LIBRARY)
+    flashinfer_linear_double.CALLED.clear()
 
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """pretend("sm_90"): the CPU is such a GPU from now on."""
+    """pretend("sm_90"): the CPU is such a GPU from now on, of ROCm 7.1 if it is AMD's; FlashInfer is there."""
     libraries = []
 
-    def be(arch: str, device: str = "cpu") -> None:
-        monkeypatch.setattr(linear_gpu, "architecture", lambda d: arch if d.type == device else None)
+    def be(arch: str, device: str = "cpu", flashinfer: bool = True) -> None:
+        monkeypatch.setattr(linear_products, "architecture", lambda d: arch if d.type == device else None)
+        monkeypatch.setattr(torch.version, "hip", "7.1.25424-4179531dcd" if arch.startswith("gfx") else None)
+        if flashinfer:
+            monkeypatch.setattr(_flashinfer_linear, "missing", lambda name: "")
         if device == "cpu" and not libraries:
             libraries.append(Library("fused_ops", "IMPL"))
             op = OPS["scaled_linear"]
@@ -146,9 +190,19 @@ def exact(layer: QuantLinear, x: QuantizedActivation) -> tuple[Tensor, Tensor]:
     return (y, size) if layer.bias is None else (y + layer.bias.double(), size + layer.bias.double().abs())
 
 
-def check(y: Tensor, layer: QuantLinear, x: QuantizedActivation, context: str, error: float = 2.0**-20) -> None:
-    """Of the float64 result, rounded, at most one step of a 16-bit dtype beside what the sum's own error makes."""
-    check_close(y, *exact(layer, x), context, error)
+def unsigned_zeros(tensor: Tensor) -> Tensor:
+    """gfx942's FP8 has no others."""
+    return tensor.view(torch.uint8).where(tensor.float() != 0, 0) if tensor.dtype == FP8 else tensor
+
+
+def check(
+    y: Tensor, layer: QuantLinear, x: QuantizedActivation, context: str, error: float = 2.0**-20, sums: bool = False
+) -> None:
+    """Of the float64 result, rounded, at most one step of a 16-bit dtype beside what the sum's own error makes.
+
+    sums: that are rounded too, before the bias is added.
+    """
+    check_close(y, *exact(layer, x), context, error + sums * torch.finfo(y.dtype).eps)
 
 
 def check_close(y: Tensor, expected: Tensor, size: Tensor, context: str, error: float = 2.0**-20) -> None:

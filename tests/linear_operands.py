@@ -27,14 +27,15 @@ from quant import (
     ScaleLayout,
     formats,
 )
-from quant.key import E8M0, FP8
+from quant.key import E8M0, FP8, FP8_FNUZ
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KEYS = [*filter(takes, case_keys()), replace(INT8_DYNAMIC_GROUP_128, symmetric=False)]
 SWIZZLED = [key.with_scale(layout=ScaleLayout.SWIZZLED_128X4) for key in (MXFP8, MXFP4, NVFP4)]
 SIDES = [(-1, -1), (1, -1), (128, 128), (64, 64), (1, 128)]
 FLOAT_SCALES = [block_key(dtype, *sides) for dtype in (torch.int8, FP8) for sides in SIDES]
-WEIGHTS = [*FLOAT_SCALES, MXFP8, MXFP4, NVFP4, *SWIZZLED]
+FNUZ = [block_key(FP8_FNUZ, 1, -1), block_key(FP8_FNUZ, 128, 128)]
+WEIGHTS = [*FLOAT_SCALES, *FNUZ, MXFP8, MXFP4, NVFP4, *SWIZZLED]
 INT8_KEYS = [INT8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN]
 FP8_KEYS = [FP8_STATIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128]
 COLS = [1, 7, 31, 100, 129, 577, 1100]  # odd ones, short last groups and blocks, vectors that end within 32 codes
@@ -55,6 +56,8 @@ def codes(rows: int, cols: int, key: QuantKey) -> Tensor:
     random = torch.randint(0, 256, (rows, cols // key.packing), dtype=torch.uint8)
     if key.dtype == FP8:
         random = random.where(random & 0x7F != 0x7F, random - 1)
+    if key.dtype == FP8_FNUZ:
+        random = random.where(random != 0x80, 0)
     return random.view(key.storage_dtype)
 
 

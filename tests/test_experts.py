@@ -13,7 +13,7 @@ from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 import fused_ops
-from fused_ops import linear_gpu
+from fused_ops import linear_products
 from fused_ops.experts import chosen
 from fused_ops.linear import decode_weight
 from quant import INT8_DYNAMIC_TOKEN, MXFP8, formats
@@ -245,7 +245,7 @@ def test_copies_state_dicts_and_dtypes():
 
 
 def test_on_a_gpu_they_are_refused(monkeypatch):
-    monkeypatch.setattr(linear_gpu, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(linear_products, "architecture", lambda device: "sm_90")
     with pytest.raises(ValueError, match=r"experts\.gate_up_proj: no product on cpu takes the weights of 5 experts"):
         quantized("Qwen3Moe", "int8_token")
 

@@ -164,6 +164,16 @@ def test_decoding_every_code(dtype):
     np.testing.assert_array_equal(formats.decode(codes.view(dtype), dtype).numpy(), decoded(codes.numpy(), dtype))
 
 
+def test_amds_codes_of_half_the_value():
+    every = torch.arange(256, dtype=torch.uint8).view(FP8)
+    half = formats.halved(every)
+    np.testing.assert_array_equal(half.float().numpy(), every.float().numpy() / 2)
+    assert not raw(half).eq(0x7F).any()
+    again = formats.doubled(half)
+    np.testing.assert_array_equal(again.float().numpy(), every.float().numpy())
+    assert formats.doubled(torch.tensor([0x7F, 0xFF], dtype=torch.uint8).view(FP8_FNUZ)).isnan().all()
+
+
 def test_fp4_pairs():
     pairs = torch.arange(256, dtype=torch.uint8)
     codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten()  # the even column is the low nibble

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from compare import assert_same
-from linear_gpu_double import DTYPES, SERVED, check, check_close, exact, quantized, stock
+from linear_gpu_double import DTYPES, check, check_close, exact, halves_only, quantized, stock, unsigned_zeros
+from linear_gpu_double import served as served_on
 from torch import nn
 
 import fused_ops
-from fused_ops import linear_gpu
+from fused_ops import linear_products
 from fused_ops.linear import exact_values, linear_inputs
 from quant import FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR
 from quant.methods import SCHEMES, QuantLinear
@@ -19,12 +20,12 @@ TOKENS = 1, 3, 16, 17, 130
 
 
 def architecture() -> str:
-    return linear_gpu.architecture(torch.device("cuda", torch.cuda.current_device()))
+    return linear_products.architecture(torch.device("cuda", torch.cuda.current_device()))
 
 
 def served() -> list[str]:
     """Schemes with a product here; none where there is no GPU, which collecting the tests needs."""
-    return sorted(SERVED.get(architecture(), ())) if torch.cuda.is_available() else []
+    return sorted(served_on(architecture())) if torch.cuda.is_available() else []
 
 
 each_scheme = pytest.mark.parametrize("scheme", served())
@@ -41,7 +42,7 @@ def on_cpu(layer: QuantLinear) -> QuantLinear:
 
 def test_the_table_is_this_devices():
     """Schemes that it gives a product are built, and no others."""
-    assert architecture() in linear_gpu.DEVICES
+    assert architecture() in linear_products.DEVICES
     for scheme in SCHEMES:
         if scheme in served():
             quantized(scheme, stock().cuda(), torch.randn(4, 640, device="cuda"))
@@ -55,6 +56,8 @@ def test_the_table_is_this_devices():
 @pytest.mark.parametrize("bias", [None, *DTYPES], ids=str)
 def test_the_product_is_that_of_the_decoded_values(scheme, dtype, bias):
     """And the CPU's, but for the order of sums."""
+    if dtype == torch.float32 and halves_only(scheme, architecture()):
+        pytest.skip("its product makes no float32")
     for tokens in TOKENS:
         compare(scheme, stock(dtype, bias is not None).cuda(), tokens, bias)
 
@@ -63,6 +66,9 @@ def test_the_product_is_that_of_the_decoded_values(scheme, dtype, bias):
 @pytest.mark.parametrize(("cols", "outs"), [(4096, 1024), (1536, 576)])
 def test_other_sizes(scheme, cols, outs):
     """An N of 576 is no multiple of 128, which the 1x128 product's K has to be."""
+    product = SCHEMES[scheme].product(architecture())
+    if outs % product.outs:
+        pytest.skip(f"the {product.name} product takes multiples of {product.outs}")
     for tokens in 1, 300:
         compare(scheme, stock(cols=cols, outs=outs).cuda(), tokens)
 
@@ -77,7 +83,8 @@ def compare(scheme: str, model: nn.Module, tokens: int, bias: torch.dtype | None
     y, expected = layer(q), exact(cpu, q.to("cpu"))
     context = f"{tokens} x {stock.in_features} x {stock.out_features}"
     assert (y.shape, y.dtype, y.device.type) == ((tokens, stock.out_features), x.dtype, "cuda")
-    check_close(y.cpu(), *expected, context, error(scheme))
+    twice = layer.bias is not None and halves_only(scheme, architecture())
+    check_close(y.cpu(), *expected, context, error(scheme) + twice * torch.finfo(y.dtype).eps)
     check_close(cpu(x.cpu()), *expected, f"on the CPU: {context}")
     assert_same(layer(x), y, context)
 
@@ -87,6 +94,7 @@ def compare(scheme: str, model: nn.Module, tokens: int, bias: torch.dtype | None
 def test_one_scale_for_the_whole_weight(key, dtype):
     if "fp8_token" not in served():
         pytest.skip("no FP8 here")
+    key = linear_products.native(key, architecture())
     for tokens in TOKENS:
         x, w, _, _ = linear_inputs(tokens, 640, 256, key, "cuda")
         y = fused_ops.scaled_linear(x, w, torch.tensor([0.25], device="cuda"), out_dtype=dtype).cpu()
@@ -102,9 +110,10 @@ def test_a_model_that_moves(scheme):
     moved = copy.deepcopy(cpu).to("cuda")
     y = moved(x.cuda())
     q = fused_ops.quantize(x.cuda(), **moved[0].input_quant()).to("cpu")
-    check(y.cpu(), cpu[0], q, "moved", error(scheme))
+    check(y.cpu(), cpu[0], q, "moved", error(scheme), sums=halves_only(scheme, architecture()))
     for name, tensor in cpu.state_dict().items():
-        assert_same(moved.state_dict()[name].cpu(), tensor, name)
+        actual = moved.state_dict()[name].cpu()
+        assert_same(*(unsigned_zeros(t) if architecture() == "gfx942" else t for t in (actual, tensor)), name)
     assert_same(copy.deepcopy(moved).cpu()(x), cpu(x))
     other = quantized(scheme, stock().cuda(), x.cuda())
     other.load_state_dict(cpu.state_dict())
@@ -116,7 +125,7 @@ def test_producers_hand_over_what_the_layer_takes(scheme):
     x, r = torch.randn(2, 5, 640, device="cuda").bfloat16()
     w = torch.randn(640, device="cuda")
     layer = quantized(scheme, stock().cuda(), x)[0]
-    for backend in "cuda", "triton":
+    for backend in ("triton",) if torch.version.hip else ("cuda", "triton"):
         with fused_ops.use_backend(backend):
             q, _ = fused_ops.fused_add_rms_norm_quant(x, r, w, 1e-6, **layer.input_quant())
             normed = fused_ops.fused_add_rms_norm(x, r, w, 1e-6)[0]
@@ -165,7 +174,7 @@ def test_given_results_and_no_rows(scheme):
 
 
 def test_what_is_not_served_is_refused_and_the_reference_serves_it():
-    if "fp8_block" not in served():
+    if architecture() != "sm_90" or "fp8_block" not in served():
         pytest.skip("the 1x128 product is Hopper's")
     x, model = torch.randn(5, 640, device="cuda").bfloat16(), stock().cuda()
     layer = quantized("fp8_block", model)[0]
@@ -189,4 +198,5 @@ def test_layers_after_one_another():
         up, down = (quantized(scheme, nn.Sequential(layer))[0] for layer in model)
         gate_up = up(x)
         q = fused_ops.silu_mul_quant(*gate_up.chunk(2, -1), **down.input_quant())
-        check(down(q).cpu(), on_cpu(down), q.to("cpu"), scheme, error(scheme))
+        halves = halves_only(scheme, architecture())
+        check(down(q).cpu(), on_cpu(down), q.to("cpu"), scheme, error(scheme), sums=halves)

@@ -5,6 +5,7 @@ Few rows take another path than many (5 and more), and rows beyond 256 another p
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import cycle, product
 
 import pytest
@@ -40,6 +41,8 @@ from fused_ops.linear import (
     usual_weight,
 )
 from quant import (
+    FP8_DYNAMIC_GROUP_128,
+    FP8_DYNAMIC_TOKEN,
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN_ASYM,
     INT8_STATIC_TENSOR,
@@ -50,7 +53,7 @@ from quant import (
     QuantizedActivation,
     formats,
 )
-from quant.key import FP4, FP8, PER_TENSOR
+from quant.key import FP4, FP8, FP8_FNUZ, PER_TENSOR
 
 # --- values ---
 
@@ -92,12 +95,30 @@ def test_what_quantize_and_quantize_weight_make(key):
         assert_same(linear(x, (w, w_scale, usual_weight(key), w_scale2)), y)
 
 
+@pytest.mark.parametrize("key", [FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128], ids=str)
+@each_backend
+def test_amds_codes_give_the_bits_of_e4m3fn(backend, key):
+    """Theirs are halves with twice the scale, quantized or converted."""
+    fnuz, w_key = replace(key, dtype=FP8_FNUZ), usual_weight(key)
+    weight = torch.randn(150, 576)
+    w, w_scale, _ = quantize_weight(weight, w_key)
+    half, twice, _ = quantize_weight(weight, replace(w_key, dtype=FP8_FNUZ))
+    assert_same(half, formats.halved(w))
+    assert_same(twice, 2 * w_scale)
+    for tokens in 1, 33:
+        x = torch.randn(tokens, 576).bfloat16()
+        with fused_ops.use_backend(backend):
+            y = fused_ops.scaled_linear(fused_ops.quantize(x, key), w, w_scale, out_dtype=torch.float32)
+            q = fused_ops.quantize(x, fnuz)
+            assert_same(fused_ops.scaled_linear(q, half, twice, out_dtype=torch.float32), y)
+
+
 @pytest.mark.parametrize("key", WEIGHTS, ids=str)
 def test_a_weight_is_close_to_what_was_quantized(key):
     values = torch.randn(150, 1120) * torch.logspace(-1, 1, 150)[:, None]
     data, scale, scale2 = quantize_weight(values, key)
     error = (decode_weight(data, scale, key, scale2) - values).norm() / values.norm()
-    assert error < {torch.int8: 0.03, FP8: 0.06, FP4: 0.25}[key.dtype]
+    assert error < {torch.int8: 0.03, FP8: 0.06, FP8_FNUZ: 0.06, FP4: 0.25}[key.dtype]
     step = (decode_weight(data, scale, key, scale2) - values).abs() / values.abs().amax()
     assert step.max() < 0.2
     one = None if scale2 is None else torch.ones(1)
@@ -120,10 +141,10 @@ def test_int8_sums_are_exact(key, cols):
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("dtype", [FP8, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [FP8, FP8_FNUZ, torch.int8], ids=str)
 @each_backend
 def test_every_product_of_two_codes(backend, dtype, tokens):
-    key = INT8_STATIC_TENSOR if dtype == torch.int8 else FP8_STATIC_TENSOR
+    key = replace(FP8_STATIC_TENSOR, dtype=dtype)
     every, one = torch.arange(256, dtype=torch.uint8).view(dtype)[:, None], torch.ones(1)
     for code in every.split(tokens):
         x = QuantizedActivation(code, one, key, torch.float32)
@@ -174,7 +195,7 @@ def test_bias_and_rounding(key, dtype):
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 @each_key
 def test_one_scale_for_the_whole_weight(key, shape):
-    dtype = torch.int8 if key.dtype == torch.int8 else FP8
+    dtype = FP8 if key.dtype == FP4 else key.dtype
     x, w = activation(6, 320, key), codes(130, 320, block_key(dtype, *PER_TENSOR))
     expected = linear(x, (w, torch.full((130, 1), 0.3), block_key(dtype, 1, -1), None))
     assert_same(fused_ops.scaled_linear(x, w, torch.full(shape, 0.3), out_dtype=torch.float32), expected)
@@ -183,20 +204,21 @@ def test_one_scale_for_the_whole_weight(key, shape):
 
 # --- values that aren't numbers, or hardly ---
 
+NAN = {FP8: (0x7F, 0xFF), FP8_FNUZ: (0x80, 0x80)}  # codes
 
-@pytest.mark.parametrize("key", [k for k in KEYS if k.dtype == FP8], ids=str)
+
+@pytest.mark.parametrize("key", [k for k in KEYS if k.dtype in NAN], ids=str)
 @each_backend
 def test_nan_reaches_its_row_or_column_and_no_other(backend, key):
     cols = 576 + 1 - multiple(key) % 2
     cols += -cols % multiple(key)
     for tokens, at in product((1, 3, 6), (0, 299, cols - 1)):
         x, w = activation(tokens, cols, key), weight(70, cols, usual_weight(key))
-        w[0].view(torch.uint8)[41, at] = 0x7F
-        w[0].view(torch.uint8)[66, at] = 0xFF
+        w[0].view(torch.uint8)[[41, 66], at] = torch.tensor(NAN[w[0].dtype], dtype=torch.uint8)
         expected = torch.zeros(tokens, 70, dtype=torch.bool)
         expected[:, [41, 66]] = True
         if tokens == 6:
-            x.data.view(torch.uint8)[2, at] = 0xFF
+            x.data.view(torch.uint8)[2, at] = NAN[key.dtype][1]
             expected[2] = True
         for dtype in DTYPES:
             with fused_ops.use_backend(backend):
@@ -226,8 +248,9 @@ def test_an_activation_that_is_not_finite_gives_nan(key):
 @each_key
 def test_subnormals_count_even_where_the_caller_flushes_them(key):
     x, w = activation(6, 320, key), weight(40, 320, usual_weight(key))
+    small = {FP4: 0x99, FP8_FNUZ: 0x07}.get(key.dtype, 0x87)
     for tensor in x.data, w[0]:
-        tensor.view(torch.uint8).bitwise_and_(0x87 if key.dtype != FP4 else 0x99)  # small codes are left
+        tensor.view(torch.uint8).bitwise_and_(small)  # small codes are left
     few = rows(x, slice(1))
     expected = [linear(some, w) for some in (x, few)]
     if not torch.set_flush_denormal(True):

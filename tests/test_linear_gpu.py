@@ -12,21 +12,22 @@ from linear_gpu_double import (
     COLS,
     DTYPES,
     INT8,
-    ON,
     OUTS,
+    PLACES,
     ROWWISE,
-    SERVED,
     Decoded,
     check,
     check_close,
-    each_scheme,
+    each_place,
+    halves_only,
     needs_products,
     quantized,
+    served,
     stock,
 )
 
 import fused_ops
-from fused_ops import linear_gpu
+from fused_ops import _flashinfer_linear, linear_products
 from fused_ops.linear import exact_values, linear_inputs
 from quant import (
     FP8_DYNAMIC_GROUP_128,
@@ -36,24 +37,27 @@ from quant import (
     MXFP8,
     ScaleLayout,
 )
-from quant.key import FP8
+from quant.key import FP8, FP8_FNUZ
 from quant.methods import SCHEMES
 
 # --- which ---
 
 
-@pytest.mark.parametrize("arch", linear_gpu.DEVICES)
-def test_a_layer_is_built_or_refused_with_what_would_work(arch, pretend):
-    pretend(arch)
+@pytest.mark.parametrize("arch", linear_products.DEVICES)
+@pytest.mark.parametrize("flashinfer", [False, True])
+def test_a_layer_is_built_or_refused_with_what_would_work(arch, flashinfer, pretend, monkeypatch):
+    if not flashinfer:
+        monkeypatch.setattr(_flashinfer_linear, "missing", lambda name: "FlashInfer")
+    pretend(arch, flashinfer=flashinfer)
     model = stock()
     for scheme in SCHEMES:
-        if scheme in SERVED[arch]:
+        if scheme in served(arch):
             quantized(scheme, model)
             continue
         with pytest.raises(ValueError, match=f"quantize_model: 0: {arch} has no product of .*; it has .*;") as refused:
             quantized(scheme, model)
         named = str(refused.value).rpartition("there: ")[2]
-        assert set(named.split(", ")) == (SERVED[arch] or {"none"})
+        assert set(named.split(", ")) == served(arch)
 
 
 def test_an_unknown_gpu_and_an_old_cuda_have_what_is_known_of_them(pretend, monkeypatch):
@@ -66,20 +70,36 @@ def test_an_unknown_gpu_and_an_old_cuda_have_what_is_known_of_them(pretend, monk
         quantized("fp8_block", stock())
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     quantized("fp8_block", stock())
+    pretend("sm_120")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(ValueError, match=r"which needs FlashInfer and CUDA 12\.9 on sm_120 or sm_121; it has tensor"):
+        quantized("fp8_block", stock())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    pretend("gfx950")
+    for version in "6.4.1", "7.13.0":
+        monkeypatch.setattr(torch.version, "hip", version)
+        with pytest.raises(ValueError, match=r"which needs ROCm 7.0 to 7.12 on gfx950; it has tensor, row;"):
+            quantized("mxfp8", stock())
 
 
 @pytest.mark.parametrize(
-    ("scheme", "cols", "outs", "message"),
+    ("arch", "scheme", "cols", "outs", "message"),
     [
-        ("fp8_token", 648, 256, "K is 648, the row product takes multiples of 16"),
-        ("fp8_token", 640, 264, "N is 264, the row product takes multiples of 16"),
-        ("fp8_block", 576, 256, "K is 576, the 1x128 product takes multiples of 128"),
-        ("int8_token", 640, 258, "N is 258, the int8 product takes multiples of 8"),
-        ("nvfp4", 656, 256, "K is 656, the nvfp4 product takes multiples of 32"),
+        ("sm_90", "fp8_token", 648, 256, "K is 648, the row product takes multiples of 16"),
+        ("sm_90", "fp8_token", 640, 264, "N is 264, the row product takes multiples of 16"),
+        ("sm_90", "fp8_block", 576, 256, "K is 576, the 1x128 product takes multiples of 128"),
+        ("sm_90", "int8_token", 640, 258, "N is 258, the int8 product takes multiples of 8"),
+        ("sm_100", "nvfp4", 656, 256, "K is 656, the nvfp4 product takes multiples of 32"),
+        ("sm_100", "fp8_block", 640, 264, "N is 264, the flashinfer 1x128 sm_10x product takes multiples of 16"),
+        ("sm_121", "fp8_block", 640, 576, "N is 576, the flashinfer 1x128 sm_12x product takes multiples of 128"),
+        ("sm_100", "mxfp4", 640, 264, "N is 264, the flashinfer mxfp4 product takes multiples of 16"),
+        ("gfx950", "mxfp8", 672, 256, "K is 672, the rocm mxfp8 product takes multiples of 128"),
+        ("gfx950", "mxfp4", 640, 272, "N is 272, the rocm mxfp4 product takes multiples of 32"),
+        ("gfx942", "fp8_token", 648, 256, "K is 648, the fnuz row product takes multiples of 16"),
     ],
 )
-def test_sizes_that_a_product_does_not_take(scheme, cols, outs, message, pretend):
-    pretend(ON[scheme])
+def test_sizes_that_a_product_does_not_take(arch, scheme, cols, outs, message, pretend):
+    pretend(arch)
     with pytest.raises(ValueError, match=f"quantize_model: 0: {message}"):
         quantized(scheme, stock(cols=cols, outs=outs))
 
@@ -87,29 +107,34 @@ def test_sizes_that_a_product_does_not_take(scheme, cols, outs, message, pretend
 # --- what is handed over ---
 
 
-@each_scheme
+@each_place
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [None, *DTYPES], ids=str)
-def test_the_product_is_that_of_the_decoded_values(scheme, dtype, bias, pretend, decoded):
-    """By torch's rules, from memory whose padding holds NaN; a row depends on no other."""
-    pretend(ON[scheme])
+def test_the_product_is_that_of_the_decoded_values(scheme, arch, dtype, bias, pretend, decoded):
+    """By torch's rules or FlashInfer's, from memory whose padding holds NaN; a row depends on no other."""
+    pretend(arch)
     model = stock(dtype, bias is not None)
     layer = quantized(scheme, model)[0]
     layer.bias = None if bias is None else layer.bias.to(bias)
     x = torch.randn(150, COLS).to(dtype)
+    halves = halves_only(scheme, arch)
+    if halves and dtype == torch.float32:
+        with pytest.raises(ValueError, match=r"out_dtype is torch.float32, the .* product makes torch.bfloat16 and"):
+            layer(x)
+        return
     whole = layer(x)
     for tokens in 1, 3, 4, 16, 17, 33, 150:
         q = fused_ops.quantize(x[:tokens], **layer.input_quant())
         y = layer(q)
         assert (y.shape, y.dtype, y.is_contiguous()) == ((tokens, OUTS), dtype, True)
-        check(y, layer, q, f"{tokens} rows")
+        check(y, layer, q, f"{tokens} rows", sums=halves and bias is not None)
         if scheme != "int8_static":
             assert_close(y, whole[:tokens])
 
 
-@each_scheme
-def test_a_producer_makes_what_the_layer_takes(scheme, pretend, decoded):
-    pretend(ON[scheme])
+@each_place
+def test_a_producer_makes_what_the_layer_takes(scheme, arch, pretend, decoded):
+    pretend(arch)
     x, w = torch.randn(2, 3, COLS).bfloat16(), torch.randn(COLS).bfloat16()
     layer = quantized(scheme, stock(), x)[0]
     q, r = fused_ops.fused_add_rms_norm_quant(x, x, w, 1e-6, **layer.input_quant())
@@ -119,15 +144,19 @@ def test_a_producer_makes_what_the_layer_takes(scheme, pretend, decoded):
 
 
 def test_what_layers_ask_for(pretend):
-    layouts = {"fp8_block": ScaleLayout.TMA_ALIGNED, "mxfp8": ScaleLayout.SWIZZLED_128X4}
-    layouts["nvfp4"] = layouts["mxfp8"]
-    rows = {"fp8_block": 4} | dict.fromkeys(INT8, 32)
-    for scheme, arch in ON.items():
+    layouts = {("fp8_block", "sm_90"): ScaleLayout.TMA_ALIGNED}
+    layouts |= dict.fromkeys([(s, "sm_100") for s in ("mxfp8", "mxfp4", "nvfp4")], ScaleLayout.SWIZZLED_128X4)
+    rows = {("fp8_block", "sm_90"): 4, ("fp8_block", "sm_100"): 36} | dict.fromkeys([(s, "sm_90") for s in INT8], 32)
+    rows |= dict.fromkeys([(s, "gfx950") for s in ("mxfp8", "mxfp4")], 32)
+    for scheme, arch in PLACES:
         pretend(arch)
         layer = quantized(scheme, stock())[0]
         key = SCHEMES[scheme].input_quant_key
-        assert layer.input_quant_key == (key.with_scale(layout=layouts[scheme]) if scheme in layouts else key)
-        assert layer.input_quant()["pad_rows"] == rows.get(scheme, 1)
+        if arch == "gfx942":
+            key = replace(key, dtype=FP8_FNUZ)
+        assert layer.input_quant_key == key.with_scale(layout=layouts.get((scheme, arch), ScaleLayout.ROW_MAJOR))
+        assert layer.input_quant()["pad_rows"] == rows.get((scheme, arch), 1)
+        assert layer.weight.dtype == (FP8_FNUZ if arch == "gfx942" else SCHEMES[scheme].weight_key.storage_dtype)
 
 
 @needs_products
@@ -171,17 +200,17 @@ def test_given_results_are_written_without_a_copy_where_that_can_be(pretend, dec
 
 @pytest.mark.parametrize("shape", [(0, COLS), (2, 0, COLS)], ids=str)
 def test_no_rows(shape, pretend):
-    for scheme, arch in ON.items():
+    for scheme, arch in PLACES:
         pretend(arch)
         y = quantized(scheme, stock())[0](torch.randn(shape).bfloat16())
         assert (y.shape, y.dtype) == ((*shape[:-1], OUTS), torch.bfloat16)
 
 
-@each_scheme
-def test_compiled(scheme, pretend, decoded):
+@each_place
+def test_compiled(scheme, arch, pretend, decoded):
     """The padding survives what a compiler makes of the graph."""
     torch._dynamo.reset()
-    pretend(ON[scheme])
+    pretend(arch)
     x = torch.randn(5, COLS).bfloat16()
     layer = quantized(scheme, stock(), x)[0]
     with torch.no_grad():

@@ -266,6 +266,42 @@ def test_another_vllm_is_left_alone(monkeypatch):
     assert plugin.parameters("vllm._custom_ops:nothing_there") is None
 
 
+def test_lists_and_layouts_of_another_vllm(monkeypatch):
+    from vllm.model_executor.kernels import linear as kernels
+    from vllm.platforms import PlatformEnum
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    import models_patch.vllm as plugin
+
+    monkeypatch.setattr(CPUAttentionBackend, "supported_kv_cache_layouts", classmethod(lambda cls: ()))
+    assert plugin.refusal() == "caches are of no known layout, expected LBHNC"
+    monkeypatch.setitem(kernels._POSSIBLE_INT8_KERNELS, PlatformEnum.CPU, [])
+    assert plugin.refusal().endswith(
+        "_INT8_KERNELS has nothing for CPUs, expected CPUInt8ScaledMMLinearKernel among them"
+    )
+
+
+def test_layers_that_change_their_input_first_show_no_key():
+    """Hadamard transforms, and the ranks' parts of a whole input: producers hand over plain tensors."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
+
+    from models_patch.vllm.linear import input_quant
+
+    for what, shown in {"": True, "input_transform": False, "split": False}.items():
+        layer = nn.Module()
+        layer.quant_method = nn.Module()
+        layer.quant_method.input_transform = nn.Identity() if what == "input_transform" else None
+        layer.input_is_parallel = what != "split"
+        layer.weight = nn.Parameter(torch.zeros(64, 128), requires_grad=False)
+        layer.weight_scale = nn.Parameter(torch.ones(64, 1), requires_grad=False)
+        with set_current_vllm_config(VllmConfig()):
+            kernel = _kernel(kFp8DynamicTokenSym, (1, -1), layer)
+        kernel.process_weights_after_loading(layer)
+        layer._input_quant_key = kernel.input_quant_key()  # as vLLM's scheme does
+        assert (input_quant(layer)[1] is not None) == shown
+
+
 def test_layers_share_one_table_of_angles():
     from models_patch.vllm.attention import _table
 
@@ -306,6 +342,33 @@ def test_attention_whose_cache_another_layer_reads_is_left(monkeypatch):
         model.add_module(name, block)
     left = loading.connect(model, frozenset({"attention"})).left
     assert [(entry.path, entry.note) for entry in left] == [("lends", "another layer reads its cache")]
+
+
+def test_a_norm_of_two_modules_quantizes_for_none(monkeypatch):
+    """It may quantize in one way only; and Gemma's are ours as long as vLLM's IR has us first."""
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+    from models_patch.vllm import layers, loading
+
+    monkeypatch.setattr(loading, "taker", lambda parent, name: pytest.fail("it was followed"))
+    model, norm, gemma = (
+        nn.Module(),
+        layers.FusedRMSNorm.__new__(layers.FusedRMSNorm),
+        GemmaRMSNorm.__new__(GemmaRMSNorm),
+    )
+    for module in norm, gemma:
+        nn.Module.__init__(module)
+    norm.is_fused = True
+    for name in "first", "second":
+        block = nn.Module()
+        block.norm = norm
+        model.add_module(name, block)
+    model.gemma = gemma
+    entries = loading.connect(model, frozenset({"norm"}), provided=False)
+    assert [(entry.operation, entry.note) for entry in entries] == [
+        (None, "ir_op_priority has another first"), *[(loading.NORM, "2 modules call it")] * 2
+    ]  # fmt: skip
+    assert norm.feeds is None
 
 
 def test_parts_that_there_are_not():
@@ -368,8 +431,20 @@ def test_results_are_followed_to_the_layer_that_takes_them():
             h = self.inner(positions=positions, x=h)
             return h, residual
 
+    class FirstRow(Sublayer):
+        def forward(self, x):
+            return self.up(self.norm(x)[0])[0]
+
+    class ReadTwice(Sublayer):
+        def forward(self, x):
+            x = self.norm(x)
+            _unread, _ = self.down(x)
+            return self.up(x)[0]
+
     plain = Plain()
     assert taker(Layer(plain), "first") == (plain, "up")
+    assert taker(FirstRow(), "norm") is None
+    assert taker(ReadTwice(), "norm") is None
     assert taker(plain, "norm") == (plain, "down")
     assert taker(Layer(Branched()), "first") is None
     assert taker(ByMethod(), "norm") is None

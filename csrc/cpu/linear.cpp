@@ -49,13 +49,17 @@ Operand operand_of(const Tensor& codes, const char* name, int64_t code) {
   const Key key = operand.key = key_of(code, name);
   const int format = key.format(), scale = key.scale_format();
   const int64_t columns = columns_of(code);
-  const bool fp8 = format == Key::kE4m3, int8 = format == Key::kInt8, fp4 = format == Key::kE2m1;
+  const bool fp8 = format == Key::kE4m3, fnuz = format == Key::kE4m3Fnuz, int8 = format == Key::kInt8,
+             fp4 = format == Key::kE2m1;
   const bool power = columns >= 32 && columns <= kBlock && (columns & (columns - 1)) == 0;
-  const bool known = scale == Key::kFloat  ? (fp8 || int8) && (columns == 0 || power)
+  const bool known = scale == Key::kFloat  ? (fp8 || fnuz || int8) && (columns == 0 || power)
                      : scale == Key::kE8m0 ? (fp8 || fp4) && columns == 32
                                            : scale == Key::kScaleE4m3 && fp4 && columns == 16;
   STD_TORCH_CHECK(known, name, ": no product takes its key");
-  const ScalarType dtype = int8 ? ScalarType::Char : fp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte;
+  const ScalarType dtype = int8   ? ScalarType::Char
+                           : fp8  ? ScalarType::Float8_e4m3fn
+                           : fnuz ? ScalarType::Float8_e4m3fnuz
+                                  : ScalarType::Byte;
   STD_TORCH_CHECK(dtype_of(codes) == dtype, name, ": expected the key's codes");
   operand.codes = rows_of(codes, name);
   operand.rows = operand.codes.count;
@@ -65,6 +69,7 @@ Operand operand_of(const Tensor& codes, const char* name, int64_t code) {
   operand.decoder = scale == Key::kScaleE4m3 ? Decoder::kNvE2m1
                     : scale == Key::kE8m0    ? (fp8 ? Decoder::kMxE4m3 : Decoder::kMxE2m1)
                     : int8                   ? Decoder::kInt8
+                    : fnuz                   ? Decoder::kE4m3Fnuz
                                              : Decoder::kE4m3;
   operand.group_values = (scale == Key::kScaleE4m3 ? kE4m3Values : kE8m0Values).data();
   return operand;
@@ -109,7 +114,9 @@ int64_t infer_key(Linear& p, const Tensor& weight, const Tensor& scale) {
   if (scale_dtype == ScalarType::Float8_e8m0fnu)
     return (dtype == ScalarType::Byte ? Key::kE2m1 : Key::kE4m3) | Key::kE8m0 << 8 | swizzled | 32 << 16;
   if (scale_dtype == ScalarType::Float8_e4m3fn) return Key::kE2m1 | Key::kScaleE4m3 << 8 | swizzled | 16 << 16;
-  const int64_t format = dtype == ScalarType::Char ? Key::kInt8 : Key::kE4m3;
+  const int64_t format = dtype == ScalarType::Char              ? Key::kInt8
+                         : dtype == ScalarType::Float8_e4m3fnuz ? Key::kE4m3Fnuz
+                                                                : Key::kE4m3;
   const auto sizes = weight.sizes(), scales = scale.sizes();
   if (scales.size() == 2 && sizes.size() == 2) {
     if (scales[1] == 1 && scales[0] == sizes[0]) return format;
@@ -182,12 +189,13 @@ Linear linear_of(const Tensor& data, const Tensor& scale, int64_t key, const Ten
   if (w_group)
     for (p.w_shift = 0; p.block << p.w_shift < w_group;) ++p.w_shift;
 
-  // Integers are multiplied with integers only. A value with a scale of its own can be too small for kE4m3's unit.
+  // Integers are multiplied with integers only. A value with a scale of its own can be too small for the unit of FP8.
   if (p.x.decoder == Decoder::kInt8 && p.w.decoder != Decoder::kInt8) p.x.decoder = Decoder::kFloatInt8;
   if (p.w.decoder == Decoder::kInt8 && p.x.decoder != Decoder::kInt8) p.w.decoder = Decoder::kFloatInt8;
-  if (p.w.decoder == Decoder::kE4m3 && p.x.key.scale_format() == Key::kE8m0) {
+  const bool fnuz = p.w.decoder == Decoder::kE4m3Fnuz;
+  if ((fnuz || p.w.decoder == Decoder::kE4m3) && p.x.key.scale_format() == Key::kE8m0) {
     static char one = 127;
-    p.w.decoder = Decoder::kMxE4m3;
+    p.w.decoder = fnuz ? Decoder::kMxE4m3Fnuz : Decoder::kMxE4m3;
     p.w.groups.data = &one;
   }
 

@@ -18,7 +18,7 @@ constexpr float kOne = 1;
 constexpr int64_t kInferred = -1;  // instead of the key of a weight
 
 // How codes become the values that are multiplied; see linear_formats.inc.
-enum class Decoder { kInt8, kFloatInt8, kE4m3, kMxE4m3, kMxE2m1, kNvE2m1 };
+enum class Decoder { kInt8, kFloatInt8, kE4m3, kE4m3Fnuz, kMxE4m3, kMxE4m3Fnuz, kMxE2m1, kNvE2m1 };
 
 // One of the two that are multiplied.
 struct Operand {

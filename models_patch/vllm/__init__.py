@@ -18,6 +18,7 @@ SWITCH = "FUSED_OPS_VLLM"  # the parts that are wanted, by name; all of them whe
 _LAYERS = "vllm.model_executor.layers"
 _KERNELS = "vllm.model_executor.kernels.linear.scaled_mm"
 _INT8 = f"{_KERNELS}.cpu:CPUInt8ScaledMMLinearKernel"
+_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 CONTRACTS = {
     "vllm.ir.ops.layernorm:rms_norm._py_signature": "x weight epsilon variance_size",
     "vllm.ir.ops.layernorm:fused_add_rms_norm._py_signature": "x x_residual weight epsilon variance_size",
@@ -38,10 +39,23 @@ CONTRACTS = {
     "vllm._custom_ops:onednn_scaled_mm": "dnnl_handler x output input_scale input_zp input_zp_adj bias",
     f"{_LAYERS}.attention.attention:get_attention_context": "layer_name",
     f"{_LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_native": "self positions query key",
-    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update": (
-        "self layer key value kv_cache slot_mapping"
+    f"{_ATTENTION}:CPUAttentionBackendImpl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
+    f"{_ATTENTION}:CPUAttentionMetadata": (
+        "num_actual_tokens max_query_len query_start_loc max_seq_len seq_lens block_table slot_mapping "
+        "scheduler_metadata causal dynamic_causal use_sdpa_prefill num_decode_tokens sdpa_attn_masks sdpa_start_loc "
+        "encoder_cache"
     ),
+    "vllm.model_executor.custom_op:CustomOp.register_oot": "_decorated_op_cls name",
+    "vllm.config:get_cached_compilation_config": "",
 }
+_LISTS = "vllm.model_executor.kernels.linear:_POSSIBLE"
+LISTS = {  # of kernels, by platform, and which of a CPU's ours come before or after
+    f"{_LISTS}_INT8_KERNELS": "CPUInt8ScaledMMLinearKernel",
+    f"{_LISTS}_FP8_KERNELS": "PerTensorTorchFP8ScaledMMLinearKernel",
+    f"{_LISTS}_FP8_BLOCK_KERNELS": "CPUFp8BlockScaledMMKernel",
+}
+LAYOUTS = f"{_ATTENTION}:CPUAttentionBackend.supported_kv_cache_layouts"
+LAYOUT = "LBHNC"  # which `attention` reads blocks as
 
 _registered = False
 
@@ -94,7 +108,7 @@ def wanted(names: str | None) -> frozenset[str]:
 def refusal() -> str | None:
     """Why this vLLM is left as it is; None where it isn't."""
     import vllm
-    from vllm.platforms import current_platform
+    from vllm.platforms import PlatformEnum, current_platform
 
     import fused_ops
 
@@ -107,12 +121,27 @@ def refusal() -> str | None:
         return "the compiled kernels are missing, and the reference backend would be slower than vLLM"
     for place, expected in CONTRACTS.items():
         if (found := parameters(place)) != expected:
-            return f"{place.replace(':', '.')} takes ({found}), expected ({expected})"
+            return f"{_dotted(place)} takes ({found}), expected ({expected})"
+    for place, expected in LISTS.items():
+        names = [kernel.__name__ for kernel in (_found(place) or {}).get(PlatformEnum.CPU, ())]
+        if expected not in names:
+            return f"{_dotted(place)} has {', '.join(names) or 'nothing'} for CPUs, expected {expected} among them"
+    layouts = [layout.name for layout in (_found(LAYOUTS) or tuple)()]
+    if layouts != [LAYOUT]:
+        return f"caches are {' or '.join(layouts) or 'of no known layout'}, expected {LAYOUT}"
     return None
 
 
 def parameters(place: str) -> str | None:
     """The names of the parameters of what stands at "module:name.name"; None where nothing does."""
+    found = _found(place)
+    if found is None:
+        return None
+    signature = found if isinstance(found, inspect.Signature) else inspect.signature(found)
+    return " ".join(signature.parameters)
+
+
+def _found(place: str) -> Any:
     module, _, path = place.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -120,5 +149,8 @@ def parameters(place: str) -> str | None:
             found = getattr(found, name)
     except (ImportError, AttributeError):
         return None
-    signature = found if isinstance(found, inspect.Signature) else inspect.signature(found)
-    return " ".join(signature.parameters)
+    return found
+
+
+def _dotted(place: str) -> str:
+    return place.replace(":", ".")

@@ -67,9 +67,13 @@ def _attention(
     if metadata.dynamic_causal is not None:
         raise NotImplementedError(f"{layer_name}: a mask that isn't causal for each sequence; {_SWITCH_OFF}")
     impl, tokens = layer.impl, metadata.num_actual_tokens
-    q, k, v = (x[:tokens].unflatten(-1, (-1, impl.head_size)) for x in (q, k, v))
-    k_cache, v_cache = _caches(cache)
-    heads, caches = (q, k, v, positions[:tokens], table), (k_cache, v_cache, slots[:tokens])
+    if tokens < len(q):  # padding
+        q, k, v, positions = q[:tokens], k[:tokens], v[:tokens], positions[:tokens]
+    if tokens < len(slots):
+        slots = slots[:tokens]
+    q, k, v = (x.view(tokens, -1, impl.head_size) for x in (q, k, v))
+    k_cache, v_cache = _caches(layer, cache)
+    heads, caches = (q, k, v, positions, table), (k_cache, v_cache, slots)
     rotary: RotaryOptions = {"is_neox": is_neox, "round_products": True}  # as in Hugging Face's models
     q_weight, k_weight, eps, bias = norms
     if q_weight is None:
@@ -97,10 +101,17 @@ def _attention(
     return (y.data, y.scale) if isinstance(y, QuantizedActivation) else (y, y.new_empty(0))
 
 
-def _caches(cache: Tensor) -> tuple[Tensor, ...]:
-    """[blocks, block_size, kv_heads, D] of keys and of values, of vLLM's [blocks, kv_heads, block_size, 2 * D]."""
-    blocks, heads, size, dims = cache.shape
-    return cache.view(blocks, heads, 2 * size, dims // 2).transpose(1, 2).split(size, 1)
+def _caches(layer: Any, cache: Tensor) -> tuple[Tensor, ...]:
+    """[blocks, block_size, kv_heads, D] of keys and of values, of vLLM's [blocks, kv_heads, block_size, 2 * D].
+
+    Made once for a layer, since views take as long as a small batch.
+    """
+    known = getattr(layer, "fused_ops_caches", None)
+    if known is None or known[0] is not cache:
+        blocks, heads, size, dims = cache.shape
+        rows = cache.view(blocks, heads, 2 * size, dims // 2).transpose(1, 2)
+        known = layer.fused_ops_caches = cache, rows.split(size, 1)
+    return known[1]
 
 
 def _empty(q, k, v, positions, table, is_neox, layer_name, code, *_):

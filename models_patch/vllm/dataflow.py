@@ -86,19 +86,25 @@ def _follow(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[str, str | 
     while True:
         child, node = node, parents[node]
         match node:
-            case ast.Subscript(ast.Call(), ast.Constant(0)):
+            case ast.Subscript(ast.Call() as call, ast.Constant(0)) if _adds(call):
                 pass
-            case ast.Subscript(ast.Call(), ast.Constant(1)):
+            case ast.Subscript(ast.Call() as call, ast.Constant(1)) if _adds(call):
                 return _RESIDUAL
             case ast.IfExp(test=test) if test is not child:
                 pass
             case ast.keyword(arg=str(name)):
-                call = parents[node]
-                return (call.func.attr, name) if _is_method(call) else None  # type: ignore[attr-defined]
+                caller = parents[node]
+                return (caller.func.attr, name) if _is_method(caller) else None  # type: ignore[attr-defined]
             case ast.Call(args=args) if _is_method(node) and child in args:
                 return node.func.attr, args.index(child)  # type: ignore[attr-defined, arg-type]
             case _:
                 return None
+
+
+def _adds(call: ast.Call) -> bool:
+    """Whether it is a norm's with a residual, which returns two tensors; of one, [0] would be its first row."""
+    second = [*call.args, *(keyword.value for keyword in call.keywords)][1:]
+    return len(second) == 1 and not (isinstance(second[0], ast.Constant) and second[0].value is None)
 
 
 def _is_method(node: ast.AST) -> bool:

@@ -48,6 +48,13 @@ def input_quant(linear: Any) -> tuple[dict[str, Any], Any]:
     return _options(ours, linear.input_scale if ours.scale.static else None, linear), key
 
 
+def _hide_key(layer: Any) -> None:
+    """From producers, where the layer rotates its input first (Hadamard transforms) or takes a rank's part of it."""
+    rotates = getattr(layer.quant_method, "input_transform", None) is not None
+    if rotates or not getattr(layer, "input_is_parallel", True):
+        layer.requires_unquantized_input = True
+
+
 def _options(key: quant.QuantKey, scale: Any, layer: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"quant_key": key}
     if key.scale.static:
@@ -88,6 +95,7 @@ class FusedInt8Kernel(CPUInt8ScaledMMLinearKernel):
         if self.linear_method == self._apply_weights_onednn:
             self.key = _INT8[self.config.is_static_input_scheme, self.config.input_symmetric]
         expose_input_quant_key(layer, self)
+        _hide_key(layer)
 
     def _apply_weights_onednn(self, layer: Any, x: Any, bias: Tensor | None = None) -> Tensor:
         _, _, scale, zero_point, adjustment = self._get_layer_params(layer)
@@ -128,6 +136,7 @@ class FusedFp8Kernel(FP8ScaledMMLinearKernel):
             weight, scale = weight.t(), scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(1)
         layer.weight = torch.nn.Parameter(weight.data.contiguous(), requires_grad=False)
         layer.weight_scale = torch.nn.Parameter(scale.data.float().contiguous(), requires_grad=False)
+        _hide_key(layer)
 
     def apply_weights(self, layer: Any, x: Any, bias: Tensor | None = None) -> Tensor:
         key = self.input_quant_key()

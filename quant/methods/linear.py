@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fused_ops
-from fused_ops import linear_gpu
+from fused_ops import linear_products
 from fused_ops.linear import scale_shape
 
+from .. import formats
 from ..activation import QuantizedActivation
-from ..key import FP8, QuantKey
+from ..key import FP8, FP8_FNUZ, QuantKey
 from .scheme import Scheme, served_by
 
 _PREFIXES = ("", "output_")  # that operations have
@@ -42,13 +44,17 @@ class QuantMethod:
     def lay_out(self, layer: QuantLinear) -> None:
         """Arrange the layer's buffers as the device they are on takes them."""
 
-    def to_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
-        """The scale as state dicts hold it, whatever the device."""
-        return weight_scale
+    def to_checkpoint(self, layer: QuantLinear, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Some of the layer's buffers as state dicts hold them, whatever the device."""
+        return buffers
 
-    def from_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
+    def from_checkpoint(self, layer: QuantLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inverse."""
-        return weight_scale
+        return tensors
+
+    def dtype_in_checkpoint(self, buffer: Tensor) -> torch.dtype:
+        """Of what one of the layer's buffers is in state dicts."""
+        return buffer.dtype
 
     def apply(self, layer: QuantLinear, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
         """The layer's product."""
@@ -58,12 +64,13 @@ class QuantMethod:
 class ScaledLinearMethod(QuantMethod):
     """Codes times codes, by `fused_ops.scaled_linear`, for the schemes of `quant.methods.SCHEMES`.
 
-    On a GPU by one of the products in `fused_ops.linear_gpu`: scales of weight and activation are laid out as it reads
-    them, and INT8 with zero points gets the sums of the weight's rows. State dicts are those of a CPU.
+    On a GPU by one of the products in `fused_ops.linear_products`: scales of weight and activation are laid out as it
+    reads them, and INT8 with zero points gets the sums of the weight's rows. On gfx942 codes of float8_e4m3fn become
+    halves in float8_e4m3fnuz, with twice the scale. State dicts are those of a CPU, but for the sign of zeros there.
     """
 
     input_quant_key: QuantKey
-    product: linear_gpu.Product | None = None
+    product: linear_products.Product | None = None
 
     def __init__(self, scheme: Scheme):
         self.scheme, self.input_quant_key = scheme, scheme.input_quant_key
@@ -106,8 +113,8 @@ class ScaledLinearMethod(QuantMethod):
     def check_device(self, layer: QuantLinear, device: torch.device) -> None:
         self._product_on(layer, device)
 
-    def _product_on(self, layer: QuantLinear, device: torch.device) -> linear_gpu.Product | None:
-        if (arch := linear_gpu.architecture(device)) is None:
+    def _product_on(self, layer: QuantLinear, device: torch.device) -> linear_products.Product | None:
+        if (arch := linear_products.architecture(device)) is None:
             return None
         if layer.experts is not None:
             raise ValueError(f"{layer.name}: no product on {device} takes the weights of {layer.experts} experts")
@@ -119,20 +126,39 @@ class ScaledLinearMethod(QuantMethod):
         return product
 
     def lay_out(self, layer: QuantLinear) -> None:
-        plain = self.to_checkpoint(layer, layer.weight_scale)
-        product, wanted = self._product_on(layer, layer.weight.device), self.scheme.input_quant_key
+        device, names = layer.weight.device, ("weight", "weight_scale", "input_scale")
+        kept = {name: layer._buffers[name] for name in names if name in layer._buffers}
+        plain = self.to_checkpoint(layer, kept)  # type: ignore[arg-type]
+        product = self._product_on(layer, device)
+        wanted = linear_products.native(self.scheme.input_quant_key, linear_products.architecture(device))
         self.product, self.pad_rows = product, product.pad_rows if product else 1
         self.input_quant_key = product.activation(wanted) if product else wanted
-        layer.weight_scale = self.from_checkpoint(layer, plain)
+        layer._buffers.update(self.from_checkpoint(layer, plain))
         sums = layer.weight.sum(1, dtype=torch.int32) if product and not wanted.symmetric else None
         layer.register_buffer("weight_sums", sums, persistent=False)
 
-    def to_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
-        shape = layer.out_features, layer.in_features
-        return linear_gpu.row_major(weight_scale, shape, self.scheme.weight_key, self.product)
+    @property
+    def halved(self) -> bool:
+        """Whether the layer holds halves in float8_e4m3fnuz of what state dicts have in float8_e4m3fn."""
+        return self.input_quant_key.dtype == FP8_FNUZ != self.scheme.input_quant_key.dtype
 
-    def from_checkpoint(self, layer: QuantLinear, weight_scale: Tensor) -> Tensor:
-        return linear_gpu.arrange(weight_scale, self.scheme.weight_key, self.product)
+    def to_checkpoint(self, layer: QuantLinear, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = dict(buffers)
+        if "weight_scale" in made:
+            shape = layer.out_features, layer.in_features
+            made["weight_scale"] = linear_products.row_major(
+                made["weight_scale"], shape, self.scheme.weight_key, self.product
+            )
+        return _rescaled(made, 0.5, formats.doubled) if self.halved else made
+
+    def from_checkpoint(self, layer: QuantLinear, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = _rescaled(tensors, 2, formats.halved) if self.halved else dict(tensors)
+        if "weight_scale" in made and made["weight_scale"].ndim == 2:
+            made["weight_scale"] = linear_products.arrange(made["weight_scale"], self.scheme.weight_key, self.product)
+        return made
+
+    def dtype_in_checkpoint(self, buffer: Tensor) -> torch.dtype:
+        return FP8 if self.halved and buffer.dtype == FP8_FNUZ else buffer.dtype
 
     def taken(self, layer: QuantLinear, x: Tensor | QuantizedActivation) -> QuantizedActivation:
         """The layer's input quantized as it wants it: as it is, or by the layer. Raises ValueError for another key."""
@@ -157,6 +183,12 @@ class ScaledLinearMethod(QuantMethod):
             weight_scale2=buffers.get("weight_scale2"),
             weight_sums=buffers.get("weight_sums"),
         )
+
+
+def _rescaled(buffers: dict[str, Tensor], factor: float, converted: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Buffers with other codes of the weight, and so many times its scale and the input's."""
+    change = {"weight": converted} | dict.fromkeys(("weight_scale", "input_scale"), lambda scale: scale * factor)
+    return {name: change[name](tensor) if name in change else tensor for name, tensor in buffers.items()}
 
 
 class QuantLinear(nn.Module):
@@ -231,22 +263,23 @@ class QuantLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         # The codes of another scheme have the same names and shapes, and would be cast.
-        for name, buffer in self.named_buffers(recurse=False):
-            loaded = state_dict.get(prefix + name)
-            if name != "bias" and loaded is not None and loaded.dtype != buffer.dtype:
-                errors.append(f"{prefix}{name} is {loaded.dtype}, expected {buffer.dtype} as {self.input_quant_key}")
+        buffers = dict(self.named_buffers(recurse=False))
+        own = {name: state_dict[prefix + name] for name in buffers if name != "bias" and prefix + name in state_dict}
+        for name, loaded in own.items():
+            if loaded.dtype != (wanted := self.method.dtype_in_checkpoint(buffers[name])):
+                errors.append(f"{prefix}{name} is {loaded.dtype}, expected {wanted} as {self.input_quant_key}")
                 return
-        name = f"{prefix}weight_scale"
-        if name in state_dict and state_dict[name].ndim == 2:
-            state_dict[name] = self.method.from_checkpoint(self, state_dict[name])
+        made = self.method.from_checkpoint(self, own)
+        state_dict.update({prefix + name: tensor for name, tensor in made.items()})
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if (sums := self._buffers.get("weight_sums")) is not None:
             sums.copy_(self.weight.sum(1, dtype=torch.int32))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (name := f"{prefix}weight_scale") in destination:
-            destination[name] = self.method.to_checkpoint(self, destination[name])
+        names = [name for name in self._buffers if name != "bias" and prefix + name in destination]
+        own = self.method.to_checkpoint(self, {name: destination[prefix + name] for name in names})
+        destination.update({prefix + name: tensor for name, tensor in own.items()})
 
     def _apply(self, fn, recurse=True):
         # A change of dtype (model.half()) means the activations': codes and scales stay what the key says they are.

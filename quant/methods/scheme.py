@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_ops.linear import block_key, largest_scale2, quantize_weight
-from fused_ops.linear_gpu import Product, product_of
+from fused_ops.linear_products import Product, native, product_of
 
 from .. import (
     FP8_DYNAMIC_GROUP_64,
@@ -57,7 +57,7 @@ class Scheme:
 
     def product(self, arch: str) -> Product:
         """The product that a GPU of this architecture has for it; ValueError where it has none."""
-        return product_of(self.input_quant_key, self.weight_key, arch)
+        return product_of(native(self.input_quant_key, arch), native(self.weight_key, arch), arch)
 
     def quantize_weight(self, weight: Tensor) -> dict[str, Tensor]:
         """The layer's buffers of a weight [N, K]; see `fused_ops.linear.quantize_weight`, and `storable`.
