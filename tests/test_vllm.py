@@ -206,7 +206,7 @@ def test_products_take_what_they_quantize_themselves(key):
     buffers |= {} if key.symmetric else {"input_zero_point": torch.tensor([-3], dtype=torch.int8)}
     for name, buffer in buffers.items():
         layer.register_parameter(name, None if buffer is None else nn.Parameter(buffer, requires_grad=False))
-    layer.logical_widths = [64]
+    layer.logical_widths, layer.quant_method = [64], None
     theirs = next(name for name, ours in linear.KEYS.items() if ours == key)
     torch.set_default_dtype(torch.bfloat16)
     try:
