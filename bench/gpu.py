@@ -28,7 +28,7 @@ from fused_ops import OPS
 from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN, MXFP8, NVFP4
 from quant.methods import SCHEMES
 
-from . import attention, bars, linear, machine
+from . import attention, bars, launch, linear, machine
 from .bars import HEADS
 from .peers import compiled, eager, gpu
 from .rows import ATTENTION, CACHES, Case
@@ -59,8 +59,10 @@ def main(arguments: list[str] | None = None) -> dict:
 
     with torch.no_grad():
         record["copy_gb_per_second"] = _copy_rate(options.device)
-        record["calls"] = list(_calls(options.device))
-        print(f"copying 1 GiB: {record['copy_gb_per_second']:.0f} GB/s\n{_calls_table(record['calls'])}", flush=True)
+        record["calls"] = list(launch.measure(options.device))
+        print(
+            f"copying 1 GiB: {record['copy_gb_per_second']:.0f} GB/s\n{launch.calls_table(record['calls'])}", flush=True
+        )
         if not options.ops or "scaled_linear" in options.ops:
             record["linear"] = list(_linear(options.tokens, options.cols[0], options.device, options.budget))
             print(
@@ -263,28 +265,6 @@ def _copy_rate(device: str) -> float:
     return 2 * x.numel() / timing.seconds("copy") / 1e9
 
 
-def _calls(device: str) -> Iterator[dict]:
-    """What a call costs the host: as many as a device's queue holds, before it is waited for."""
-    x, r, w = torch.randn(3, 1, 4096, device=device).bfloat16()
-    w, wait = w[0], torch.cuda.synchronize if device == "cuda" else lambda: None
-    functions = {
-        "torch.add": lambda: torch.add(x, r),
-        "rms_norm": lambda: fused_ops.rms_norm(x, w, 1e-5),
-        "fused_add_rms_norm_quant": lambda: fused_ops.fused_add_rms_norm_quant(x, r, w, 1e-5, FP8_DYNAMIC_TOKEN),
-    }
-
-    def clock(call: Callable[[], object], calls: int) -> float:
-        wait()
-        start = time.perf_counter()
-        for _ in range(min(calls, 200)):
-            call()
-        return (time.perf_counter() - start) / min(calls, 200)
-
-    timing = interleaved(functions, budget=1.0, clock=clock)
-    for name in functions:
-        yield {"call": name, "microseconds": timing.seconds(name) * 1e6}
-
-
 def _table(results: list[dict]) -> str:
     names = list(dict.fromkeys(name for r in results for name in r["microseconds"]))
     header = ("tokens", "GB/s", "of copy", *(f"{name} us" for name in names))
@@ -297,10 +277,6 @@ def _linear_table(results: list[dict]) -> str:
     header = ("scheme", "tokens", *(f"{name} us" for name in names), "over bfloat16")
     each = [(r, r["microseconds"], r["times_faster"]) for r in results]
     return table(header, [(r["scheme"], r["tokens"], *map(us.get, names), x.get("product")) for r, us, x in each])
-
-
-def _calls_table(results: list[dict]) -> str:
-    return table(("call", "us on the host"), [(r["call"], r["microseconds"]) for r in results])
 
 
 if __name__ == "__main__":

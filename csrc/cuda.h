@@ -20,8 +20,8 @@ inline int64_t packs_of(int64_t cols, ScalarType dtype) { return (cols + pack_of
 
 // Threads that own a row of so many packs. They fix the order of sums, so nothing else may decide them.
 int threads_of(int64_t packs);
-// Refuses rows that no block's registers hold.
-void check_served(int64_t cols, ScalarType dtype);
+// Refuses rows that have more columns than kernels count.
+void check_served(int64_t cols);
 
 cuda::Dtype dtype_of_stage(ScalarType dtype);
 void set_stage(cuda::NormStage& stage, const Norm& norm);

@@ -80,6 +80,12 @@ void launch(const S& stages, int device, int threads, void* const* arguments, in
   launch_kernel(kernel, device, ranks.blocks, threads, all);
 }
 
+// The byte that a NaN may be made of: all bits, but where there is no negative zero.
+char nan_of(int64_t dtype) {
+  const bool fnuz = dtype == aoti_torch_dtype_float8_e4m3fnuz() || dtype == aoti_torch_dtype_float8_e5m2fnuz();
+  return static_cast<char>(fnuz ? 0x80 : 0xff);
+}
+
 int64_t bits_of(double value) {
   const float rounded = static_cast<float>(value);
   uint32_t bits;
@@ -212,6 +218,7 @@ void run_gather_on_cuda(const Collective& of, const Call& call, const Gather& g)
   cuda::Gather rows = {};
   rows.x = strided(g.x);
   rows.y = strided(g.y);
+  rows.nan = nan_of(call.dtype);
   for (int i = 0; i < 2 && g.result[i]; ++i) {  // a rank may have no rows, and so no scales
     stages.sets = i + 1;
     stages.scale_bytes = g.result[i].element;

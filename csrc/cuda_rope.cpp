@@ -47,7 +47,7 @@ void set_heads(cuda::HeadStages& s, cuda::Heads& a, const Rope& p, const Heads& 
   s.threads = threads_of(packs_of(heads.cols, p.dtype));
   if (heads.norm && p.whole_vector && heads.rotated) {  // v's norm is of each head
     const int64_t whole = heads.cols * heads.count;
-    check_served(whole, p.dtype);
+    check_served(whole);
     s.whole_cols = static_cast<int>(whole);
     s.whole_threads = threads_of(packs_of(whole, p.dtype));
   }

@@ -1,4 +1,8 @@
-/* Stands for libcuda and libtorch_cuda where there is no GPU: writes down what it is asked for. */
+/* Stands for libcuda and libtorch_cuda where there is no GPU: writes down what it is asked for.
+ *
+ * With FOR_CUDA_PYTHON cuda.core can launch by it. It is left out elsewhere: NVRTC crashes on a driver that lacks most.
+ */
+#include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -65,3 +69,62 @@ int aoti_torch_get_current_cuda_stream(int device, void** stream) {
   *stream = (void*)(size_t)(1000 + device);
   return 0;
 }
+
+#ifdef FOR_CUDA_PYTHON
+struct Config {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+};
+
+int cuInit(unsigned flags) {
+  (void)flags;
+  return 0;
+}
+int cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+int cuDeviceGetCount(int* count) {
+  *count = 1;
+  return 0;
+}
+int cuDeviceGet(int* device, int index) {
+  *device = index;
+  return 0;
+}
+int cuCtxGetDevice(int* device) {
+  *device = current - 1;
+  return 0;
+}
+int cuCtxSetCurrent(void* context) {
+  current = (int)(size_t)context;
+  return 0;
+}
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  (void)device;
+  return 0;
+}
+int cuLibraryUnload(void* library) {
+  (void)library;
+  return 0;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  (void)attribute, (void)device;
+  *value = 9;
+  return 0;
+}
+int cuLaunchKernelEx(const struct Config* config, void* kernel, void** arguments, void** extra) {
+  return cuLaunchKernel(kernel, config->grid[0], config->grid[1], config->grid[2], config->block[0], config->block[1],
+                        config->block[2], config->shared, config->stream, arguments + 3, extra);
+}
+int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags, int* status) {
+  void* const here = dlopen("libcuda.so.1", RTLD_LAZY);
+  char with_version[128];
+  (void)version, (void)flags;
+  snprintf(with_version, sizeof(with_version), "%s_v2", name);
+  *function = dlsym(here, with_version);
+  if (!*function) *function = dlsym(here, name);
+  if (status) *status = !*function;
+  return *function ? 0 : 500;
+}
+#endif

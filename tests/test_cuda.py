@@ -1,5 +1,6 @@
 """The CUDA backend: its kernels on the host (tests/host_cuda), or with FUSED_OPS_TEST_DEVICE=cuda on a GPU."""
 
+import itertools
 from contextlib import contextmanager
 
 import host_cuda
@@ -11,7 +12,7 @@ from promises import DEVICE, on_device
 from test_ops import ALL, ATTENTION, COLLECTIVES, HEADS, cases, results
 
 import fused_ops
-from fused_ops import OPS
+from fused_ops import OPS, _cuda
 from quant import (
     FP8_DYNAMIC_GROUP_128,
     FP8_DYNAMIC_TENSOR,
@@ -19,6 +20,7 @@ from quant import (
     FP8_STATIC_TENSOR,
     INT8_DYNAMIC_TOKEN,
     INT8_DYNAMIC_TOKEN_ASYM,
+    MXFP4,
     MXFP8,
     NVFP4,
     QuantizedActivation,
@@ -28,6 +30,9 @@ from quant import (
 ELSEWHERE = (*HEADS, *ATTENTION, *COLLECTIVES, "scaled_linear")  # which have files of their own
 ROW_OPS = [p for p in ALL if p.id not in ELSEWHERE]
 PER_OP = 6 if DEVICE == "cpu" else 60  # kernels to compile take a third of a second each
+
+
+LONG = 65536 + 32  # columns of 16 bits that no block's registers hold
 
 
 def some(op) -> list[tuple]:
@@ -70,7 +75,7 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("cols", [32, 160, 576, 5120, 16384, 65536])
+@pytest.mark.parametrize("cols", [32, 160, 576, 5120, 16384, 65536, LONG])
 @pytest.mark.parametrize("key", KEYS, ids=str)
 def test_quantize_at_every_row_length(key, cols):
     x = torch.randn(3, cols).bfloat16() * torch.tensor([[1.0], [0.0], [300.0]]).bfloat16()
@@ -81,6 +86,31 @@ def test_quantize_at_every_row_length(key, cols):
         actual = fused_ops.quantize(on_device(x), key, **{k: on_device(v) for k, v in options.items()}).to("cpu")
     for name in "data", "scale", "zero_point":
         assert_same(getattr(actual, name), getattr(expected, name), name)
+
+
+def around(values: list[float]) -> torch.Tensor:
+    """These, and their neighbours in float32, of both signs."""
+    bits = torch.tensor(values).view(torch.int32)
+    x = torch.cat([bits - 1, bits, bits + 1]).clamp_min(0).view(torch.float32)
+    return torch.cat([x, -x])
+
+
+@pytest.mark.parametrize("key", [MXFP4, NVFP4], ids=str)
+def test_fp4_by_the_hardware_is_the_same(key, monkeypatch):
+    """On the host by what PTX says of the instruction. Of 992 columns, which nobody else asks for."""
+    monkeypatch.setattr(_cuda, "HARDWARE_FP4", True)
+    ties = around([0, 2**-149, 2**-126, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6])
+    groups = torch.cat([ties, torch.randn(31 * 31 - len(ties)) * 2]).clamp(-6, 6).view(31, 31)
+    one = torch.cat([groups, torch.full((31, 1), 6.0)], dim=1).view(1, 992)  # the scale of each is one
+    beyond = one * torch.tensor([[2.0**40], [1e-38]])  # what NVFP4's scales can't follow
+    x = torch.cat([one, beyond, torch.randn(3, 992), torch.zeros(1, 992)])
+    x[4, 5], x[4, 400], x[5, 900] = float("nan"), float("inf"), -float("inf")
+    options = {"scale2": torch.tensor([1 / 448])} if key.scale2 else {}
+    with by_cuda():
+        actual = fused_ops.quantize(on_device(x), key, **{k: on_device(v) for k, v in options.items()}).to("cpu")
+    expected = fused_ops.quantize(x, key, **options)
+    assert_same(actual.data, expected.data)
+    assert_same(actual.scale, expected.scale)
 
 
 def test_rows_of_a_warp_that_are_left_out():
@@ -97,7 +127,7 @@ def test_rows_of_a_warp_that_are_left_out():
     assert run(OPS["layer_norm_quant"], args)["scale"] < 1e-3  # rows that aren't there would be normed to 100
 
 
-@pytest.mark.parametrize("cols", [1, 31, 577, 4097])
+@pytest.mark.parametrize("cols", [1, 31, 577, 4097, LONG + 1])
 def test_rows_that_no_pack_divides(cols):
     x, r, w = torch.randn(5, cols), torch.randn(5, cols), torch.randn(cols)
     expected = fused_ops.fused_add_rms_norm_quant(x, r, w, 1e-6, INT8_DYNAMIC_TOKEN, keep_unquantized=True)
@@ -113,7 +143,7 @@ def test_rows_that_no_pack_divides(cols):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("cols", [64, 576])
+@pytest.mark.parametrize("cols", [64, 576, LONG])
 def test_a_row_depends_on_nothing_but_itself(dtype, cols):
     """Promise 2: alone, in a batch, at an odd address, with gaps between rows."""
     x, w = on_device(torch.randn(9, cols).to(dtype)), on_device(torch.randn(cols))
@@ -126,10 +156,48 @@ def test_a_row_depends_on_nothing_but_itself(dtype, cols):
         assert_same(fused_ops.rms_norm(shifted, w, 1e-6), whole)
 
 
-def test_rows_too_long_for_a_block_are_refused():
-    x = on_device(torch.zeros(1, 65536 + 8, dtype=torch.bfloat16))
-    with by_cuda(), pytest.raises(ValueError, match="the cuda backend"):
-        fused_ops.relu2(x)
+LONG_KEYS = itertools.cycle([FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_TOKEN_ASYM, FP8_STATIC_TENSOR, FP8_DYNAMIC_GROUP_128])
+LONG_CALLS = [pytest.param(p.values[0], next(LONG_KEYS), id=p.id) for p in ROW_OPS if p.id.endswith("_quant")]
+
+
+@pytest.mark.parametrize(("op", "key"), LONG_CALLS)
+def test_long_rows(op, key):
+    """Rows that are read again for every reduction."""
+    args = op.workload(2, LONG, key, torch.float16, "cpu")
+    promises.results_are_the_cpus(run, op, [args])
+    promises.fused_is_unfused(run, op, [args])
+
+
+def test_columns_behind_a_long_row():
+    args = OPS["fused_add_rms_norm"].workload(2, LONG, None, torch.bfloat16, "cpu")
+    expected, actual = run(OPS["fused_add_rms_norm"], args), run(OPS["fused_add_rms_norm_pad"], (*args, 256))
+    assert_same(actual["residual"], expected["residual"])
+    assert_same(actual["y"], torch.nn.functional.pad(expected["y"], (0, -LONG % 256)))
+
+
+def test_a_group_longer_than_what_threads_hold():
+    key = FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 49152))
+    x = torch.randn(2, LONG + 1).half()
+    with by_cuda():
+        actual = fused_ops.quantize(on_device(x), key).to("cpu")
+    expected = fused_ops.quantize(x, key)
+    assert_same(actual.data, expected.data)
+    assert_same(actual.scale, expected.scale)
+
+
+@pytest.mark.parametrize(
+    "key", [None, FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 96))], ids=str
+)
+def test_a_long_row_is_written_where_it_is_read(key):
+    """By the last pass over it."""
+    x, r, w = (on_device(torch.randn(*shape, LONG).half()) for shape in ((2,), (2,), ()))
+    with by_cuda():
+        expected, summed = fused_ops.rms_norm_add_rms_norm_quant(x, r, w, w, 1e-6, 1e-6, key)
+        actual, _ = fused_ops.rms_norm_add_rms_norm_quant(x, r, w, w, 1e-6, 1e-6, key, residual_out=r)
+        assert_same(r, summed)
+        assert_same(*((codes if key is None else codes.data) for codes in (actual, expected)))
+        normed = fused_ops.rms_norm(summed, w, 1e-6)
+        assert_same(fused_ops.rms_norm(r, w, 1e-6, out=r), normed)
 
 
 def test_without_rows_a_static_scale_is_returned_all_the_same():

@@ -14,6 +14,8 @@ from virtual_ranks import RankCall, parts_of, workspaces
 
 from fused_ops import OPS, _symmetric
 from fused_ops.collective import summed
+from quant import INT8_DYNAMIC_TOKEN, MXFP8, NVFP4, formats
+from quant.key import FP8, FP8_FNUZ
 
 SUMS = [p for p in ALL if p.id.startswith(virtual_ranks.SUMS)]
 ONE_SHOT, TWO_SHOT = _symmetric.NEVER, 0
@@ -63,6 +65,19 @@ def test_a_call_larger_than_the_workspace_goes_in_parts(above):
     for name, max_tokens in ("all_reduce_fused_add_rms_norm", 3), ("reduce_scatter_fused_add_rms_norm", 4):
         args = (torch.randn(10, 64), torch.randn(10, 64), torch.randn(64), 1e-6, 0, None, 0, "")
         virtual_ranks.is_unfused(by_one, together, OPS[name], args, 2, max_tokens=max_tokens, above=above)
+
+
+@BOTH
+def test_rows_longer_than_registers_hold(above):
+    for name in "all_reduce_fused_add_rms_norm", "reduce_scatter_fused_add_rms_norm":
+        x, residual = torch.randn(2, 3, 32768 + 36)
+        args = (x, residual, torch.randn(32768 + 36), 1e-6, 0, None, 0, "")
+        virtual_ranks.is_unfused(by_one, together, OPS[name], args, 2, above=above)
+
+
+def test_squares_of_rows_longer_than_registers_hold():
+    args = (torch.randn(3, 32768 + 36), torch.randn(3, 64), torch.randn(32768 + 36), None, 1e-6, 0, None, 0, "")
+    virtual_ranks.squares_are_summed(by_one, together, OPS["qk_all_reduce_rms_norm"], args, 2)
 
 
 @BOTH
@@ -171,7 +186,23 @@ def test_the_next_call_of_a_rank_that_refused_one_is_another(call):
         assert type(error) is ValueError, error
         said = "this rank has refused a call, rank " if rank == 1 else "rank 1 has refused a call, this rank called "
         assert said in str(error), error
-        assert not any((y.isfinite() & (y < 1e38)).any() for y in made[rank][0].results.values())
+        assert all(y.isnan().all() for y in made[rank][0].results.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8, FP8_FNUZ, torch.float8_e5m2], ids=str)
+def test_what_a_failed_gather_leaves_is_nan(dtype):
+    made, _ = out_of_step([[("all_gather", (torch.ones(1, 64).to(dtype), 3))]] * 3, refused=1)
+    for (call,) in made:
+        assert call.results["y"].float().isnan().all()
+
+
+@pytest.mark.parametrize("key", [INT8_DYNAMIC_TOKEN, MXFP8, NVFP4], ids=str)
+def test_what_a_failed_gather_leaves_dequantizes_to_nan(key):
+    options = {"scale2": torch.ones(1)} if key.scale2 else {}
+    data, scale, _ = formats.quantize(torch.ones(1, 64), key, **options)
+    made, _ = out_of_step([[("all_gather_quantized", (data, scale, key.code, 3))]] * 3, refused=1)
+    for (call,) in made:
+        assert call.results["scale"].float().isnan().all()
 
 
 def test_what_is_no_workspace_is_refused():

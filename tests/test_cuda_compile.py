@@ -152,6 +152,26 @@ def test_kernels_compile(key, tmp_path, monkeypatch):
     assert len(list(cache.iterdir())) == len(chosen)
 
 
+@pytest.mark.parametrize(("arch", "key"), list(zip(ARCHITECTURES, KEYS[2::2], strict=True)), ids=str)
+def test_kernels_of_long_rows_compile(arch, key, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_OPS_CACHE", str(tmp_path / "cache"))
+    (text,) = kernels_of(lambda: add_norm(131072, torch.bfloat16, key))
+    check_machine_code(instructions(_cuda.cubin(text, arch), tmp_path))
+
+
+@pytest.mark.parametrize(("arch", "key"), [("sm_100a", NVFP4), ("sm_120a", MXFP4)], ids=str)
+def test_fp4_by_the_hardware_compiles(arch, key, tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSED_OPS_CACHE", str(tmp_path / "cache"))
+    counts = []
+    for by_hardware in False, True:
+        monkeypatch.setattr(_cuda, "HARDWARE_FP4", by_hardware)
+        (text,) = kernels_of(lambda: add_norm(4096, torch.bfloat16, key))
+        found = instructions(_cuda.cubin(text, arch), tmp_path)
+        check_machine_code(found)
+        counts.append(sum(n for i, n in found.items() if i.startswith("F2FP.SATFINITE.E2M1")))
+    assert counts == [0, 4096 // 256 // 2]  # of 256 threads
+
+
 HEADS = {
     "64": lambda: rotated(64, 64, round_products=True),
     "128, three axes": lambda: rotated(128, 128, mrope_section=[16, 24, 24], mrope_interleaved=True),

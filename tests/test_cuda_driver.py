@@ -174,6 +174,25 @@ assert calls()[-2].startswith("launch")
     )
 
 
+def test_cuda_core_launches_beside_ours(folder, tmp_path):
+    """What bench/launch.py compares with."""
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-DFOR_CUDA_PYTHON", "-o", library, HERE / "fake_cuda.c"], check=True)
+    process(folder, "from bench import launch; _cuda.cubin(launch.KERNEL, 'sm_90a')")
+    process(
+        tmp_path,
+        """
+from bench import launch
+launch.by_cuda_core(_cuda.cubin(launch.KERNEL, "sm_90a"), 1001)()
+assert calls()[-1] == "launch 16 1 1 1 256 1 1 0 stream 1001 rows 1", calls()
+_cuda.set_driver(_cuda.driver())
+with launch.without_launches():
+    pass
+""",
+        FUSED_OPS_CACHE=str(folder / "cache"),
+    )
+
+
 def test_a_missing_driver_is_named(folder, tmp_path):
     (tmp_path / "libcuda.so.1").symlink_to(folder / "libcuda.so.1")  # without torch's library for CUDA
     process(

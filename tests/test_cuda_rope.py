@@ -190,11 +190,18 @@ def test_offsets_beyond_2_to_the_31(untouched_memory):
         assert_same(k_cache[slot // 2, slot % 2], k[t])
 
 
+def test_a_norm_of_more_heads_than_registers_hold():
+    q, k, positions, table = rope_inputs(2, 65, 3, 512, 512, FP32, "cpu")
+    args = (q, k, positions, table, torch.randn(65 * 512), None, 1e-6, IS_NEOX | WHOLE_VECTOR, 0)
+    promises.heads_are_normed_first(run, OPS["qk_norm_rope"], [args])
+
+
 def test_heads_too_wide_are_refused():
-    for dim, heads in (4096 + 8, 1), (1024, 65):
-        q, k, positions, table = map(on_device, rope_inputs(1, heads, 1, dim, 64, BF16, "cpu"))
-        with by_cuda(), pytest.raises(ValueError, match="the cuda backend"):
-            fused_ops.qk_norm_rope(q, k, positions, table, None, None, 1e-6, whole_vector=True)
-        args = (q, k, positions, table, None, None, 1e-6, IS_NEOX | WHOLE_VECTOR, 0)
-        assert not _cuda._supports(OPS["qk_norm_rope"])(*args)
-        assert _cuda._supports(OPS["qk_norm_rope"])(q[:, :64, :4096], *args[1:]) == (dim == 1024)
+    supports = _cuda._supports(OPS["qk_norm_rope"])
+    q, k, positions, table = map(on_device, rope_inputs(1, 1, 1, 4096 + 8, 64, BF16, "cpu"))
+    with by_cuda(), pytest.raises(ValueError, match="the cuda backend"):
+        fused_ops.qk_norm_rope(q, k, positions, table, None, None, 1e-6, whole_vector=True)
+    args = (k[..., :4096], positions, table, None, None, 1e-6, IS_NEOX | WHOLE_VECTOR, 0)
+    assert not supports(q, *args)
+    assert supports(q[..., :4096], *args)
+    assert not supports(q[..., :4096].expand(1, (1 << 17) + 1, 4096), *args)

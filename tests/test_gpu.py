@@ -10,9 +10,17 @@ import torch
 from compare import assert_same, raw
 
 import fused_ops
-from fused_ops import OPS
+from fused_ops import OPS, _cuda
 from fused_ops.heads_inputs import rope_inputs
-from quant import FP8_DYNAMIC_GROUP_128, FP8_DYNAMIC_TENSOR, FP8_DYNAMIC_TOKEN, FP8_STATIC_TENSOR, INT8_DYNAMIC_TOKEN
+from quant import (
+    FP8_DYNAMIC_GROUP_128,
+    FP8_DYNAMIC_TENSOR,
+    FP8_DYNAMIC_TOKEN,
+    FP8_STATIC_TENSOR,
+    INT8_DYNAMIC_TOKEN,
+    MXFP4,
+    NVFP4,
+)
 
 pytestmark = pytest.mark.gpu
 BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -37,6 +45,31 @@ def test_every_value_of_a_16_bit_dtype(backend, dtype):
     assert_same(squares.cpu(), fused_ops.relu2(values))
     assert_same(codes.data.cpu(), fused_ops.quantize(values, FP8_STATIC_TENSOR, scale=scale).data)
     assert_same(gated.cpu(), fused_ops.silu_mul(values, values.flip(0)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (10, 0), reason="no FP4 there")
+def test_fp4_by_the_hardware_is_the_same(monkeypatch):
+    """Of every float that isn't beyond 6, in groups whose scale a 6 makes one. The same rows, once cut in two, so that
+    kernels with the instruction and without are told apart; others test what saturates and what isn't finite.
+    """
+    chunk = 31 << 22
+    for sign in 0, -(1 << 31):
+        for first in range(0, 0x40C00001, chunk):
+            values = torch.arange(first, first + chunk, device="cuda").clamp(max=0x40C00000) + sign
+            x = torch.full((1 << 22, 32), 6.0, device="cuda")
+            x[:, :31] = values.to(torch.int32).view(torch.float32).view(-1, 31)
+            with fused_ops.use_backend("cuda"):
+                expected = fused_ops.quantize(x.view(-1, 2048), MXFP4)
+                monkeypatch.setattr(_cuda, "HARDWARE_FP4", True)
+                actual = fused_ops.quantize(x.view(-1, 4096), MXFP4)
+                monkeypatch.setattr(_cuda, "HARDWARE_FP4", False)
+            assert torch.equal(actual.data.flatten(), expected.data.flatten())
+    monkeypatch.setattr(_cuda, "HARDWARE_FP4", True)
+    x = torch.randn(64, 8192, device="cuda") * torch.logspace(-38, 38, 64, device="cuda")[:, None]
+    x[::7, 5], x[::9, 300] = float("nan"), float("inf")
+    with fused_ops.use_backend("cuda"):
+        actual = fused_ops.quantize(x, NVFP4, scale2=torch.tensor([0.01]).cuda())
+    assert_same(actual.data.cpu(), fused_ops.quantize(x.cpu(), NVFP4, scale2=torch.tensor([0.01])).data)
 
 
 @BACKENDS

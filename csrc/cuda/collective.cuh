@@ -53,19 +53,20 @@ struct Exchanged {
 
   // This rank's row to its slot; scattered: its rows of this number for every rank.
   DEVICE void publish(const Row& p, long long r) const {
-    Held<K> held = {};
-    held.thread = threadIdx.x % K.threads;
+    const auto copy = [&](long long from, long long place) {
+      empty_row<K>().template write<Held<K>::kCols>([&](Held<K>& part) {
+        load_rows(p.x, from, part);
+        store_row(row(ranks.rank, place), part);
+      });
+    };
     const long long place = r - ranks.begin;
     if constexpr (C.scattered) {
       for (int to = 0; to < C.ranks; ++to) {
         const long long at = to * ranks.share + r;
-        if (r >= ranks.end || at >= ranks.all) continue;
-        load_rows(p.x, at, held);
-        store_row(row(ranks.rank, to * (ranks.end - ranks.begin) + place), held);
+        if (r < ranks.end && at < ranks.all) copy(at, to * (ranks.end - ranks.begin) + place);
       }
     } else if (r < ranks.end) {
-      load_rows(p.x, r, held);
-      store_row(row(ranks.rank, place), held);
+      copy(r, place);
     }
   }
 
@@ -165,11 +166,12 @@ struct Squares {
   template <Stages K>
   DEVICE void publish(const Row& p, int which, Scratch& scratch) const {
     each_row<K>(ranks, ranks.end, [&](long long r) {
-      Held<K> held = {};
-      held.thread = threadIdx.x % K.threads;
-      if (r < ranks.end) load_rows(p.x, r, held);
-      const float sum = sum_of<K, kNormSum>(held, scratch, [](float x, int, int) { return x * x; });
-      if (r < ranks.end && held.thread == 0) of(ranks.rank, r)[which] = sum;
+      auto row = empty_row<K>();
+      auto&& loaded = row.then([&](Held<K>& part) {
+        if (r < ranks.end) load_rows(p.x, r, part);
+      });
+      const float sum = sum_of<K, kNormSum>(loaded, scratch, [](float x, bool) { return x * x; });
+      if (r < ranks.end && row.thread == 0) of(ranks.rank, r)[which] = sum;
       __syncthreads();
     });
   }
@@ -178,16 +180,18 @@ struct Squares {
   DEVICE void finish(const Row& p, int which, bool came) const {
     each_row<K>(ranks, ranks.end, [&](long long r) {
       if (r >= ranks.end) return;
-      Held<K> held = {};
-      held.thread = threadIdx.x % K.threads;
-      load_rows(p.x, r, held);
-      const Columns<K, K.norm.weight> w(held, p.weight);
+      auto row = empty_row<K>();
+      auto&& loaded = row.then([&](Held<K>& part) { load_rows(p.x, r, part); });
+      const auto w = columns_of<K, K.norm.weight>(loaded, p.weight);
       float sum = of(0, r)[which];
 #pragma unroll
       for (int rank = 1; rank < RANKS; ++rank) sum += of(rank, r)[which];
       if (!came) sum = bits<float>(kMagnitudeBits);
-      scale_by<K, K.norm>(held, 1.0f / sqrtf(sum / ((float)K.cols * RANKS) + p.eps), w);
-      if constexpr (K.y) store_rows(p.y, r, held, K.y_cols);
+      const float rstd = 1.0f / sqrtf(sum / ((float)K.cols * RANKS) + p.eps);
+      loaded.template write<Held<K>::kCols>([&](Held<K>& part) {
+        scale_by<K, K.norm>(part, rstd, w(part));
+        if constexpr (K.y) store_rows(p.y, r, part, K.y_cols);
+      });
     });
   }
 };

@@ -47,13 +47,13 @@ struct Gathered {
         copy_scale(scale_at(g.scale[set], r, group), row(ranks.rank, r) + kScales + set * kSet + group * C.scale_bytes);
   }
 
-  // Row r of a rank from its slot; NaN, or what is nearest to it, where not all ranks came.
+  // Row r of a rank from its slot; NaN, if its dtype and that of its scales have one, where not all ranks came.
   DEVICE void take(int rank, long long r, bool came) const {
     const long long to = rank * ranks.share + r;
     if (came) {
       copy(row(rank, r), at<false, char>(g.y, to));
     } else {
-      for (long long i = threadIdx.x; i < C.row_bytes; i += C.block) at<false, char>(g.y, to)[i] = 0x7f;
+      for (long long i = threadIdx.x; i < C.row_bytes; i += C.block) at<false, char>(g.y, to)[i] = g.nan;
     }
 #pragma unroll
     for (int set = 0; set < C.sets; ++set)

@@ -1,4 +1,4 @@
-// Norms: transforms of the row that a block holds.
+// Norms: transforms of a row.
 #pragma once
 
 #include "row.cuh"
@@ -23,9 +23,9 @@ struct Columns {
   }
 };
 
-template <Stages K, Slot SLOT>
-DEVICE float rstd_of(const Held<K>& held, float eps, Scratch& scratch) {
-  const float sum = sum_of<K, SLOT>(held, scratch, [](float x, int, int) { return x * x; });
+template <Stages K, Slot SLOT, class R>
+DEVICE float rstd_of(R& row, float eps, Scratch& scratch) {
+  const float sum = sum_of<K, SLOT>(row, scratch, [](float x, bool) { return x * x; });
   return 1.0f / sqrtf(sum / (float)K.cols + eps);
 }
 
@@ -40,29 +40,51 @@ DEVICE void scale_by(Held<K>& held, float rstd, const Columns<K, NORM.weight>& w
   });
 }
 
-template <Stages K, NormStage NORM, Slot SLOT>
-DEVICE void rms_norm(Held<K>& held, const void* weight, float eps, Scratch& scratch) {
-  const Columns<K, NORM.weight> w(held, weight);  // on its way while the sum is made
-  scale_by<K, NORM>(held, rstd_of<K, SLOT>(held, eps, scratch), w);
+// On its way while sums are made.
+template <Stages K, Dtype DTYPE, class R>
+DEVICE auto columns_of(const R& row, const void* data) {
+  return row.ahead([data](const Held<K>& part) { return Columns<K, DTYPE>(part, data); });
+}
+
+template <Stages K, NormStage NORM, Slot SLOT, class R>
+DEVICE decltype(auto) rms_norm(R& row, const void* weight, float eps, Scratch& scratch) {
+  const auto w = columns_of<K, NORM.weight>(row, weight);
+  const float rstd = rstd_of<K, SLOT>(row, eps, scratch);
+  return row.then([=](Held<K>& part) { scale_by<K, NORM>(part, rstd, w(part)); });
 }
 
 // y = round_S((x - mean) * rstd * w + b), the variance being about the mean.
-template <Stages K, NormStage NORM>
-DEVICE void layer_norm(Held<K>& held, const void* weight, const void* bias, float eps, Scratch& scratch) {
-  const Columns<K, NORM.weight> w(held, weight);
-  const Columns<K, NORM.bias> b(held, bias);
-  const float mean = sum_of<K, kMeanSum>(held, scratch, [](float x, int, int) { return x; }) / (float)K.cols;
-  const float squares = sum_of<K, kNormSum>(held, scratch, [&](float x, int i, int j) {
+template <Stages K, NormStage NORM, class R>
+DEVICE decltype(auto) layer_norm(R& row, const void* weight, const void* bias, float eps, Scratch& scratch) {
+  const auto weights = columns_of<K, NORM.weight>(row, weight);
+  const auto biases = columns_of<K, NORM.bias>(row, bias);
+  const float mean = sum_of<K, kMeanSum>(row, scratch, [](float x, bool) { return x; }) / (float)K.cols;
+  const float squares = sum_of<K, kNormSum>(row, scratch, [mean](float x, bool there) {
     const float apart = x - mean;
-    return j < held.count(i) ? apart * apart : 0.0f;
+    return there ? apart * apart : 0.0f;
   });
   const float rstd = 1.0f / sqrtf(squares / (float)K.cols + eps);
-  held.each([&](float x, int i, int j) {
-    x = (x - mean) * rstd;
-    if constexpr (NORM.weight != kNothing) x *= w(i, j);
-    if constexpr (NORM.bias != kNothing) x += b(i, j);
-    return x;
+  return row.then([=](Held<K>& part) {
+    const auto& w = weights(part);
+    const auto& b = biases(part);
+    part.each([&](float x, int i, int j) {
+      x = (x - mean) * rstd;
+      if constexpr (NORM.weight != kNothing) x *= w(i, j);
+      if constexpr (NORM.bias != kNothing) x += b(i, j);
+      return x;
+    });
   });
+}
+
+template <Stages K, NormStage NORM, Slot SLOT, class R>
+DEVICE decltype(auto) norm(R& row, const void* weight, const void* bias, float eps, Scratch& scratch) {
+  if constexpr (NORM.kind == kRmsNorm) {
+    return rms_norm<K, NORM, SLOT>(row, weight, eps, scratch);
+  } else if constexpr (NORM.kind == kLayerNorm) {
+    return layer_norm<K, NORM>(row, weight, bias, eps, scratch);
+  } else {
+    return (row);
+  }
 }
 
 }  // namespace fused_ops

@@ -24,7 +24,7 @@ DEVICE void add(const Row& p, long long r, const Held<K>& residual, Held<K>& hel
     held.keep(i, a);
   }
   if constexpr (K.sum)
-    if (active) store_rows(p.sum, r, held, K.cols);
+    if (active && held.writes) store_rows(p.sum, r, held, K.cols);
 }
 
 template <Stages K>
@@ -39,9 +39,9 @@ template <Stages K>
 struct Shared {
   Scratch scratch;
   // Largest elements of groups that no warp holds alone.
-  static constexpr bool kGroups = K.data && !Codes<K>::kWholeRow && !Codes<K>::kInLanes;
+  static constexpr bool kGroups = K.data && !Codes<K>::kByAll && !Codes<K>::kInLanes;
   static constexpr int kRows = K.block / K.threads, kParts = Key{K.key}.asymmetric() ? 2 : 1;
-  int amax[kGroups ? kRows * kParts * Codes<K>::kGroups : 1];
+  int amax[kGroups ? kRows * kParts * Codes<K>::kTogether : 1];
 };
 
 // The row that the stages begin with.
@@ -58,33 +58,41 @@ DEVICE void load(const Row& p, long long r, Held<K>& held) {
 // along, since barriers count them.
 template <Stages K, class Load>
 DEVICE void work(const Row& p, long long r, bool active, const Load& load_held, Shared<K>& shared) {
-  const int place = threadIdx.x / K.threads;
-  Held<K> held = {}, residual = {};
-  held.thread = residual.thread = threadIdx.x % K.threads;
   constexpr bool kAddsFirst = K.load == kAdd, kAddsLater = K.post.kind != kNoNorm;
-  if (active) {
-    if constexpr (kAddsFirst || kAddsLater) load_rows(p.other, r, residual);
-    load_held(held);
-  }
-  if constexpr (kAddsFirst) add<K, K.multiplied>(p, r, residual, held, active);
-  if constexpr (kAddsLater) {
-    rms_norm<K, K.post, kPostSum>(held, p.post_weight, p.post_eps, shared.scratch);
-    add<K, false>(p, r, residual, held, active);
-  }
-  if constexpr (K.norm.kind == kRmsNorm) rms_norm<K, K.norm, kNormSum>(held, p.weight, p.eps, shared.scratch);
-  if constexpr (K.norm.kind == kLayerNorm) layer_norm<K, K.norm>(held, p.weight, p.bias, p.eps, shared.scratch);
-  if constexpr (K.y)
-    if (active) store_rows(p.y, r, held, K.y_cols);
-  if constexpr (K.collect_amax) {
-    int low, high = row_amax(held, low);
-    high = lanes_max(active ? high : 0, kWarp);
-    if (threadIdx.x % kWarp == 0) atomicMax(p.tensor_amax, high);
-  }
+  auto row = empty_row<K>();
+  Held<K> residual = {};
+  residual.thread = row.thread;
+  auto&& begun = row.then([&](Held<K>& part) {
+    if (active) {
+      residual.span() = part.span();
+      if constexpr (kAddsFirst || kAddsLater) load_rows(p.other, r, residual);
+      load_held(part);
+    }
+    if constexpr (kAddsFirst) add<K, K.multiplied>(p, r, residual, part, active);
+  });
+  auto&& added =
+      norm<K, K.post, kPostSum>(begun, p.post_weight, nullptr, p.post_eps, shared.scratch).then([&](Held<K>& part) {
+        if constexpr (kAddsLater) add<K, false>(p, r, residual, part, active);
+      });
+  auto&& result = norm<K, K.norm, kNormSum>(added, p.weight, p.bias, p.eps, shared.scratch).then([&](Held<K>& part) {
+    if constexpr (K.y)
+      if (active && part.writes) store_rows(p.y, r, part, K.y_cols);
+  });
   if constexpr (K.data || K.scale) {
-    int* const amax = shared.amax + (Shared<K>::kGroups ? place * Shared<K>::kParts * Codes<K>::kGroups : 0);
-    quantize(p, r, held, shared.scratch, amax, active);
+    const int place = threadIdx.x / K.threads;
+    int* const amax = shared.amax + (Shared<K>::kGroups ? place * Shared<K>::kParts * Codes<K>::kTogether : 0);
+    quantize<K>(p, r, result, shared.scratch, amax, active);
     if constexpr (Codes<K>::kSwizzled)
-      if (r >= p.rows && r < (p.rows + 127) / 128 * 128) zero_padding<K>(p, r, held.thread);
+      if (r >= p.rows && r < (p.rows + 127) / 128 * 128) zero_padding<K>(p, r, result.thread);
+  } else {
+    int low = 0, high = 0;
+    result.template write<Held<K>::kCols>([&](const Held<K>& part) {
+      if constexpr (K.collect_amax) include(part, high, low);
+    });
+    if constexpr (K.collect_amax) {
+      high = lanes_max(active ? high : 0, kWarp);
+      if (threadIdx.x % kWarp == 0) atomicMax(p.tensor_amax, high);
+    }
   }
 }
 

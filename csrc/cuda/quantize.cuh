@@ -1,4 +1,4 @@
-// Quantizers: stores of the row that a block holds, as codes and scales.
+// Quantizers: stores of a row, as codes and scales.
 #pragma once
 
 #include "row.cuh"
@@ -15,10 +15,14 @@ struct Codes {
   // Groups that neighbouring lanes of a warp hold, and nobody else.
   static constexpr int kLanes = kGroup % kPack ? 0 : kGroup / kPack;
   static constexpr bool kInLanes = kLanes > 0 && kLanes <= kWarp && (kLanes & (kLanes - 1)) == 0;
-  static constexpr bool kWholeRow = kGroup >= K.cols;
+  // Groups that all threads work on, one after another: a whole row, or what is more than they hold.
+  static constexpr bool kByAll = kGroup >= K.cols || kGroup > Held<K>::kCols;
+  // Others that they hold at once.
+  static constexpr int kTogether = Held<K>::kWhole || kByAll ? kGroups : Held<K>::kCols / kGroup;
   // Bytes that complete a layout's unit of four groups are zero.
   static constexpr bool kInFours = kKey.layout() == Key::kSwizzled128x4 || kKey.layout() == Key::kPackedUe8m0;
   static constexpr int kScaleBytes = kInFours || kKey.scale_format() != Key::kFloat ? 1 : 4;
+  static constexpr bool kAsymmetric = kKey.asymmetric();
   static constexpr bool kSwizzled = kKey.layout() == Key::kSwizzled128x4;
 };
 
@@ -33,13 +37,60 @@ DEVICE int encode(float x, float zero_point) {
 }
 
 #if PTX(890)
-// Two codes at once, the first in the low byte.
 DEVICE int encode_two_e4m3(float first, float second) {
   unsigned short codes;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
   return codes;
 }
 #endif
+
+// FP4 by the hardware, where an architecture with all of its own features has it; _cuda.HARDWARE_FP4 defines it.
+#if defined(__CUDA_ARCH_SPECIFIC__) || defined(__CUDA_ARCH_FAMILY_SPECIFIC__)
+#define FP4_BY_PTX PTX(1000)
+#else
+#define FP4_BY_PTX 0
+#endif
+#if defined(FUSED_OPS_HARDWARE_FP4) && (FP4_BY_PTX || !defined(__CUDA_ARCH__))
+// What the instruction makes of NaN, 6, is 0 here.
+DEVICE int encode_two_e2m1(float first, float second) {
+  first = first == first ? first : 0.0f;
+  second = second == second ? second : 0.0f;
+#if FP4_BY_PTX
+  int codes;
+  asm("{\n"
+      "  .reg .b8 two;\n"
+      "  .reg .b16 wide;\n"
+      "  cvt.rn.satfinite.e2m1x2.f32 two, %1, %2;\n"
+      "  mov.b16 wide, {two, 0};\n"
+      "  cvt.u32.u16 %0, wide;\n"
+      "}"
+      : "=r"(codes)
+      : "f"(second), "f"(first));
+  return codes;
+#else
+  const auto code = [](float x) {
+    const float m = bits<float>(bits<int>(x) & kMagnitudeBits);  // which at a tie goes to the even code
+    const int steps = (m > 0.25f) + (m >= 0.75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) + (m >= 3.5f) + (m > 5.0f);
+    return steps | (bits<int>(x) < 0 ? 8 : 0);
+  };
+  return code(first) | code(second) << 4;
+#endif
+}
+#endif
+
+// Codes of two neighbours, the first in the low bits.
+template <Stages K>
+DEVICE int encode_two(float first, float second, float zero_point) {
+  constexpr int kFormat = Key{K.key}.format();
+#if PTX(890)
+  if constexpr (kFormat == Key::kE4m3) return encode_two_e4m3(first, second);
+#endif
+#if defined(FUSED_OPS_HARDWARE_FP4) && (FP4_BY_PTX || !defined(__CUDA_ARCH__))
+  if constexpr (kFormat == Key::kE2m1) return encode_two_e2m1(first, second);
+#endif
+  constexpr int kBits = 8 / Key{K.key}.codes_per_byte();
+  return encode<K>(first, zero_point) | encode<K>(second, zero_point) << kBits;
+}
 
 // Codes of pack i.
 template <Stages K>
@@ -48,28 +99,15 @@ DEVICE void store_codes(const Held<K>& held, int i, unsigned char* data, float r
   float v[kPack];
   held.floats(i, v);
   const int n = held.count(i);
-  if constexpr (Key{K.key}.format() == Key::kE2m1) {
-    Pack<unsigned char, kPack / 2> codes;
+  constexpr int kPerByte = Key{K.key}.codes_per_byte();
+  Pack<unsigned char, kPack / kPerByte> codes;
 #pragma unroll
-    for (int j = 0; j < kPack; j += 2)
-      codes.e[j / 2] = (unsigned char)(encode<K>(v[j] * reciprocal, 0) | encode<K>(v[j + 1] * reciprocal, 0) << 4);
-    store<K.aligned>(data + held.at(i) / 2, codes, n / 2);
-  } else {
-    Pack<unsigned char, kPack> codes;
-#pragma unroll
-    for (int j = 0; j < kPack; j += 2) {
-      const float a = v[j] * reciprocal, b = v[j + 1] * reciprocal;
-#if PTX(890)
-      constexpr bool kByHardware = Key{K.key}.format() == Key::kE4m3;
-      const int two = kByHardware ? encode_two_e4m3(a, b) : encode<K>(a, zero_point) | encode<K>(b, zero_point) << 8;
-#else
-      const int two = encode<K>(a, zero_point) | encode<K>(b, zero_point) << 8;
-#endif
-      codes.e[j] = (unsigned char)two;
-      codes.e[j + 1] = (unsigned char)(two >> 8);
-    }
-    store<K.aligned>(data + held.at(i), codes, n);
+  for (int j = 0; j < kPack; j += 2) {
+    const int two = encode_two<K>(v[j] * reciprocal, v[j + 1] * reciprocal, zero_point);
+    codes.e[j / kPerByte] = (unsigned char)two;
+    if constexpr (kPerByte == 1) codes.e[j + 1] = (unsigned char)(two >> 8);
   }
+  store<K.aligned>(data + held.at(i) / kPerByte, codes, n / kPerByte);
 }
 
 // What is stored for group g, and zeros after the last.
@@ -107,9 +145,7 @@ DEVICE void most_of(const Held<K>& held, int i, int& high, int& low) {
 }
 
 template <Stages K>
-DEVICE int row_amax(const Held<K>& held, int& low) {
-  int high = 0;
-  low = 0;
+DEVICE void include(const Held<K>& held, int& high, int& low) {
 #pragma unroll
   for (int i = 0; i < Held<K>::kPacks; ++i) {
     int a, b;
@@ -117,7 +153,6 @@ DEVICE int row_amax(const Held<K>& held, int& low) {
     high = larger(high, a);
     low = larger(low, b);
   }
-  return high;
 }
 
 // A group's codes and, by one thread, its scale.
@@ -128,74 +163,94 @@ DEVICE Scale<float, int> scale_of(int high, int low, float given, float& zero_po
   return dynamic_scale<float, int>(high, Key{K.key}, given);
 }
 
-template <Stages K>
-DEVICE void quantize(const Row& p, long long r, const Held<K>& held, Scratch& scratch, int* amax, bool active) {
+template <Stages K, class R>
+DEVICE void quantize(const Row& p, long long r, R& row, Scratch& scratch, int* amax, bool active) {
   using C = Codes<K>;
-  constexpr Key key{K.key};
-  unsigned char* const data = active && K.data ? at<K.flat, unsigned char>(p.data, r) : nullptr;
-  if constexpr (K.by_tensor_amax || key.is_static()) {
+  constexpr int kCols = Held<K>::kCols;
+  // Nobody writes where there is no row. Compilers use fewer registers if they are told so here, but not of whole rows.
+  unsigned char* const data = K.data && (active || C::kByAll) ? at<K.flat, unsigned char>(p.data, r) : nullptr;
+  if constexpr (K.by_tensor_amax || C::kKey.is_static()) {
     float scale;
     if constexpr (K.by_tensor_amax) {
       const float bound = p.given ? *p.given : bits<float>(kInfinityBits);
-      scale = bits<float>(dynamic_scale<float, int>(*p.tensor_amax, key, bound).stored);
+      scale = bits<float>(dynamic_scale<float, int>(*p.tensor_amax, C::kKey, bound).stored);
     } else {
       scale = *p.given;
     }
-    if (K.scale && r == 0 && held.thread == 0) *(float*)p.scale.data = scale;
-    const float reciprocal = 1.0f / scale, zero_point = key.asymmetric() ? (float)*p.given_zero : 0.0f;
+    if (K.scale && r == 0 && row.thread == 0) *(float*)p.scale.data = scale;
+    const float reciprocal = 1.0f / scale, zero_point = C::kAsymmetric ? (float)*p.given_zero : 0.0f;
+    row.template write<kCols>([&](const Held<K>& part) {
 #pragma unroll
-    for (int i = 0; i < C::kPacks; ++i)
-      if (active) store_codes(held, i, data, reciprocal, zero_point);
+      for (int i = 0; i < C::kPacks; ++i)
+        if (active) store_codes(part, i, data, reciprocal, zero_point);
+    });
     return;
   }
   const float given = p.given ? *p.given : bits<float>(kInfinityBits);
   char* const scales = at<C::kSwizzled>(p.scale, r);
   char* const zero_points = at<C::kSwizzled>(p.zero_point, r);
-  const auto write = [&](int i, int g, const Scale<float, int>& scale, float zero_point, bool first) {
-    if (!active || !held.count(i)) return;
+  const auto write = [&](const Held<K>& part, int i, int g, const Scale<float, int>& scale, float zero_point,
+                         bool first) {
+    if (!active || !part.count(i)) return;
     if (K.scale && first) store_scale<K>(scales, p.scale, g, scale.stored);
     if (K.zero_point && first) store_scale<K>(zero_points, p.zero_point, g, (int)zero_point);
-    if (K.data) store_codes(held, i, data, scale.reciprocal, zero_point);
+    if (K.data) store_codes(part, i, data, scale.reciprocal, zero_point);
   };
-  if constexpr (C::kWholeRow) {
-    int low, high = row_amax(held, low);
-    high = row_max<K, kAmax>(high, scratch);
-    if constexpr (key.asymmetric()) low = row_max<K, kLow>(low, scratch);
-    float zero_point;
-    const auto scale = scale_of<K>(high, low, given, zero_point);
-#pragma unroll
-    for (int i = 0; i < C::kPacks; ++i) write(i, 0, scale, zero_point, i == 0 && held.thread == 0);
-  } else if constexpr (C::kInLanes) {
-#pragma unroll
-    for (int i = 0; i < C::kPacks; ++i) {
-      int low, high;
-      most_of(held, i, high, low);
-      high = lanes_max(high, C::kLanes);
-      if constexpr (key.asymmetric()) low = lanes_max(low, C::kLanes);
+  if constexpr (C::kByAll) {
+    for (int g = 0; g < C::kGroups; ++g) {
+      const int begin = g * C::kGroup, end = g + 1 < C::kGroups ? begin + C::kGroup : K.cols;
+      int low = 0, high = 0;
+      row.parts([&](const Held<K>& part) { include(part, high, low); }, begin, end);
+      if (g) __syncthreads();  // the group before has been read
+      high = row_max<K, kAmax>(high, scratch);
+      if constexpr (C::kAsymmetric) low = row_max<K, kLow>(low, scratch);
       float zero_point;
       const auto scale = scale_of<K>(high, low, given, zero_point);
-      write(i, held.at(i) / C::kGroup, scale, zero_point, held.thread % C::kLanes == 0);
+      row.template write<kCols>(
+          [&](const Held<K>& part) {
+#pragma unroll
+            for (int i = 0; i < C::kPacks; ++i)
+              write(part, i, g, scale, zero_point, i == 0 && part.thread == 0 && part.first == begin);
+          },
+          begin, end);
     }
+  } else if constexpr (C::kInLanes) {
+    row.template write<kCols>([&](const Held<K>& part) {
+#pragma unroll
+      for (int i = 0; i < C::kPacks; ++i) {
+        int low, high;
+        most_of(part, i, high, low);
+        high = lanes_max(high, C::kLanes);
+        if constexpr (C::kAsymmetric) low = lanes_max(low, C::kLanes);
+        float zero_point;
+        const auto scale = scale_of<K>(high, low, given, zero_point);
+        write(part, i, part.at(i) / C::kGroup, scale, zero_point, part.thread % C::kLanes == 0);
+      }
+    });
   } else {  // an integer maximum in shared memory, which has no order
-    constexpr int kParts = key.asymmetric() ? 2 : 1;
-    for (int g = held.thread; g < kParts * C::kGroups; g += K.threads) amax[g] = 0;
-    __syncthreads();
+    constexpr int kParts = C::kAsymmetric ? 2 : 1;
+    row.template write<C::kTogether * C::kGroup>([&](const Held<K>& part) {
+      const auto group = [&](int i) { return (part.at(i) - part.first) / C::kGroup; };
+      if constexpr (!Held<K>::kWhole) __syncthreads();  // the part before has been read
+      for (int g = part.thread; g < kParts * C::kTogether; g += K.threads) amax[g] = 0;
+      __syncthreads();
 #pragma unroll
-    for (int i = 0; i < C::kPacks; ++i) {
-      int low, high;
-      most_of(held, i, high, low);
-      if (!held.count(i)) continue;
-      atomicMax(amax + held.at(i) / C::kGroup, high);
-      if (kParts == 2) atomicMax(amax + C::kGroups + held.at(i) / C::kGroup, low);
-    }
-    __syncthreads();
+      for (int i = 0; i < C::kPacks; ++i) {
+        int low, high;
+        most_of(part, i, high, low);
+        if (!part.count(i)) continue;
+        atomicMax(amax + group(i), high);
+        if (kParts == 2) atomicMax(amax + C::kTogether + group(i), low);
+      }
+      __syncthreads();
 #pragma unroll
-    for (int i = 0; i < C::kPacks; ++i) {
-      const int g = held.at(i) / C::kGroup < C::kGroups ? held.at(i) / C::kGroup : 0;
-      float zero_point;
-      const auto scale = scale_of<K>(amax[g], kParts == 2 ? amax[C::kGroups + g] : 0, given, zero_point);
-      write(i, g, scale, zero_point, held.at(i) % C::kGroup == 0);
-    }
+      for (int i = 0; i < C::kPacks; ++i) {
+        const int g = group(i) < C::kTogether ? group(i) : 0;
+        float zero_point;
+        const auto scale = scale_of<K>(amax[g], kParts == 2 ? amax[C::kTogether + g] : 0, given, zero_point);
+        write(part, i, part.first / C::kGroup + g, scale, zero_point, part.at(i) % C::kGroup == 0);
+      }
+    });
   }
 }
 

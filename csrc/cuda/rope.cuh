@@ -234,11 +234,11 @@ DEVICE void write_cache(const typename Side<K, H>::Held& held, const CachePlace&
 }
 
 template <TokenStages K, HeadStages H>
-DEVICE void write_codes(const typename Side<K, H>::Held& held, const Row& p, long long r, bool active,
+DEVICE void write_codes(typename Side<K, H>::Held& held, const Row& p, long long r, bool active,
                         typename Side<K, H>::Shared& shared) {
   constexpr Stages R = Side<K, H>::kHead;
-  constexpr int kAmax = Shared<R>::kGroups ? Shared<R>::kParts * Codes<R>::kGroups : 0;
-  quantize(p, r, held, shared.rows.scratch, shared.rows.amax + threadIdx.x / H.threads * kAmax, active);
+  constexpr int kAmax = Shared<R>::kGroups ? Shared<R>::kParts * Codes<R>::kTogether : 0;
+  quantize<R>(p, r, held, shared.rows.scratch, shared.rows.amax + threadIdx.x / H.threads * kAmax, active);
   if constexpr (Codes<R>::kSwizzled)
     if (r >= p.rows && r < (p.rows + 127) / 128 * 128) zero_padding<R>(p, r, held.thread);
 }
@@ -315,24 +315,25 @@ struct Some {
 template <TokenStages K, HeadStages H>
 DEVICE float rstd_of_all(const Heads& heads, long long t, bool active, Scratch& scratch) {
   constexpr Stages W = Side<K, H>::kWhole;
-  using T = typename Held<W>::T;
-  Held<W> held = {};
-  held.thread = threadIdx.x % W.threads;
+  using Part = Held<W>;
+  using T = typename Part::T;
   const char* const from = heads.in.data + t * heads.in.token;
   const auto element = [&](int c) { return (const T*)(from + c / H.cols * heads.in.head) + c % H.cols; };
-  if (active) {
+  auto row = empty_row<W>();
+  auto&& all = row.then([&](Part& held) {
+    if (!active) return;
 #pragma unroll
-    for (int i = 0; i < Held<W>::kPacks; ++i) {
+    for (int i = 0; i < Part::kPacks; ++i) {
       const int c = held.at(i), n = held.count(i);
-      if constexpr (W.aligned) {
+      if constexpr (H.aligned) {
         load<true>(held.packs[i], element(c), n);
       } else {
 #pragma unroll
-        for (int j = 0; j < Held<W>::kPack; ++j) held.packs[i].e[j] = j < n ? *element(c + j) : T{};
+        for (int j = 0; j < Part::kPack; ++j) held.packs[i].e[j] = j < n ? *element(c + j) : T{};
       }
     }
-  }
-  return rstd_of<W, kPostSum>(held, heads.eps, scratch);
+  });
+  return rstd_of<W, kPostSum>(all, heads.eps, scratch);
 }
 
 // Blocks of a few heads for so many threads.

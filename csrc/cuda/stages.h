@@ -174,6 +174,7 @@ struct PairStages {
 struct Gather {
   Strided x, y;
   ScalePlace scale[2], result[2];
+  char nan;  // the byte that one of x's dtype is made of
 };
 
 struct GatherStages {
