@@ -30,7 +30,7 @@ test-full: .venv/models .venv/tests
 # The plug-in in a stock vLLM, whose transformers is another: in .venv-vllm (3.4 GB), with the kernels built above.
 VLLM := .venv-vllm/bin
 test-vllm: .venv-vllm/built
-	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -q -m vllm tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -q -m vllm tests/test_vllm*.py
 
 # What it is worth, with and without: bench/results/vllm-DATE.json.
 bench-vllm: .venv-vllm/built
