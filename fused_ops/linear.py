@@ -326,7 +326,7 @@ def scaled_linear(
 
     On a GPU by torch's products, and FlashInfer's where torch has none (`fused_ops.linear_products`), of operands laid
     out as a `QuantLinear` asks for and stores them; others are refused. FlashInfer's, and ROCm's of MX formats, make
-    bfloat16 and float16 only, and round before they add a bias.
+    bfloat16 and float16 only, and round before they add a bias (ROCm's not where both are bfloat16).
 
     Args:
         activation: logical shape [..., K], of any key and layout; float32 scales of groups of 32, 64, 128, 256 or 512

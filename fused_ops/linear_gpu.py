@@ -5,7 +5,8 @@
 Nothing is rearranged on the way. A layer (`quant.methods`) stores its weight as its product takes it, and asks for
 activations as it takes them: layout of the scales, and memory for a multiple of so many rows.
 
-A product that makes no float32 (`Product.results`) rounds before the bias is added, and once more behind it.
+A product that makes no float32 (`Product.results`) rounds before the bias is added, and once more behind it, unless
+torch adds it: bfloat16 to bfloat16.
 """
 
 from __future__ import annotations

@@ -145,6 +145,17 @@ def test_activations_of_hard_values(dtype):
         assert_same(by_triton(OPS["swiglu_oai_mul"], swiglu)["y"], results(OPS["swiglu_oai_mul"], swiglu)["y"])
 
 
+@pytest.mark.parametrize("cols", [192, 65536 + 192])
+def test_gates_and_ups_that_alternate_in_groups_of_any_size(cols):
+    """Groups that are no power of two have gaps between their places."""
+    x, key = on_device(torch.randn(2, 2 * cols).bfloat16()), FP8_DYNAMIC_GROUP_128.with_scale(group_shape=(1, 96))
+    with fused_ops.use_backend("triton"):
+        fused = fused_ops.swiglu_oai_mul_quant(x, None, key)
+        expected = fused_ops.quantize(fused_ops.swiglu_oai_mul(x, None), key)
+    assert_same(fused.data.cpu(), expected.data.cpu())
+    assert_same(fused.scale.cpu(), expected.scale.cpu())
+
+
 def tree_sum(x: Tensor) -> Tensor:
     """What kernels promise: neighbours among eight, then halves."""
     x = torch.nn.functional.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))

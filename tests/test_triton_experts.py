@@ -98,6 +98,16 @@ def test_sums_over_experts_are_the_cpus(dtype):
             assert_same(fused_ops.sum_experts(*map(on_device, (y, positions, weights))).cpu(), expected)
 
 
+@pytest.mark.parametrize("name", OPS["sort_by_expert"].outputs)
+def test_each_result_of_the_sort_may_be_asked_for_alone(name):
+    op, index = OPS["sort_by_expert"], torch.randint(5, (9, 3))
+    expected = dict(zip(op.outputs, fused_ops.sort_by_expert(index, 5), strict=True))[name]
+    out = on_device(torch.full_like(expected, -7))
+    with fused_ops.use_backend("triton"):
+        op.out(on_device(index), 5, **{f"{name}_out": out})
+    assert_same(out.cpu(), expected)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="torch's activation between the products has other bits there")
 def test_a_layer_of_int8_experts_is_the_cpus(monkeypatch):
     layer, x = quantized("Qwen3Moe", "int8_token"), torch.randn(30, 64).bfloat16()

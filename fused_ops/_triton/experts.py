@@ -64,8 +64,9 @@ def sort_by_expert(args: tuple, outs: dict[str, Any]) -> None:
     count = outs.get("tokens_per_expert")
     if count is None:
         count = index.new_empty(experts, dtype=torch.int32)
-    _, (positions,) = rows_of(outs.get("positions"))
-    rows = outs.get("rows")
+    rows, positions = outs.get("rows"), outs.get("positions")
+    if positions is not None:
+        _, (positions,) = rows_of(positions)
 
     def start() -> None:
         count_kernel[(-(-experts // EXPERTS.value),)](index, pairs, count, experts, **OPTIONS)

@@ -43,7 +43,11 @@ class Stages:
 @triton.jit
 def load(x, other, sizes, row, active, begin, column, valid, alpha, limit, S: tl.constexpr, K: tl.constexpr):
     if K.load == "swiglu_oai" and other is None:
-        g, u = load_pairs(x, sizes, row, active, begin, K)
+        if K.width == K.group:
+            g, u = load_pairs(x, sizes, row, active, begin, K)
+        else:  # columns aren't at neighbouring places
+            g = load_rows(x, sizes, row, 2 * column, valid)
+            u = load_rows(x, sizes, row, 2 * column + 1, valid)
         return gated(g, u, alpha, limit, S, K)
     else:
         held = load_rows(x, sizes, row, column, valid)
