@@ -89,10 +89,24 @@ def format_of(path: str, experts: Any, recipe: Recipe, called: Callable[[str], t
     if recipe.stacked is not None:
         return None if any(recipe.ignored(each, experts) for each in called(path)) else recipe.stacked
     linear = nn.Linear(1, 1, device="meta")
-    first, *others = [recipe.format_of(called(name), linear) for name, *_ in parts_of(path, experts)]
-    if any(other != first for other in others):
-        raise ValueError(f"quantization_config: {path} has experts of several formats, expected one")
-    return first
+    names = [name for name, *_ in parts_of(path, experts)]
+    forms = [recipe.format_of(called(name), linear) for name in names]
+    if any(form != forms[0] for form in forms):  # "re:.*gate" means the router of files that say w1, not gate_proj
+        forms = [recipe.format_of(called(name)[1:] or called(name), linear) for name in names]
+    for name, form in zip(names, forms, strict=True):
+        if form != forms[0]:
+            raise ValueError(
+                f"quantization_config: {_called(names[0], forms[0], called)}, but {_called(name, form, called)}: "
+                f"{path} has one format for all experts"
+            )
+    return forms[0]
+
+
+def _called(name: str, form: Format | None, called: Callable[[str], tuple[str, ...]]) -> str:
+    """For messages, by its usual name in files."""
+    scheme = None if form is None else form.scheme
+    said = "isn't quantized" if scheme is None else f"has {scheme.weight_key} weights for {scheme.input_quant_key}"
+    return f"{called(name)[-1]} {said}"
 
 
 def empty_experts(path: str, experts: Any, form: Format, dtype: torch.dtype) -> QuantExperts:
