@@ -151,8 +151,18 @@ def test_experts_that_are_not_quantized_stay_so(ignore, tmp_path):
         ),
         (
             "nvfp4",
-            lambda t: t[f"{EXPERTS}.0.up_proj.weight_global_scale"].mul_(2),
-            r"experts\.0\.up_proj\.weight_global_scale is .*, and .* elsewhere in .*gate_up_proj, which has one",
+            lambda t: t.update(
+                {
+                    f"{EXPERTS}.0.{part}_proj.weight_global_scale": torch.tensor([n])
+                    for part, n in (("gate", 5.0), ("up", 7.0))
+                }
+            ),
+            r"experts\.0\.up_proj\.weight_global_scale is 7\.0, and 5\.0 elsewhere in .*gate_up_proj, which has one",
+        ),
+        (
+            "nvfp4",
+            lambda t: t[f"{EXPERTS}.0.gate_proj.weight_global_scale"].zero_(),
+            r"experts\.0\.gate_proj\.weight_global_scale is 0\.0, expected a positive, finite scale, and so its rec",
         ),
         (
             "int8_static_asym",

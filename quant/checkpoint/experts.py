@@ -154,19 +154,22 @@ def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> 
         return
     one = name == "weight_scale" and form.scheme.weight_key.per_tensor
     like = place[:1] if one else place
-    value = form.dialect.stored(name, form.scheme.weight_key).value(tensor, like)
+    stored = form.dialect.stored(name, form.scheme.weight_key)
+    value = stored.value(tensor, like)
     if name == "weight" and value.dtype == FP8 and (value.view(torch.uint8) & 0x7F == 0x7F).any():
         raise ValueError("has values that aren't finite")
     if name in (given := dict(form.given)) and value.item() != given[name]:
         raise ValueError(f"is {value.item()}, the configuration says {given[name]}")
     if name in ("input_scale", "input_scale2", "weight_scale2") and not (value.isfinite() & (value > 0)).all():
-        raise ValueError(f"is {value.item()}, expected a positive, finite scale")
+        raise ValueError(f"is {tensor.item()}, expected a positive, finite scale, and so its reciprocal")
     if name in ("input_scale", "input_scale2"):
         value = torch.maximum(place, value)
     elif name in ("weight_scale2", "input_zero_point"):
         unset = place.isnan() if place.is_floating_point() else place == _UNSET
         if not unset.all() and not torch.equal(place, value):
-            raise ValueError(f"is {value.item()}, and {place.item()} elsewhere in {slot.path}, which has one")
+            raise ValueError(
+                f"is {tensor.item()}, and {stored.save(place).item()} elsewhere in {slot.path}, which has one"
+            )
     place.copy_(value.expand_as(place))
 
 
