@@ -151,8 +151,18 @@ def test_experts_that_are_not_quantized_stay_so(ignore, tmp_path):
         ),
         (
             "nvfp4",
-            lambda t: t[f"{EXPERTS}.0.up_proj.weight_global_scale"].mul_(2),
-            r"experts\.0\.up_proj\.weight_global_scale is .*, and .* elsewhere in .*gate_up_proj, which has one",
+            lambda t: t.update(
+                {
+                    f"{EXPERTS}.0.{part}_proj.weight_global_scale": torch.tensor([n])
+                    for part, n in (("gate", 5.0), ("up", 7.0))
+                }
+            ),
+            r"experts\.0\.up_proj\.weight_global_scale is 7\.0, and 5\.0 elsewhere in .*gate_up_proj, which has one",
+        ),
+        (
+            "nvfp4",
+            lambda t: t[f"{EXPERTS}.0.gate_proj.weight_global_scale"].zero_(),
+            r"experts\.0\.gate_proj\.weight_global_scale is 0\.0, expected a positive, finite scale, and so its rec",
         ),
         (
             "int8_static_asym",
@@ -182,7 +192,8 @@ def test_what_stacked_layers_cannot_hold_is_refused(tmp_path):
         load_quantized(tmp_path / "blocks")
     make("fp8-dynamic", tmp_path / "some")
     edit_config(tmp_path / "some", lambda _, q: q["ignore"].append(f"{EXPERTS}.1.up_proj"))
-    with pytest.raises(ValueError, match=r"experts has experts of several formats, expected one"):
+    message = r"0\.gate_proj has .*, but .*1\.up_proj isn't quantized: .*experts has one format"
+    with pytest.raises(ValueError, match=message):
         load_quantized(tmp_path / "some")
     model = quantize(tiny_model("Qwen3Moe"), "fp8_block")
     with pytest.raises(ValueError, match=r"experts has blocks of 128 rows of gates and ups, which files have apart"):

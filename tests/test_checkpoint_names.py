@@ -145,6 +145,17 @@ def test_names_of_the_model_are_read_too(tmp_path):
         load_quantized(tmp_path)
 
 
+def test_names_of_files_decide_where_those_of_the_model_disagree(tmp_path):
+    """The router's name is what a gate's begins with here, but not in files that call it w1."""
+    model = quantize(stock("Mixtral"), "fp8_token")
+    save_quantized(model, tmp_path)
+    edit_config(tmp_path, lambda _, q: q.update(ignore=["lm_head", "re:.*gate"]))
+    assert_same(load_quantized(tmp_path, torch.float32)(tokens()).logits, model(tokens()).logits)
+    edit_config(tmp_path, lambda _, q: q.update(ignore=["lm_head", "re:.*experts.2.w1"]))
+    with pytest.raises(ValueError, match=r"0\.w1 has .*, but .*2\.w1 isn't quantized: .* one format for all experts"):
+        load_quantized(tmp_path)
+
+
 def test_what_is_missing_has_its_name_in_files(tmp_path):
     save_quantized(quantize(stock("Mixtral"), "fp8_token"), tmp_path)
     name = "model.layers.1.block_sparse_moe.experts.1.w3.weight"

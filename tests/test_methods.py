@@ -250,6 +250,7 @@ def _uneven() -> nn.Module:
         (model, "fp8_static", {"x": 1}, TypeError, "calibration is dict, expected a list"),
         (model, "fp8_static", 3, TypeError, "calibration is int, expected a list"),
         (model, "fp8_static", [], ValueError, "calibration never gives 0 an input"),
+        (model, "fp8_static", ["text"], TypeError, "calibration has a str as batch 1, expected a tensor or keyword"),
         (_with_nan, "int8_token", None, ValueError, "2: weight has values that aren't finite"),
         (_with_nan, "mxfp4", None, ValueError, "2: weight has values that aren't finite"),
         (_uneven, "mxfp8", None, ValueError, "1: input has 40 columns, MXFP8 expects a multiple of 32"),

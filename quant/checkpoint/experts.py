@@ -89,10 +89,24 @@ def format_of(path: str, experts: Any, recipe: Recipe, called: Callable[[str], t
     if recipe.stacked is not None:
         return None if any(recipe.ignored(each, experts) for each in called(path)) else recipe.stacked
     linear = nn.Linear(1, 1, device="meta")
-    first, *others = [recipe.format_of(called(name), linear) for name, *_ in parts_of(path, experts)]
-    if any(other != first for other in others):
-        raise ValueError(f"quantization_config: {path} has experts of several formats, expected one")
-    return first
+    names = [name for name, *_ in parts_of(path, experts)]
+    forms = [recipe.format_of(called(name), linear) for name in names]
+    if any(form != forms[0] for form in forms):  # "re:.*gate" means the router of files that say w1, not gate_proj
+        forms = [recipe.format_of(called(name)[1:] or called(name), linear) for name in names]
+    for name, form in zip(names, forms, strict=True):
+        if form != forms[0]:
+            raise ValueError(
+                f"quantization_config: {_called(names[0], forms[0], called)}, but {_called(name, form, called)}: "
+                f"{path} has one format for all experts"
+            )
+    return forms[0]
+
+
+def _called(name: str, form: Format | None, called: Callable[[str], tuple[str, ...]]) -> str:
+    """For messages, by its usual name in files."""
+    scheme = None if form is None else form.scheme
+    said = "isn't quantized" if scheme is None else f"has {scheme.weight_key} weights for {scheme.input_quant_key}"
+    return f"{called(name)[-1]} {said}"
 
 
 def empty_experts(path: str, experts: Any, form: Format, dtype: torch.dtype) -> QuantExperts:
@@ -140,19 +154,22 @@ def put(layer: QuantGroupedLinear, slot: Slot, form: Format, tensor: Tensor) -> 
         return
     one = name == "weight_scale" and form.scheme.weight_key.per_tensor
     like = place[:1] if one else place
-    value = form.dialect.stored(name, form.scheme.weight_key).value(tensor, like)
+    stored = form.dialect.stored(name, form.scheme.weight_key)
+    value = stored.value(tensor, like)
     if name == "weight" and value.dtype == FP8 and (value.view(torch.uint8) & 0x7F == 0x7F).any():
         raise ValueError("has values that aren't finite")
     if name in (given := dict(form.given)) and value.item() != given[name]:
         raise ValueError(f"is {value.item()}, the configuration says {given[name]}")
     if name in ("input_scale", "input_scale2", "weight_scale2") and not (value.isfinite() & (value > 0)).all():
-        raise ValueError(f"is {value.item()}, expected a positive, finite scale")
+        raise ValueError(f"is {tensor.item()}, expected a positive, finite scale, and so its reciprocal")
     if name in ("input_scale", "input_scale2"):
         value = torch.maximum(place, value)
     elif name in ("weight_scale2", "input_zero_point"):
         unset = place.isnan() if place.is_floating_point() else place == _UNSET
         if not unset.all() and not torch.equal(place, value):
-            raise ValueError(f"is {value.item()}, and {place.item()} elsewhere in {slot.path}, which has one")
+            raise ValueError(
+                f"is {tensor.item()}, and {stored.save(place).item()} elsewhere in {slot.path}, which has one"
+            )
     place.copy_(value.expand_as(place))
 
 

@@ -201,7 +201,8 @@ class _Slots:
                     layer.get_buffer(buffer).fill_(given[buffer])
                 else:
                     self.missing.append(begin + stored[0])
-            self.zeros += {f"{name}.{each}" for each in form.dialect.zero} & self.files.names.keys() - self.parts.keys()
+            zeros = (f"{name}.{each}" for each in form.dialect.zero)
+            self.zeros += [key for key in zeros if key in self.files.names and key not in self.parts]
 
     def _add_plain_experts(self, path: str, module: Any) -> None:
         """Experts that aren't quantized: as the model has them, or one by one."""

@@ -30,7 +30,7 @@ def observe(
 ) -> Calibration:
     """Run the model on the batches: what it takes, or keyword arguments; `after` is called with how many are done.
 
-    Raises ValueError where a layer gets no input, or one that isn't finite.
+    Raises TypeError where a batch is something else, ValueError where a layer gets no input, or one that isn't finite.
     """
     spans = Calibration()
 
@@ -50,6 +50,9 @@ def observe(
     try:
         with torch.no_grad():
             for done, batch in enumerate(batches, 1):
+                if not isinstance(batch, (Tensor, Mapping)):
+                    got = f"{name} has a {type(batch).__name__} as batch {done}"
+                    raise TypeError(f"{caller}: {got}, expected a tensor or keyword arguments in a dict")
                 model(**batch) if isinstance(batch, Mapping) else model(batch)
                 after(done)
     finally:
