@@ -20,6 +20,7 @@ from quant import (
     FP8_DYNAMIC_TENSOR,
     FP8_DYNAMIC_TOKEN,
     INT8_DYNAMIC_TOKEN,
+    INT8_DYNAMIC_TOKEN_ASYM,
     MXFP4,
     NVFP4,
     QuantKey,
@@ -243,6 +244,17 @@ def test_what_is_refused():
             fused_ops.quantize(memory[:, :48], MXFP4)
     with pytest.raises(RuntimeError, match="inference only"), fused_ops.use_backend("triton"):
         fused_ops.relu2(memory.clone().requires_grad_()).sum().backward()
+
+
+def test_results_come_alone_too():
+    """The overload of outputs takes any of them."""
+    x = torch.randn(3, 64, device=DEVICE).bfloat16()
+    with fused_ops.use_backend("triton"):
+        whole = fused_ops.quantize(x, INT8_DYNAMIC_TOKEN_ASYM)
+        for name in "data", "scale", "zero_point":
+            alone = torch.empty_like(getattr(whole, name))
+            torch.ops.fused_ops.quantize.out(x, INT8_DYNAMIC_TOKEN_ASYM.code, None, **{f"{name}_out": alone})
+            assert_same(alone, getattr(whole, name))
 
 
 def test_without_triton_asking_for_it_says_what_to_install(monkeypatch):

@@ -99,7 +99,7 @@ def run(p: Pipeline, launch_loading: Callable[[Pipeline], None] = launch) -> Non
 
     launch_loading: launches what loads the rows, alone or before another pass.
     """
-    if p.data is None and p.scale is None:
+    if p.data is p.scale is p.zero_point is None:
         p.key = None
     if p.key is None:
         return launch_loading(p)
