@@ -13,7 +13,7 @@ import triton.language as tl
 from .norm import mean_of, rstd_of, scaled, scaled_and_moved
 from .platform import at, load_rows, round_to, row_sum, store_rows
 from .quantize import PLACES, columns, highest, part_of, places_at, quantize
-from .row import Rows, join_amax, load, store_zeros
+from .row import Rows, join_amax, load, rows_here, store_zeros
 
 
 class Source(NamedTuple):
@@ -157,11 +157,7 @@ def long_row_kernel(
         scales = places_at(scale, scale_row, scale_column, C)
     if zero_point is not None:
         zero_points = places_at(zero_point, zero_row, zero_column, C)
-    row = tl.program_id(0).to(tl.int64) * K.rows + tl.arange(0, K.rows)
-    active = row < rows
-    if tokens_per_expert is not None:
-        tokens = tl.load(tokens_per_expert + row // rows_per_expert, mask=active, other=0)
-        active = active & (row % rows_per_expert < tokens)
+    row, active = rows_here(rows, tokens_per_expert, rows_per_expert, K)
     codes = data
     if data is not None:
         codes = at(data, sizes, row)

@@ -125,6 +125,17 @@ def work(
         join_amax(tensor_amax, held)
 
 
+@triton.jit
+def rows_here(rows, tokens_per_expert, rows_per_expert, K: tl.constexpr):
+    """The rows [R] of this program, and which of them there are, or are used by an expert."""
+    row = tl.program_id(0).to(tl.int64) * K.rows + tl.arange(0, K.rows)
+    active = row < rows
+    if tokens_per_expert is not None:
+        tokens = tl.load(tokens_per_expert + row // rows_per_expert, mask=active, other=0)
+        active = active & (row % rows_per_expert < tokens)
+    return row, active
+
+
 @triton.jit(do_not_specialize=["rows", "rows_per_expert", *PLACES])
 def row_kernel(
     rows,
@@ -161,11 +172,7 @@ def row_kernel(
         scales = places_at(scale, scale_row, scale_column, K.codes)
     if zero_point is not None:
         zero_points = places_at(zero_point, zero_row, zero_column, K.codes)
-    row = tl.program_id(0).to(tl.int64) * K.rows + tl.arange(0, K.rows)
-    active = row < rows
-    if tokens_per_expert is not None:
-        tokens = tl.load(tokens_per_expert + row // rows_per_expert, mask=active, other=0)
-        active = active & (row % rows_per_expert < tokens)
+    row, active = rows_here(rows, tokens_per_expert, rows_per_expert, K)
     column, within = columns(K, 1)
     valid = active[:, None] & within
     held = load(x, other, sizes, row, active, 0, column, valid, alpha, limit, S, K)
