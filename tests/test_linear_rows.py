@@ -82,6 +82,6 @@ for key in MXFP8, MXFP4:  # products around the smallest float32
             note(digest, x, weight(300, 96, w_key, exponents=(-80, -70)))
     print("tiny", key, digest.hexdigest())
 """
-    printed = [run_python(script, FUSED_OPS_ISA=isa) for isa in ("base", "")]
-    assert printed[0] == printed[1]
+    printed = [run_python(script, FUSED_OPS_ISA=isa) for isa in ("base", "v3", "")]
+    assert printed[0] == printed[1] == printed[2]
     assert len(printed[0].splitlines()) == len(KEYS) + 2

@@ -2,7 +2,7 @@
 //
 //   #include "isa.h"
 //   #define KERNELS "norm.inc"
-//   #include "each_isa.inc"                       // namespaces fused_ops::base and fused_ops::v3
+//   #include "each_isa.inc"                       // namespaces fused_ops::base, fused_ops::v3 and fused_ops::v4
 //   ... PICK_ISA(norm_rows)(arguments);
 //
 // A .inc file includes no headers (they would be compiled for one set and linked into all) and tests ISA, not
@@ -10,18 +10,17 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define HAVE_V3 1
+#define HAVE_X86 1
 #else
-#define HAVE_V3 0
+#define HAVE_X86 0
 #endif
 
 #define ISA_BASE 1
-#define ISA_V3 3
+#define ISA_V3 3  // x86-64-v3: AVX2, FMA, F16C
+#define ISA_V4 4  // x86-64-v4, AVX-512, and of its extensions VBMI, VNNI and BF16: Zen 4, Sapphire Rapids
 
 namespace fused_ops {
 
@@ -29,22 +28,16 @@ namespace fused_ops {
 // bits on every instruction set, in every operation.
 constexpr int kLanes = 32;
 
-// FUSED_OPS_ISA=base forces the portable code, so that a test can compare the two bit by bit.
-inline bool use_v3() {
-#if HAVE_V3
-  const char* forced = std::getenv("FUSED_OPS_ISA");
-  return __builtin_cpu_supports("x86-64-v3") && !(forced && std::strcmp(forced, "base") == 0);
-#else
-  return false;
-#endif
-}
-
-inline const bool kUseV3 = use_v3();
+// The best that the machine has; FUSED_OPS_ISA=base or v3 forces a lesser one, so that tests can compare their bits.
+extern const int kIsa;
 
 }  // namespace fused_ops
 
-#if HAVE_V3
-#define PICK_ISA(function) (::fused_ops::kUseV3 ? ::fused_ops::v3::function : ::fused_ops::base::function)
+#if HAVE_X86
+#define PICK_ISA(function)                                   \
+  (::fused_ops::kIsa == ISA_V4   ? ::fused_ops::v4::function \
+   : ::fused_ops::kIsa == ISA_V3 ? ::fused_ops::v3::function \
+                                 : ::fused_ops::base::function)
 #else
 #define PICK_ISA(function) (::fused_ops::base::function)
 #endif

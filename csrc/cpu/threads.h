@@ -11,7 +11,7 @@ namespace fused_ops {
 
 // Subnormal float32s count, even where the caller flushes them (torch.set_flush_denormal).
 class KeepSubnormals {
-#if HAVE_V3
+#if HAVE_X86
  public:
   KeepSubnormals() : saved_(_mm_getcsr()) {
     if (saved_ & kFlush) _mm_setcsr(saved_ & ~kFlush);
