@@ -156,7 +156,7 @@ class _Slots:
         try:
             layer = QuantLinear(
                 linear.in_features, linear.out_features, method, None if bias is None else bias.data,
-                name=path, device="meta",
+                name=path, device="meta", dtype=linear.weight.dtype,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{config}: quantization_config: {path}: {error}") from None

@@ -189,7 +189,9 @@ def _quantized(path: str, layer: nn.Linear, scheme: Scheme, span: Tensor | None)
     bias = None if layer.bias is None else layer.bias.detach()
     method = ScaledLinearMethod(scheme)
     with _named(path):
-        quantized = QuantLinear(layer.in_features, layer.out_features, method, bias, name=path, device=weight.device)
+        quantized = QuantLinear(
+            layer.in_features, layer.out_features, method, bias, name=path, device=weight.device, dtype=weight.dtype
+        )
         made = scheme.quantize_weight(weight)
     if span is not None:
         made |= scheme.calibrate(*span)
