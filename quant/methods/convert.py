@@ -46,9 +46,9 @@ def quantize_model(
     Raises:
         TypeError, ValueError: an argument is not as above, a weight isn't finite or is shared with another module, its
             columns are no multiple of the scheme's group (32 of mxfp8 and mxfp4, 16 of nvfp4), experts aren't those
-            that transformers' interface serves (Llama4's), or it is on a GPU that has no such product
-            (`fused_ops.linear_products.DEVICES`; for experts that is without Triton), or all of it is quantized
-            already; the model is left as it was.
+            that transformers' interface serves (Llama4's), it is on a GPU that has no such product, or none that makes
+            its dtype (`fused_ops.linear_products.DEVICES`; for experts that is without Triton), or all of it is
+            quantized already; the model is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model: model is {type(model).__name__}, expected a torch.nn.Module")
