@@ -45,6 +45,12 @@ class Rooted(PatternReplacement):
         return total.rsqrt().clone(), total
 
 
+class Flat(Rooted):
+    def pattern(self, x, cap):
+        total = (x * x).mean(-1) + cap
+        return total.rsqrt(), total
+
+
 class Refusing(Rooted):
     def replacement(self, x, cap):
         raise ValueError("not today")
@@ -171,6 +177,7 @@ def test_the_first_condition_that_failed_is_named(function, reason):
         (Halved, "a result of the replacement is None, expected a tensor"),
         (Short, "the replacement has 1 results, and the pattern 2"),
         (Checked, "cap is 0.5"),
+        (Flat, "mean has keepdim True, expected none"),
         (Writing, "the replacement writes in place, by aten.square_.default|aten.copy_.default"),
     ],
 )

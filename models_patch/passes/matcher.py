@@ -308,7 +308,10 @@ def _other_arguments(found: Node, expected: dict[str, Any], actual: dict[str, An
     for name, wanted in expected.items():
         if name not in actual:
             return f"{found} has the default {name}, expected {_named(wanted)}"
-    return next((f"{found} has {name} {_named(actual[name])}, expected none" for name in actual.keys() - expected), "")
+    more = (
+        f"{found} has {name} {_named(given)}, expected none" for name, given in actual.items() if name not in expected
+    )
+    return next(more, "")
 
 
 def source_of_number(found: Any) -> Any:
