@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#define WIDE_VECTORS
 #define KERNELS "experts.inc"
 #include "each_isa.inc"
 

@@ -4,6 +4,7 @@
 
 #include "threads.h"
 
+#define WIDE_VECTORS
 #define KERNELS "rope.inc"
 #include "each_isa.inc"
 

@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "threads.h"
 
+#define WIDE_VECTORS
 #define KERNELS "row.inc"
 #include "each_isa.inc"
 
