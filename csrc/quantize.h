@@ -115,7 +115,8 @@ HOST_DEVICE I encode_e2m1(F x) {
   return FINITE ? code : unless_nan(x, code, 0);
 }
 
-// int8, saturating; NaN is 0. FINITE as above; what is above the low byte is then left. Adding 1.5 * 2^23 rounds to an integer in the low bits.
+// int8, saturating; NaN is 0. FINITE as above; bits above the low byte are then left. Adding 1.5 * 2^23 rounds to an
+// integer in the low bits.
 template <bool FINITE, class I, class F>
 HOST_DEVICE I encode_int8(F x) {
   constexpr float kMagic = 12582912.0f;
