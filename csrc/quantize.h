@@ -70,9 +70,10 @@ HOST_DEVICE I magnitude_code(F x) {
   return rounded + (exponent >> kShift) - (SMALLEST << MANTISSA);
 }
 
+// Comparisons stand where they choose: of vectors of sixteen, compilers keep no result of one.
 template <class I, class F>
-HOST_DEVICE I nan_mask(F x) {
-  return (bits<I>(x) & kMagnitudeBits) > kInfinityBits ? I{} - 1 : I{};
+HOST_DEVICE I unless_nan(F x, I code, int of_nan) {
+  return (bits<I>(x) & kMagnitudeBits) > kInfinityBits ? I{} + of_nan : code;
 }
 
 // float8_e4m3fn, saturating; NaN is 0x7f. FINITE: |x| rounds to at most 448 and isn't NaN.
@@ -83,9 +84,7 @@ HOST_DEVICE I encode_e4m3(F x) {
   I magnitude = all & kMagnitudeBits;
   if constexpr (!FINITE) magnitude = magnitude > kMax ? I{} + kMax : magnitude;
   const I code = magnitude_code<3, 121, I>(bits<F>(magnitude)) | (all >> 24 & 0x80);
-  if constexpr (FINITE) return code;
-  const I nan = nan_mask<I>(x);
-  return (code & ~nan) | (nan & 0x7f);
+  return FINITE ? code : unless_nan(x, code, 0x7f);
 }
 
 // float8_e4m3fnuz, saturating at 224; there is no negative zero, whose code is NaN's. FINITE as above.
@@ -96,9 +95,7 @@ HOST_DEVICE I encode_e4m3fnuz(F x) {
   if constexpr (!FINITE) magnitude = magnitude > kMax ? I{} + kMax : magnitude;
   const I code = magnitude_code<3, 120, I>(bits<F>(magnitude));
   const I sign = code > 0 ? bits<I>(x) >> 24 & 0x80 : I{};
-  if constexpr (FINITE) return code | sign;
-  const I nan = nan_mask<I>(x);
-  return ((code | sign) & ~nan) | (nan & 0x80);
+  return FINITE ? code | sign : unless_nan(x, code | sign, 0x80);
 }
 
 // The value of a code that isn't NaN, by way of subnormal float32s.
@@ -115,21 +112,21 @@ HOST_DEVICE I encode_e2m1(F x) {
   I magnitude = all & kMagnitudeBits;
   if constexpr (!FINITE) magnitude = magnitude > kMax ? I{} + kMax : magnitude;
   const I code = magnitude_code<1, 127, I>(bits<F>(magnitude)) | (all >> 28 & 8);
-  if constexpr (FINITE) return code;
-  return code & ~nan_mask<I>(x);
+  return FINITE ? code : unless_nan(x, code, 0);
 }
 
-// int8, saturating; NaN is 0. FINITE as above. Adding 1.5 * 2^23 rounds to an integer in the low bits.
+// int8, saturating; NaN is 0. FINITE as above; bits above the low byte are then left. Adding 1.5 * 2^23 rounds to an
+// integer in the low bits.
 template <bool FINITE, class I, class F>
 HOST_DEVICE I encode_int8(F x) {
   constexpr float kMagic = 12582912.0f;
   constexpr int kMagicBits = 0x4b400000;
   I code = bits<I>(x + kMagic);
-  if constexpr (FINITE) return code & 0xff;
+  if constexpr (FINITE) return code;
   // Bits of huge values compare as integers too: negative floats are negative ints, beyond any code.
   code = code > kMagicBits + 127 ? I{} + (kMagicBits + 127) : code;
   code = code < kMagicBits - 128 ? I{} + (kMagicBits - 128) : code;
-  return code & 0xff & ~nan_mask<I>(x);
+  return unless_nan(x, code & 0xff, 0);
 }
 
 // Nearest integer, ties to even, of any x: adding 2^23 of its sign leaves no room for a fraction.
@@ -158,20 +155,21 @@ struct Scale {
 // From the bits of the group's largest magnitude. `given` is scale2 of NVFP4, else the bound of the amax.
 template <class F, class I>
 HOST_DEVICE Scale<F, I> dynamic_scale(I amax_bits, const Key& key, float given) {
-  const auto finite = amax_bits < kInfinityBits;
   const F amax = bits<F>(amax_bits), nan = bits<F>(I{} + kNanBits);
   const float limit = format_max(key.format());
   if (key.scale_format() == Key::kScaleE4m3) {
     const float g = 1.0f / given;
-    const I code = finite ? encode_e4m3<false, I>(g * (amax * (1.0f / 6.0f))) : I{} + 0x7f;
+    const F finite = amax_bits < kInfinityBits ? amax : nan;
+    const I code = encode_e4m3<false, I>(g * (finite * (1.0f / 6.0f)));
     const F reciprocal = g * (1.0f / decode_e4m3<F>(code));
-    return {code, (code == 0) | ((code & 0x7f) == 0x7f) ? nan : reciprocal};
+    const I is_zero = (code - 1) >> 31;
+    return {code, ((code | is_zero) & 0x7f) == 0x7f ? nan : reciprocal};
   }
   if (key.scale_format() == Key::kE8m0) {
     I exponent = (bits<I>(amax / limit) + 0x7fffff) >> 23;
     exponent = exponent > 254 ? I{} + 254 : exponent;
     const I inverse = exponent == 254 ? I{} + 0x400000 : (254 - exponent) << 23;
-    return {finite ? exponent : I{} + 255, finite ? bits<F>(inverse) : nan};
+    return {amax_bits < kInfinityBits ? exponent : I{} + 255, amax_bits < kInfinityBits ? bits<F>(inverse) : nan};
   }
   F scale;
   if (key.power_of_two()) {
@@ -182,19 +180,20 @@ HOST_DEVICE Scale<F, I> dynamic_scale(I amax_bits, const Key& key, float given) 
     scale = (amax <= given ? amax : F{} + given) / limit;
     scale = scale < least ? least : scale;
   }
-  scale = finite ? scale : nan;
+  scale = amax_bits < kInfinityBits ? scale : nan;
   return {bits<I>(scale), 1.0f / scale};
 }
 
 // Of an asymmetric int8 group that spans [-low, high], both at least 0, with its zero point.
 template <class F, class I>
 HOST_DEVICE Scale<F, I> asymmetric_scale(I high_bits, I low_bits, F& zero_point) {
-  const auto finite = (high_bits < kInfinityBits) & (low_bits < kInfinityBits);
+  const I largest = high_bits > low_bits ? high_bits : low_bits;
   const F least = F{} + smallest_scale(Key::kInt8), nan = bits<F>(I{} + kNanBits);
   F scale = (bits<F>(high_bits) + bits<F>(low_bits)) / 255.0f;
-  scale = finite ? (scale < least ? least : scale) : nan;
+  scale = scale < least ? least : scale;
+  scale = largest < kInfinityBits ? scale : nan;
   const F reciprocal = 1.0f / scale;
-  zero_point = finite ? -128.0f + round_even<I>(bits<F>(low_bits) * reciprocal) : F{};
+  zero_point = largest < kInfinityBits ? -128.0f + round_even<I>(bits<F>(low_bits) * reciprocal) : F{};
   return {bits<I>(scale), reciprocal};
 }
 

@@ -315,6 +315,20 @@ def test_threads_do_not_change_a_bit(op):
             assert_same(a, b, op.name)
 
 
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels on this machine")
+@pytest.mark.parametrize("offset", [0, 16, 1])
+def test_results_beyond_the_caches_may_lie_anywhere(offset):
+    """They are written around the caches, by stores that take multiples of 32 or 64 bytes only."""
+    x, some = torch.randn(5000, 4096, dtype=torch.bfloat16), torch.arange(0, 4400, 999)
+    y = torch.empty(x.numel() + offset, dtype=x.dtype)[offset:]
+    fused_ops.relu2(x, out=y.view_as(x))
+    assert_same(y.view_as(x)[some], fused_ops.relu2(x[some]), "relu2")
+    q, table, positions = x[:4400].view(4400, 32, 128), torch.randn(4400, 128), torch.arange(4400)
+    k, out = q[:, :1].clone(), y[: q.numel()].view_as(q)
+    fused_ops.rope(q, k, positions, table, out=(out, torch.empty_like(k)))
+    assert_same(out[some], fused_ops.rope(q[some], k[some], positions[some], table)[0], "rope")
+
+
 ISA_SCRIPT = """
 import hashlib, torch
 from fused_ops import OPS

@@ -5,6 +5,7 @@
 
 #include "../kernel.h"
 
+#define WIDE_VECTORS
 #define KERNELS "experts.inc"
 #include "each_isa.inc"
 

@@ -34,6 +34,9 @@ constexpr int kLanes = 32;
 // The best that the machine has; FUSED_OPS_ISA=base or v3 forces a lesser one, so that tests can compare their bits.
 extern const int kIsa;
 
+// What a store of a whole vector around the caches asks of its address, in bytes.
+inline int streaming_alignment() { return kIsa >= ISA_V4 ? 64 : 32; }
+
 }  // namespace fused_ops
 
 #if HAVE_X86

@@ -4,6 +4,7 @@
 
 #include "threads.h"
 
+#define WIDE_VECTORS
 #define KERNELS "rope.inc"
 #include "each_isa.inc"
 
@@ -12,12 +13,13 @@ namespace fused_ops {
 namespace {
 
 bool worth_streaming(const Rope& p) {
-  const auto rounded = [](int64_t bytes) { return bytes % 32 == 0; };
+  const int unit = streaming_alignment();
+  const auto rounded = [=](int64_t bytes) { return bytes % unit == 0; };
   int64_t bytes = 0;
   for (const Heads* heads : {&p.q, &p.k}) {
     const Place& out = heads->out;
     if (!out) continue;
-    if (!aligned(out.data, 32) || !rounded(out.token) || !rounded(out.head)) return false;
+    if (!aligned(out.data, unit) || !rounded(out.token) || !rounded(out.head)) return false;
     bytes += p.tokens * heads->count * heads->cols * byte_size(p.dtype);
   }
   return bytes > last_level_cache() && rounded(p.half * byte_size(p.dtype));

@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "threads.h"
 
+#define WIDE_VECTORS
 #define KERNELS "row.inc"
 #include "each_isa.inc"
 
@@ -19,8 +20,8 @@ namespace {
 bool worth_streaming(const Pipeline& p) {
   const int64_t bytes = byte_size(p.dtype);
   const int64_t a_row = p.cols * ((p.sum ? bytes : 0) + (p.y ? bytes : 0)) + (p.data ? p.data.cols : 0);
-  return (p.rows - p.begin) * a_row > last_level_cache() && aligned(p.sum, 32) && aligned(p.y, 32) &&
-         aligned(p.data, 32);
+  return (p.rows - p.begin) * a_row > last_level_cache() && aligned(p.sum, streaming_alignment()) &&
+         aligned(p.y, streaming_alignment()) && aligned(p.data, 32);
 }
 
 }  // namespace
