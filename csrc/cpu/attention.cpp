@@ -106,7 +106,7 @@ double work_of(const Attention& p, const Tile& tile) {
 void run_tiles(const Attention& p) {
   std::vector<Tile> tiles = tiles_of(p);
   const std::vector<Tiles> groups = side_by_side(tiles);
-  const int64_t stride = round_up(p.v.cols, 8), count = static_cast<int64_t>(groups.size());
+  const int64_t stride = round_up(p.v.cols, 16), count = static_cast<int64_t>(groups.size());
   int64_t blocks = 0, part = 0;
   double work = 0;
   for (const Tile& tile : tiles) {
@@ -203,7 +203,7 @@ void run_expanded(const Mla& p, const std::vector<Sequence>& sequences) {
 
   const auto lay_out = [&](float* memory, int64_t& used) {
     const auto matrix = [&](int64_t rows, int64_t cols) {
-      const Matrix m{memory + used, round_up(cols, 8)};
+      const Matrix m{memory + used, round_up(cols, 16)};
       used += round_up(rows * m.stride + kLanes, 16);
       return m;
     };

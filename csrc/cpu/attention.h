@@ -46,7 +46,7 @@ inline int64_t part_floats(const Tile& tile, int64_t y_stride) {
 // A thread's memory.
 class Desk {
  public:
-  Matrix x, logits, y, part, staged;
+  Matrix x, packed, logits, y, part, staged;
   float *most, *sum, *part_most, *part_sum;  // of rows; largest logits, times log2(e)
   int *low, *high;                           // keys of this block that a row sees
   float *row, *slice;                        // of a head that is quantized: as float32, as S
@@ -62,10 +62,11 @@ class Desk {
       return taken;
     };
     const auto matrix = [&](int64_t height, int64_t cols) {
-      const int64_t stride = round_up(cols, 8);
+      const int64_t stride = round_up(cols, 16);
       return Matrix{take(height * stride + kLanes), stride};
     };
     x = matrix(rows, x_cols);
+    packed = matrix(rows, round_up(x_cols, 16) / 2);
     logits = matrix(rows, count + kDotsAtOnce);
     y = matrix(rows, y_cols);
     part = matrix(rows, y_cols);
