@@ -9,6 +9,7 @@ namespace fused_ops {
 constexpr int kKeys = 256;      // of a block; blocks begin at multiples of this in a sequence
 constexpr int kStaged = 32;     // rows that are widened at once
 constexpr int kTileRows = 64;   // of a tile, at most
+constexpr int kSideBySide = 128;  // rows at most of tiles that are worked on together
 constexpr int kDotsAtOnce = 8;  // so many results are written, and vectors pointed to, at once: seven may be surplus
 
 // Query rows that share keys: `tokens` of a sequence, each with `heads` heads of those that read kv_head.
@@ -51,7 +52,10 @@ class Desk {
   int *low, *high;                           // keys of this block that a row sees
   float *row, *slice;                        // of a head that is quantized: as float32, as S
   const char **keys, **values, **next;       // rows of this block, and the first ones of the next
+  const char **own, **fetched;               // of one of several tiles: its rows, and what it fetches
   int nexts = 0;
+
+  Desk() = default;
 
   // For `rows` rows of x with x_cols, whose products with up to `count` vectors are y_cols wide.
   Desk(float* buffer, int64_t rows, int64_t x_cols, int64_t count, int64_t y_cols) {
@@ -80,19 +84,21 @@ class Desk {
     keys = reinterpret_cast<const char**>(take(2 * (count + kDotsAtOnce)));
     values = reinterpret_cast<const char**>(take(2 * (count + kDotsAtOnce)));
     next = reinterpret_cast<const char**>(take(2 * kStaged));
+    own = reinterpret_cast<const char**>(take(2 * (count + kDotsAtOnce)));
+    fetched = reinterpret_cast<const char**>(take(2 * (kStaged + kSideBySide)));
   }
 
   static int64_t floats(int64_t rows, int64_t x_cols, int64_t count, int64_t y_cols) {
     return Desk(nullptr, rows, x_cols, count, y_cols).used_;
   }
 
-  // The same for rows of x and y, and their states, from `row` on.
+  // The same for rows from `row` on.
   Desk at(int64_t row) const {
     Desk d = *this;
-    d.x.data = x[row];
-    d.y.data = y[row];
-    d.most += row;
-    d.sum += row;
+    for (Matrix Desk::*each : {&Desk::x, &Desk::packed, &Desk::logits, &Desk::y, &Desk::part})
+      (d.*each).data = (this->*each)[row];
+    for (float* Desk::*each : {&Desk::most, &Desk::sum, &Desk::part_most, &Desk::part_sum}) d.*each += row;
+    for (int* Desk::*each : {&Desk::low, &Desk::high}) d.*each += row;
     return d;
   }
 
