@@ -51,7 +51,7 @@ def test_options_are_as_exact_as_torch(options, dtype):
 def test_codes_are_as_exact_as_their_values(held, per_head):
     call = inputs(dtype=torch.float32, held=held)
     if per_head:
-        call |= {"k_scale": torch.tensor([0.03, 0.1])}
+        call |= {"k_scale": torch.tensor([0.02, 0.1]), "v_scale": torch.tensor([3.0, 0.01])}
     close(call)
 
 
