@@ -20,8 +20,8 @@ constexpr int64_t kLatentFloats = 1 << 22;  // queries that are projected at onc
 constexpr int64_t kStateFloats = 1 << 24;   // states of queries for which keys and values are projected once,
 constexpr int64_t kLeastExpanded = 1024;    // or of so many queries a thread: for fewer, projecting takes most
 
-constexpr int64_t kLeastGroups = 4;   // of tiles a thread, for none to wait for another one for long
-constexpr double kMultiplied = 16;    // so many products are the unit of kSerial
+constexpr int64_t kLeastGroups = 4;  // of tiles a thread, for none to wait for another one for long
+constexpr double kMultiplied = 16;   // so many products are the unit of kSerial
 
 struct alignas(64) Line {
   float v[16];

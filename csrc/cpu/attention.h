@@ -6,11 +6,11 @@
 
 namespace fused_ops {
 
-constexpr int kKeys = 256;      // of a block; blocks begin at multiples of this in a sequence
-constexpr int kStaged = 32;     // rows that are widened at once
-constexpr int kTileRows = 64;   // of a tile, at most
+constexpr int kKeys = 256;        // of a block; blocks begin at multiples of this in a sequence
+constexpr int kStaged = 32;       // rows that are widened at once
+constexpr int kTileRows = 64;     // of a tile, at most
 constexpr int kSideBySide = 128;  // rows at most of tiles that are worked on together
-constexpr int kDotsAtOnce = 8;  // so many results are written, and vectors pointed to, at once: seven may be surplus
+constexpr int kDotsAtOnce = 8;    // so many results are written, and vectors pointed to, at once: seven may be surplus
 
 // Query rows that share keys: `tokens` of a sequence, each with `heads` heads of those that read kv_head.
 struct Tile {
@@ -95,10 +95,10 @@ class Desk {
   // The same for rows from `row` on.
   Desk at(int64_t row) const {
     Desk d = *this;
-    for (Matrix Desk::*each : {&Desk::x, &Desk::packed, &Desk::logits, &Desk::y, &Desk::part})
+    for (Matrix Desk::* each : {&Desk::x, &Desk::packed, &Desk::logits, &Desk::y, &Desk::part})
       (d.*each).data = (this->*each)[row];
-    for (float* Desk::*each : {&Desk::most, &Desk::sum, &Desk::part_most, &Desk::part_sum}) d.*each += row;
-    for (int* Desk::*each : {&Desk::low, &Desk::high}) d.*each += row;
+    for (float* Desk::* each : {&Desk::most, &Desk::sum, &Desk::part_most, &Desk::part_sum}) d.*each += row;
+    for (int* Desk::* each : {&Desk::low, &Desk::high}) d.*each += row;
     return d;
   }
 
