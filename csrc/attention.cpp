@@ -2,6 +2,8 @@
 
 #include <limits>
 
+#include "kernel.h"
+
 namespace fused_ops {
 namespace {
 
@@ -254,11 +256,11 @@ using Latent = Overloads<mla_of, T, T, T, T, T, T, T, T, double, OptionalT>;
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-#define IMPLEMENT(name, Op)                         \
-  m.impl(name, TORCH_BOX(&Op::functional));         \
-  m.impl(name ".out", TORCH_BOX(&Op::out));         \
-  m.impl(name "_quant", TORCH_BOX(&Op::quantized)); \
-  m.impl(name "_quant.out", TORCH_BOX(&Op::quantized_out))
+#define IMPLEMENT(name, Op)                                \
+  add_kernel<TORCH_BOX(&Op::functional)>(m, name);         \
+  add_kernel<TORCH_BOX(&Op::out)>(m, name ".out");         \
+  add_kernel<TORCH_BOX(&Op::quantized)>(m, name "_quant"); \
+  add_kernel<TORCH_BOX(&Op::quantized_out)>(m, name "_quant.out")
   IMPLEMENT("paged_attention", Paged);
   IMPLEMENT("mla_attention", Latent);
 #undef IMPLEMENT

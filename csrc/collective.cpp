@@ -192,8 +192,8 @@ void implement_collectives(Library& m) {
       m, "all_reduce_fused_add_rms_norm");
   implement<RowOp<ReduceFusedAddRmsNorm<true>, XResidualWeight, Inputs<double>, Residual::kAlso>>(
       m, "reduce_scatter_fused_add_rms_norm");
-  m.impl("qk_all_reduce_rms_norm", TORCH_BOX(&qk_all_reduce_rms_norm));
-  m.impl("qk_all_reduce_rms_norm.out", TORCH_BOX(&qk_all_reduce_rms_norm_out));
+  add_kernel<TORCH_BOX(&qk_all_reduce_rms_norm)>(m, "qk_all_reduce_rms_norm");
+  add_kernel<TORCH_BOX(&qk_all_reduce_rms_norm_out)>(m, "qk_all_reduce_rms_norm.out");
 }
 
 }  // namespace fused_ops

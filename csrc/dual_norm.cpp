@@ -68,8 +68,8 @@ void dual_rms_norm_out(T q, T kv, OptionalT q_weight, OptionalT kv_weight, doubl
 }  // namespace
 
 void implement_dual_norm(Library& m) {
-  m.impl("dual_rms_norm", TORCH_BOX(&dual_rms_norm));
-  m.impl("dual_rms_norm.out", TORCH_BOX(&dual_rms_norm_out));
+  add_kernel<TORCH_BOX(&dual_rms_norm)>(m, "dual_rms_norm");
+  add_kernel<TORCH_BOX(&dual_rms_norm_out)>(m, "dual_rms_norm.out");
 }
 
 }  // namespace fused_ops

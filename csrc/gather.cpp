@@ -140,10 +140,10 @@ void all_gather_quantized_out(T data, T scale, int64_t key, int64_t rows, T work
 }  // namespace
 
 void implement_gathers(Library& m) {
-  m.impl("all_gather", TORCH_BOX(&all_gather));
-  m.impl("all_gather.out", TORCH_BOX(&all_gather_out));
-  m.impl("all_gather_quantized", TORCH_BOX(&all_gather_quantized));
-  m.impl("all_gather_quantized.out", TORCH_BOX(&all_gather_quantized_out));
+  add_kernel<TORCH_BOX(&all_gather)>(m, "all_gather");
+  add_kernel<TORCH_BOX(&all_gather_out)>(m, "all_gather.out");
+  add_kernel<TORCH_BOX(&all_gather_quantized)>(m, "all_gather_quantized");
+  add_kernel<TORCH_BOX(&all_gather_quantized_out)>(m, "all_gather_quantized.out");
 }
 
 }  // namespace fused_ops

@@ -379,9 +379,9 @@ void mla_rope_kv_cache_concat_out(T q_pe, T k_pe, T kv_c, OptionalT positions, T
 }  // namespace
 
 void implement_rope(Library& m) {
-#define IMPLEMENT(name)            \
-  m.impl(#name, TORCH_BOX(&name)); \
-  m.impl(#name ".out", TORCH_BOX(&name##_out))
+#define IMPLEMENT(name)                   \
+  add_kernel<TORCH_BOX(&name)>(m, #name); \
+  add_kernel<TORCH_BOX(&name##_out)>(m, #name ".out")
   IMPLEMENT(rope);
   IMPLEMENT(qk_norm_rope);
   IMPLEMENT(rope_kv_cache_write);

@@ -12,6 +12,7 @@
 
 #include <string>
 
+#include "kernel.h"
 #include "row.h"
 
 namespace fused_ops {
@@ -114,18 +115,16 @@ struct RowOp<Make, Inputs<First, R...>, Inputs<O...>, RESIDUAL> {
   }
 };
 
-using Library = torch::stable::detail::StableLibrary;
-
 template <class Op>
 void implement_plain(Library& m, const std::string& name) {
-  m.impl(name.c_str(), TORCH_BOX(&Op::functional));
-  m.impl((name + ".out").c_str(), TORCH_BOX(&Op::Out::out));
+  add_kernel<TORCH_BOX(&Op::functional)>(m, name);
+  add_kernel<TORCH_BOX(&Op::Out::out)>(m, name + ".out");
 }
 
 template <class Op>
 void implement_quantized(Library& m, const std::string& name) {
-  m.impl(name.c_str(), TORCH_BOX(&Op::quantized));
-  m.impl((name + ".out").c_str(), TORCH_BOX(&Op::Out::quantized_out));
+  add_kernel<TORCH_BOX(&Op::quantized)>(m, name);
+  add_kernel<TORCH_BOX(&Op::Out::quantized_out)>(m, name + ".out");
 }
 
 template <class Op>

@@ -61,6 +61,7 @@ def refusal(*args) -> str:
     try:
         product = product_of(x, w, linear_products.architecture(o.data.device) or "a CPU")
         product.check_sizes(o.weight.shape[1] * w.packing, o.weight.shape[0])
+        product.check_result("out_dtype", o.out_dtype)
     except ValueError as error:
         return str(error)
     for name, key, taken in ("activation", x, product.activation(x)), ("weight", w, product.weight(w)):
@@ -68,9 +69,6 @@ def refusal(*args) -> str:
             return f"{name} is {key}, the {product.name} product takes {taken}"
     if not x.symmetric and o.weight_sums is None:
         return "weight_sums is None, and zero points take weight.sum(1, dtype=torch.int32)"
-    if o.out_dtype not in product.results:
-        made = " and ".join(map(str, product.results))
-        return f"out_dtype is {o.out_dtype}, the {product.name} product makes {made}"
     return ""
 
 

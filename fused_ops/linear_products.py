@@ -76,6 +76,12 @@ class Product:
             if size % step:
                 raise ValueError(f"{name} is {size}, the {self.name} product takes multiples of {step}")
 
+    def check_result(self, name: str, dtype: torch.dtype) -> None:
+        """Raise ValueError, which calls it `name`, unless it makes this dtype."""
+        if dtype not in self.results:
+            made = " and ".join(map(str, self.results))
+            raise ValueError(f"{name} is {dtype}, the {self.name} product makes {made}")
+
     def lacks(self) -> str:
         """What isn't installed here for a device that has it, or nothing."""
         build, (low, high) = torch.version.hip or torch.version.cuda, self.builds

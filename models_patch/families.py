@@ -157,6 +157,21 @@ def family_of(module: nn.Module) -> Family | None:
     return next((family for family in known if mismatch_stream(module, family) is None), None)
 
 
+def expected_instead(model: nn.Module) -> str:
+    """For messages: what a model in which no family is known should have been, and why its layers aren't."""
+    stacks = [module for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)]
+    reasons = dict.fromkeys(filter(None, map(_nearest_mismatch, stacks)))
+    return f"expected one of {', '.join(MODELS)}, or of the same layers" + "".join(f"; {each}" for each in reasons)
+
+
+def _nearest_mismatch(model: Any) -> str | None:
+    """Why a model is of no family: its loop, its layers, or where those are a family's, the rest."""
+    if problem := mismatch_loop(model):
+        return problem
+    made = (family for family in MODELS.values() if not any(mismatch_layer(layer, family) for layer in model.layers))
+    return mismatch_stream(model, next(made, PRE_NORM))
+
+
 def mismatch(module: nn.Module, expected: type, role: str) -> str | None:
     """Why a fused body can't take the place of `module`; None where it computes what `expected`, of `stock`, does."""
     for name, value in vars(expected).items():

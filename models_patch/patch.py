@@ -17,10 +17,10 @@ from .attention_family import NO_ROTATION, attentions_of, complex_rotation_of, e
 from .binding import METHODS, is_ours, replaced
 from .families import (
     GATED,
-    MODELS,
     Family,
     Gated,
     activation_of,
+    expected_instead,
     family_of,
     mismatch,
     mismatch_stream,
@@ -77,8 +77,7 @@ def patch(model: nn.Module) -> Report:
         raise TypeError(f"patch: model is {type(model).__name__}, expected a torch.nn.Module")
     bases = [(path, module, family) for path, module in model.named_modules() if (family := family_of(module))]
     if not bases:
-        known = ", ".join(MODELS)
-        raise ValueError(f"patch: model is {type(model).__name__}, expected one of {known}, or of the same layers")
+        raise ValueError(f"patch: model is {type(model).__name__}, {expected_instead(model)}")
     plan = _Plan()
     for path, base, family in bases:
         plan.add(path, base, family)

@@ -17,7 +17,7 @@ from fused_ops.workspace import AllReduceWorkspace
 
 from .attention_family import attentions_of
 from .binding import METHODS, changed_linear, is_ours, replaced
-from .families import GATED, MODELS, Family, activation_of, family_of, mismatch
+from .families import GATED, Family, activation_of, expected_instead, family_of, mismatch
 from .ranks import NormOverRanks, RankHook, SumOverRanks
 from .report import Entry, Report
 from .roles import Attention, LatentAttention
@@ -82,8 +82,7 @@ def shard(model: nn.Module, workspace: AllReduceWorkspace) -> Report:
             raise ValueError("shard: model is patched, expected one that is not: unpatch it, and patch it afterwards")
     bases = [(path, module, family) for path, module in model.named_modules() if (family := family_of(module))]
     if not bases:
-        known = ", ".join(MODELS)
-        raise ValueError(f"shard: model is {type(model).__name__}, expected one of {known}, or of the same layers")
+        raise ValueError(f"shard: model is {type(model).__name__}, {expected_instead(model)}")
     plan = _Plan(model, workspace)
     for path, base, family in bases:
         plan.add(f"{path}." if path else "", base, family)

@@ -1,6 +1,7 @@
 """The keys that tests of formats go through, and what a call takes for them."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ KEYS = {
     "INT8_TENSOR_ASYM": QuantKey(torch.int8, FP8_DYNAMIC_TENSOR.scale, symmetric=False),
 }
 EVERY_KEY = pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+SERVED = {name: key for name, key in KEYS.items() if key.symmetric or key.scale.static or not key.per_tensor}
+ACTIVATIONS = "silu_mul_quant", "gelu_tanh_mul_quant", "swiglu_oai_mul_quant", "relu2_quant"
+EVERY_SERVED_KEY_AND_SOME_ACTIVATION = pytest.mark.parametrize(
+    ("name", "key"), list(zip(cycle(ACTIVATIONS), SERVED.values(), strict=False)), ids=SERVED
+)
 BY_ROW = {name: key for name, key in KEYS.items() if key.scale.static or not key.per_tensor}
 EVERY_KEY_BY_ROW = pytest.mark.parametrize("key", BY_ROW.values(), ids=BY_ROW)  # none has one dynamic scale
 

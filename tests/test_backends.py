@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_ops import ALL, COLLECTIVES, cases
 
 import fused_ops
 from fused_ops import OPS, _cpu
@@ -89,10 +90,23 @@ def test_what_a_backend_does_not_serve_raises_and_says_what_does():
     )
     with pytest.raises(ValueError, match=message):
         fused_ops.quantize(X, key)
-    with pytest.raises(RuntimeError, match="key: groups of 48 columns, expected 16 or a multiple of 32"):
+    with pytest.raises(RuntimeError, match=r"^quantize: .* key: groups of 48 columns, expected 16 or a multiple of 32"):
         OPS["quantize"].default(X, key.code, None)
     with fused_ops.use_backend("reference"):
         assert fused_ops.quantize(X, key).data.shape == X.shape
+
+
+UNNAMED = "scaled_linear", "grouped_scaled_linear", "sort_by_expert", "sum_experts"
+ROWS_AND_HEADS = [p for p in ALL if "cpu" in p.values[0].backends and p.id not in (*COLLECTIVES, *UNNAMED)]
+
+
+@pytest.mark.parametrize("op", ROWS_AND_HEADS)
+def test_what_a_kernel_refuses_in_a_compiled_graph_names_the_operation(op):
+    """Where no Python comes behind it; public functions say it once."""
+    first, *rest = cases(op)[0]
+    for call, count in (op.default, op.required), (op.out, None):
+        with pytest.raises(RuntimeError, match=rf"^{op.name}: \w+, csrc"):
+            call(*(first.long(), *rest)[:count])
 
 
 def run(code: str, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess:

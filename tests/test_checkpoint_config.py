@@ -271,8 +271,12 @@ def test_two_files_that_disagree(tmp_path):
         (nested("NVFP4"), "quant_algo is 'FP8', .*hf_quant_config.json has 'NVFP4'"),
         (nested("FP8", exclude_modules=["*mlp*"]), r"exclude_modules is \['lm_head'\], .* has \['\*mlp\*'\]"),
         (nested("FP8", kv_cache_quant_algo="FP8"), "kv_cache_quant_algo is None, .*hf_quant_config.json has 'FP8'"),
-        ({"quantization": [1]}, r"hf_quant_config.json.quantization is \[1\], expected an object"),
-        ({"quantization": {"quant_algo": ["FP8"]}}, r"quantization.quant_algo is \[\"FP8\"\], expected str"),
+        ({"quantization": [1]}, r"hf_quant_config.json: quantization is \[1\], expected an object"),
+        (
+            {"quantization": {"quant_algo": ["FP8"]}},
+            r"config.json: quantization.quant_algo is \[\"FP8\"\], expected str",
+        ),
+        ({"quant_algo": "FP8", "more": 1}, r"hf_quant_config.json: more is 1, a field that isn't known"),
     ):
         other.write_text(json.dumps(theirs))
         with pytest.raises(ValueError, match=message):

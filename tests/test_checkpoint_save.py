@@ -1,10 +1,12 @@
 """What `save_quantized` writes is the model, to the bit, for us and for transformers."""
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import copied
 from compare import assert_as_near, assert_same
 from patching import FAMILIES, quantize, tiny, tiny_model, tokens
 from safetensors.torch import load_file
@@ -145,6 +147,24 @@ def test_what_it_refuses(make, error, message, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("way", ["quantized", "loaded", "copied", "patched"])
+def test_save_pretrained_refuses_what_nothing_would_load(way, tmp_path):
+    model = quantize(tiny(num_hidden_layers=1), "int8_token")
+    if way == "loaded":
+        model = load_quantized(copied(tmp_path))
+    elif way == "copied":
+        model = copy.deepcopy(model)
+    elif way == "patched":
+        models_patch.patch(model)
+    for each in model, model.model:
+        with pytest.raises(RuntimeError, match=r"save_pretrained: the model is quantized.*checkpoint.save_quantized"):
+            each.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    torch.save(model.state_dict(), tmp_path / "state")
+    for name, tensor in torch.load(tmp_path / "state").items():
+        assert_same(tensor, model.state_dict()[name], name)
+
+
 def test_folders(tmp_path, monkeypatch):
     model = quantize(tiny(num_hidden_layers=1), "int8_token")
     (tmp_path / "empty").mkdir()
@@ -187,6 +207,9 @@ def test_folders_by_other_names(tmp_path, monkeypatch):
         (tmp_path / "file" / "in" / "it", r"in/it', expected a folder that is new or empty"),
         (tmp_path / "loop", r"loop'"),
         ("a\0b", r"path is 'a\\x00b': embedded null"),
+        ("n" * 250, r"path is 'n{250}': .*File name too long: .*\.partial"),
+        ("/proc/new", r"path is '/proc/new': .*No such file or directory: '/proc/new.partial'"),
+        ("/proc/new/in/it", r"path is '/proc/new/in/it': .*No such file or directory"),
     ):
         with pytest.raises(ValueError, match=message):
             save_quantized(model, path)
@@ -251,7 +274,7 @@ def test_one_calibration_serves_every_static_scheme(capsys):
         (None, torch.ones(1), TypeError, "calibrate: data is Tensor, expected a list"),
         (None, {"input_ids": 1}, TypeError, "calibrate: data is dict, expected a list"),
         (None, [], ValueError, "calibrate: data never gives model.layers.0.self_attn.q_proj an input"),
-        ("quantized", [], ValueError, "calibrate: model is LlamaForCausalLM and contains no nn.Linear"),
+        ("quantized", [], ValueError, "calibrate: model is LlamaForCausalLM, quantized already, and contains no nn.L"),
     ],
 )
 def test_what_calibrate_refuses(model, data, error, message):

@@ -8,6 +8,7 @@ import promises
 import pytest
 import torch
 from compare import assert_close, assert_same
+from keys import EVERY_SERVED_KEY_AND_SOME_ACTIVATION
 from promises import DEVICE, on_device
 from test_ops import ALL, ATTENTION, COLLECTIVES, HEADS, cases, results
 
@@ -166,6 +167,13 @@ def test_long_rows(op, key):
     args = op.workload(2, LONG, key, torch.float16, "cpu")
     promises.results_are_the_cpus(run, op, [args])
     promises.fused_is_unfused(run, op, [args])
+
+
+@EVERY_SERVED_KEY_AND_SOME_ACTIVATION
+def test_activations_of_long_rows(name, key):
+    args = OPS[name].workload(2, LONG, key, torch.bfloat16, "cpu")
+    promises.results_are_the_cpus(run, OPS[name], [args])
+    promises.fused_is_unfused(run, OPS[name], [args])
 
 
 def test_columns_behind_a_long_row():

@@ -113,14 +113,15 @@ def test_sizes_that_a_product_does_not_take(arch, scheme, cols, outs, message, p
 def test_the_product_is_that_of_the_decoded_values(scheme, arch, dtype, bias, pretend, decoded):
     """By torch's rules or FlashInfer's, from memory whose padding holds NaN; a row depends on no other."""
     pretend(arch)
-    model = stock(dtype, bias is not None)
-    layer = quantized(scheme, model)[0]
+    halves, x = halves_only(scheme, arch), torch.randn(150, COLS).to(dtype)
+    unmade = halves and dtype == torch.float32
+    layer = quantized(scheme, stock(torch.bfloat16 if unmade else dtype, bias is not None))[0]
     layer.bias = None if bias is None else layer.bias.to(bias)
-    x = torch.randn(150, COLS).to(dtype)
-    halves = halves_only(scheme, arch)
-    if halves and dtype == torch.float32:
+    if unmade:
         with pytest.raises(ValueError, match=r"out_dtype is torch.float32, the .* product makes torch.bfloat16 and"):
             layer(x)
+        with pytest.raises(ValueError, match=r"0: the activations' dtype is torch.float32, the .* product makes"):
+            quantized(scheme, stock(dtype))
         return
     whole = layer(x)
     for tokens in 1, 3, 4, 16, 17, 33, 150:

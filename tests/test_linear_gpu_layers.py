@@ -48,6 +48,23 @@ def test_a_layer_that_can_not_move_stays(pretend):
     layer(torch.randn(3, COLS).bfloat16())
 
 
+def test_neither_does_one_whose_result_the_product_does_not_make(pretend):
+    """It moves in float32 no more than it is built so, nor is it cast there."""
+    layer = quantized("fp8_block", stock(torch.float32))[0]
+    pretend("sm_100", "meta")
+    message = r"the activations' dtype is torch.float32, the flashinfer 1x128 sm_10x product makes torch.bfloat16 and"
+    with pytest.raises(ValueError, match=message):
+        layer.to("meta")
+    assert layer.weight.device.type == layer.bias.device.type == "cpu"
+    layer(torch.randn(3, COLS))
+    there = copy.deepcopy(layer).to("meta", torch.bfloat16)
+    assert there.input_quant()["pad_rows"] == 36
+    with pytest.raises(ValueError, match=message):
+        there.float()
+    assert there.bias.dtype == torch.bfloat16
+    layer.bfloat16().to("meta").half()
+
+
 @each_place
 def test_state_dicts_are_those_of_a_cpu(scheme, arch, pretend, decoded):
     x, model = torch.randn(40, COLS).bfloat16(), stock()

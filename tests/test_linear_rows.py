@@ -53,7 +53,7 @@ def test_a_row_does_not_depend_on_its_neighbours(key, cols):
 
 @compiled_only
 def test_instruction_sets_give_the_same_bits():
-    """Every path, by the portable kernels and the AVX2 ones in processes of their own."""
+    """Every path, by the portable kernels, AVX2's and AVX-512's where the machine has it, in processes of their own."""
     script = """
 import hashlib, torch
 from compare import raw
@@ -74,14 +74,17 @@ for key in KEYS:
         for tokens in 3, 6:
             note(digest, activation(tokens, 256, key), weight(5, 256, w_key))
     print(key, digest.hexdigest())
-for key in MXFP8, MXFP4:  # products around the smallest float32
-    digest = hashlib.sha256()
-    for w_key in MXFP8, MXFP4:
-        for tokens in 4, 40:
-            x = activation(tokens, 96, key, exponents=(-75, -65))
-            note(digest, x, weight(300, 96, w_key, exponents=(-80, -70)))
-    print("tiny", key, digest.hexdigest())
+ends = {"tiny": ((-75, -65), (-80, -70)), "small": ((-50, -44), (-50, -44)), "smaller": ((-51, -44), (-50, -44)),
+        "large": ((45, 51), (45, 51)), "huge": ((45, 52), (45, 51))}  # around float32's, and bfloat16's that are used
+for end, (of_x, of_w) in ends.items():
+    for key in MXFP8, MXFP4:
+        digest = hashlib.sha256()
+        for w_key in MXFP8, MXFP4:
+            for tokens in 4, 40:
+                x = activation(tokens, 96, key, exponents=of_x)
+                note(digest, x, weight(300, 96, w_key, exponents=of_w))
+        print(end, key, digest.hexdigest())
 """
     printed = [run_python(script, FUSED_OPS_ISA=isa) for isa in ("base", "v3", "")]
     assert printed[0] == printed[1] == printed[2]
-    assert len(printed[0].splitlines()) == len(KEYS) + 2
+    assert len(printed[0].splitlines()) == len(KEYS) + 10

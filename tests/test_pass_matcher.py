@@ -2,10 +2,32 @@
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from models_patch.passes import Backend, FusionPass, PassManager, PatternReplacement
 
 CAP = 30.25
+
+
+class DoubledRelu(PatternReplacement):
+    def inputs(self):
+        return [{"x": torch.empty(3, 5)}]
+
+    def pattern(self, x):
+        return torch.relu(x) * 2
+
+    def replacement(self, x):
+        return (torch.relu(x) * 2).clone()
+
+
+class DoubledTanh(PatternReplacement):
+    inputs = DoubledRelu.inputs
+
+    def pattern(self, x):
+        return torch.tanh(x) * 2
+
+    def replacement(self, x):
+        return (torch.tanh(x) * 2).clone()
 
 
 class Rooted(PatternReplacement):
@@ -21,6 +43,12 @@ class Rooted(PatternReplacement):
     def replacement(self, x, cap):
         total = (x * x).mean(-1, keepdim=True) + cap
         return total.rsqrt().clone(), total
+
+
+class Flat(Rooted):
+    def pattern(self, x, cap):
+        total = (x * x).mean(-1) + cap
+        return total.rsqrt(), total
 
 
 class Refusing(Rooted):
@@ -130,7 +158,8 @@ def test_symbolic_sizes_and_numbers():
         (lambda x: torch.rsqrt(x.mean(-1, keepdim=True) + 2.0), "arg0_1 is an input, expected square"),
         (lambda x: torch.rsqrt(x.square().mean(0, keepdim=True) + 2.0), "expected -1, found -2"),
         (lambda x: torch.rsqrt(x.square().mean(-1, keepdim=True) + x), "arg0_1 is no number"),
-        (lambda x: torch.rsqrt(x.square().mean(-1) + 2.0), "mean has other arguments than mean of the pattern"),
+        (lambda x: torch.rsqrt(x.square().mean(-1, True) + x.sum()), "sum_1 is no number"),
+        (lambda x: torch.rsqrt(x.square().mean(-1) + 2.0), "mean has the default keepdim, expected True"),
     ],
 )
 def test_the_first_condition_that_failed_is_named(function, reason):
@@ -148,6 +177,7 @@ def test_the_first_condition_that_failed_is_named(function, reason):
         (Halved, "a result of the replacement is None, expected a tensor"),
         (Short, "the replacement has 1 results, and the pattern 2"),
         (Checked, "cap is 0.5"),
+        (Flat, "mean has keepdim True, expected none"),
         (Writing, "the replacement writes in place, by aten.square_.default|aten.copy_.default"),
     ],
 )
@@ -167,14 +197,61 @@ def test_what_must_stay_is_nearer_than_a_part_of_another_pattern():
     assert miss.reason == "refused: rms_norm: x has strides (1, 4), expected a contiguous last dimension"
 
 
+def test_patterns_of_one_file_with_the_same_inputs_are_told_apart():
+    for pattern in DoubledRelu, DoubledTanh:
+        assert find(lambda x: (torch.relu(x) * 2, torch.tanh(x) * 2), torch.randn(4, 5), pattern=pattern) == (1, [])
+    assert DoubledRelu().uuid() != DoubledTanh().uuid()
+
+
 def test_results_that_only_an_input_connects():
     assert find(lambda x: (torch.sqrt(x), x.exp()), torch.rand(4, 5), pattern=Apart) == (1, [])
     assert find(lambda x: (torch.sqrt(x + 1), x.exp()), torch.rand(4, 5), pattern=Apart)[0] == 0
 
 
-def test_a_pattern_that_returns_an_input_is_refused():
-    with pytest.raises(ValueError, match=r"pattern: it returns .*, expected only what it computes"):
-        Returning().patterns()
+class Holding(Rooted):
+    def pattern(self, x, cap):
+        return ((x * x).mean(-1, keepdim=True) + cap).rsqrt() * torch.tensor(2.0)
+
+
+class Unknown(Rooted):
+    """AttributeErrors, wherever they are wanted."""
+
+    def __init__(self, wrong):
+        self.wrong = wrong
+
+    def inputs(self):
+        return self._of("inputs") or super().inputs()
+
+    def pattern(self, x, cap):
+        return self._of("pattern") or super().pattern(x, cap)
+
+    def check(self, x, cap):
+        return self._of("check") or ""
+
+    def replacement(self, x, cap):
+        return self._of("replacement") or super().replacement(x, cap)
+
+    def _of(self, method):
+        return torch.unknown if method == self.wrong else None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (Returning, r"Returning\.pattern: ValueError: it returns .*, expected only what it computes"),
+        (Holding, r"Holding\.pattern: ValueError: it holds a tensor of its own, expected only its inputs and numbers"),
+    ],
+)
+def test_patterns_that_are_refused(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        pattern().patterns()
+
+
+@pytest.mark.parametrize("method", ["inputs", "pattern", "check", "replacement"])
+def test_an_error_in_a_pattern_is_raised_by_its_name(method):
+    message = rf"Unknown\.{method}: AttributeError: module 'torch' has no attribute"
+    with pytest.raises(BackendCompilerFailed, match=message):
+        find(rooted, torch.randn(4, 5), pattern=lambda: Unknown(method))
 
 
 def test_nothing_alike_is_no_miss():

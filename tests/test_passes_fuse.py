@@ -88,9 +88,9 @@ def test_layer_norm(dtype, given):
     assert compiled.calls == {"layer_norm": 1}, compiled.misses
 
 
-def oai(gate, up):
+def oai(gate, up, alpha=1.5):
     gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
-    return (up + 1) * (gate * torch.sigmoid(gate * 1.5))
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
 
 
 ACTIVATIONS = {
@@ -101,6 +101,8 @@ ACTIVATIONS = {
     "relu2 by power": lambda x: x.clamp_min(0) ** 2,
     "swiglu_oai_mul": lambda x: oai(x[..., :64], x[..., 64:]),
     "swiglu_oai_mul in turn": lambda x: oai(x[..., ::2], x[..., 1::2]),
+    "swiglu_oai_mul whose alpha is 1": lambda x: oai(x[..., :64], x[..., 64:], 1.0),
+    "swiglu_oai_mul in turn, whose alpha is 1": lambda x: oai(x[..., ::2], x[..., 1::2], 1.0),
 }
 
 
@@ -267,6 +269,28 @@ def test_an_eps_that_is_an_input():
         with fused_ops.use_backend("reference"):
             assert torch.equal(compiled(X, eps), llama(X, WEIGHT, eps))
     assert compiled.calls["rms_norm"] >= 1
+
+
+def test_an_eps_that_is_a_tensor_is_left():
+    compiled = Compiled(llama)
+    compiled(X, WEIGHT, torch.tensor(1e-6, dtype=torch.float64))
+    assert not compiled.calls
+    assert "eps is a tensor, expected a number" in compiled.misses
+
+
+def test_branches_are_graphs_too():
+    """As Inductor has them."""
+
+    def function(x, y):
+        taken = torch.cond(x.sum() > 0, lambda x: llama(x, WEIGHT), lambda x: llama(x, WEIGHT, 0.5) * 2, (x,))
+        return taken, F.silu(y) * x
+
+    compiled = Compiled(function)
+    for x in X.abs(), -X.abs():
+        assert same_on_both_backends(lambda *args: compiled(*args)[1], lambda *args: function(*args)[1], x, X)
+        with fused_ops.use_backend("reference"):
+            assert all(map(torch.equal, compiled(x, X), function(x, X)))
+    assert compiled.calls == {"rms_norm": 2, "silu_mul": 1}
 
 
 @pytest.mark.parametrize("scatter", [False, True])

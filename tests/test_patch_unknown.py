@@ -83,6 +83,27 @@ class _Bidirectional(llama.LlamaAttention):
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("Phimoe", {"num_local_experts": 4}, "LayerNorm.forward of transformers {} is not a known norm"),
+        (
+            "Llama4Text",
+            {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 64},
+            "Llama4TextDecoderLayer.forward of transformers {} is not a known layer",
+        ),
+        (
+            "OPT",
+            {"ffn_dim": 64, "word_embed_proj_dim": 64},
+            "OPTDecoder.forward of transformers {} is not a known loop",
+        ),
+    ],
+)
+def test_a_model_of_no_family_is_refused_with_the_reason(name, options, reason):
+    with pytest.raises(ValueError, match=f"or of the same layers; {reason.format(transformers.__version__)}"):
+        models_patch.patch(tiny(name, **options))
+
+
+@pytest.mark.parametrize(
     ("module", "cls", "reason"),
     [
         ("model.layers.2", _Scaled, "_Scaled.forward of transformers {} is not a known layer"),

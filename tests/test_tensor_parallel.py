@@ -303,6 +303,7 @@ def refusal(model, columns=64, dtype=torch.bfloat16):
 
 def test_refusals_name_the_argument():
     assert refusal(nn.Linear(4, 4)).startswith("shard: model is Linear, expected one of LlamaModel")
+    assert "; LayerNorm.forward of transformers" in refusal(tiny("Phimoe", num_local_experts=4))
     assert "workspace has rows of 64 bytes, expected at least the 128 of" in refusal(tiny(), columns=32)
     patched = tiny()
     models_patch.patch(patched)

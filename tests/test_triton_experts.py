@@ -72,6 +72,24 @@ def test_sums_of_int8_have_room_for_the_largest_codes_of_the_longest_rows():
         by_triton(x, w, counts)
 
 
+def test_what_a_grid_or_an_int32_does_not_count_is_refused():
+    """Without memory for it, but for a weight of one column, which is refused by name."""
+    outs, int32 = 128 * 65535, {"dtype": torch.int32, "device": "meta"}
+    sort, total, product = (
+        OPS[name].backends["triton"].supports for name in ("sort_by_expert", "sum_experts", "grouped_scaled_linear")
+    )
+    x, w_key = activation(1, 1, INT8_DYNAMIC_TOKEN), block_key(torch.int8, 1, -1)
+    for more in 0, 1:
+        assert sort(torch.empty(2**31 - 1024 + more, 1, **int32), 4) != more
+        y, positions = torch.empty(1, outs + more, device="meta"), torch.empty(1, 1, **int32)
+        assert total(y, positions, torch.empty(1, 1, device="meta")) != more
+        weight, scale = torch.empty(1, outs + more, 1, dtype=torch.int8), torch.ones(1).expand(1, outs + more, 1)
+        args = x.data, x.scale, x.quant_key.code, weight, scale, torch.tensor([1]), None, None, torch.float32
+        assert product(*args) != more
+    with pytest.raises(ValueError, match="results of up to 8388480 columns"):
+        by_triton(x, (weight, scale.contiguous(), w_key, None), torch.tensor([1]))
+
+
 @pytest.mark.parametrize("key", [FP8_DYNAMIC_TOKEN, FP8_DYNAMIC_GROUP_128, NVFP4], ids=str)
 def test_a_row_does_not_depend_on_the_others_and_what_lies_beyond_is_left(key):
     counts, bias, out = torch.tensor([3, 0, 7, 1]), torch.randn(4, 35), on_device(torch.full((4, 7, 35), -7.0))

@@ -4,7 +4,7 @@ import promises
 import pytest
 import torch
 from compare import assert_same
-from keys import EVERY_KEY
+from keys import EVERY_KEY, EVERY_SERVED_KEY_AND_SOME_ACTIVATION
 from promises import DEVICE, on_device
 from test_triton import blocks, by_triton, hard_values_are_the_cpus, some, tree_sum
 
@@ -47,6 +47,14 @@ def test_quantize_of_hard_values(key, parts_of_16):
 @pytest.mark.parametrize("name", ["swiglu_oai_mul_quant", "fused_add_rms_norm_pad", "layer_norm"])
 def test_results_are_the_cpus(name, parts_of_16):
     promises.results_are_the_cpus(by_triton, OPS[name], few(OPS[name]))
+    assert parts_of_16
+
+
+@EVERY_SERVED_KEY_AND_SOME_ACTIVATION
+def test_activations(name, key, parts_of_16):
+    args = OPS[name].workload(2, 160, key, torch.bfloat16, "cpu")
+    promises.results_are_the_cpus(by_triton, OPS[name], [args])
+    promises.fused_is_unfused(by_triton, OPS[name], [args])
     assert parts_of_16
 
 

@@ -12,7 +12,10 @@
 #include <cstdint>
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #define HAVE_X86 1
 #else
 #define HAVE_X86 0

@@ -63,9 +63,14 @@ struct Linear {
 
   int64_t first = 0, rows = 0;  // rows of y that share this weight; in a pass, those in it
   void* decoded = nullptr;      // [blocks, rows, block], of their rows of x
+  bool extreme = false;         // has scales that bfloat16 is too small for
 
   // The row of x that row m of this pass is made of.
   int64_t row_of_x(int64_t m) const { return source ? source[first + m] : first + m; }
+  // The zero point of block b of it.
+  int zero(int64_t m, int64_t b) const {
+    return zero_point ? scale_at<int32_t>(zero_point, row_of_x(m), x_group ? b * block / x_group : 0) : 0;
+  }
   // Factors of weight row n: of block b at b >> w_shift.
   const float* w_blocks(int64_t n) const { return w_block + (n >> w_row_shift) * w_stride; }
   // Columns of block b.

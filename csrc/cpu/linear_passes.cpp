@@ -1,10 +1,19 @@
 // Products of codes, pass by pass: rows are decoded to memory that the cache holds, and meet every weight once.
+#include <algorithm>
+#include <atomic>
 #include <memory>
 
 #include "linear.h"
 
 #define KERNELS "linear.inc"
 #include "each_isa.inc"
+
+// Where scales take values to the ends of bfloat16's range, the kernels that multiply float32.
+#if HAVE_X86
+#define KERNEL(p, function) (kIsa == ISA_V4 && (p).extreme ? v3::function : PICK_ISA(function))
+#else
+#define KERNEL(p, function) PICK_ISA(function)
+#endif
 
 namespace fused_ops {
 namespace {
@@ -37,7 +46,35 @@ void for_parts(const Linear* groups, const Linear* end, const PartsOf& parts_of,
   });
 }
 
-int64_t row_bytes(const Linear& p) { return p.blocks * p.block * (p.x.decoder == Decoder::kInt8 ? 2 : 4); }
+// Values of e8m0 scales within 2^50 of 1 have products that are multiples of 2^-118, and finite sums: what bfloat16 and
+// sums without subnormal numbers can hold.
+constexpr int kLeastScale = 127 - 50, kMostScale = 127 + 50;
+
+bool is_extreme(const uint8_t* scales, int64_t count) {
+  uint8_t least = kLeastScale, most = kMostScale;
+  for (int64_t i = 0; i < count; ++i) {
+    least = std::min(least, scales[i]);
+    most = std::max(most, scales[i]);
+  }
+  return least < kLeastScale || most > kMostScale;
+}
+
+bool has_extremes(const Operand& operand) {
+  if (operand.key.scale_format() != Key::kE8m0) return false;
+  const ScaleOut& scale = operand.groups;
+  const int64_t groups = operand.cols / 32, run = scale.one != 1 ? 1 : scale.four != 4 ? 4 : groups;
+  std::atomic<bool> found{false};
+  parallel_rows(operand.rows, groups / kCodes, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end && !found; ++row)
+      for (int64_t g = 0; g < groups; g += run) {
+        const char* const from = scale.data + scale.row(row) + g / 4 * scale.four + g % 4 * scale.one;
+        if (is_extreme(reinterpret_cast<const uint8_t*>(from), std::min(run, groups - g))) found = true;
+      }
+  });
+  return found;
+}
+
+int64_t row_bytes(const Linear& p) { return p.blocks * p.block / kLanes * KERNEL(p, linear_bytes)(p.x.decoder); }
 
 int64_t factors(const Linear& p) { return p.x_group ? p.blocks : 1; }
 
@@ -73,14 +110,14 @@ void run_pass(Linear* groups, Linear* end, Line* memory) {
       [&](const Linear& p, int64_t first, int64_t last) {
         const int64_t before = (static_cast<const char*>(p.decoded) - memory->bytes) / row_bytes(p);
         if (p.x_scale) fold_scales(p, x_factors + before * factors(p), first, last);
-        PICK_ISA(linear_decode)(p, first, last);
+        KERNEL(p, linear_decode)(p, first, last);
       });
   for_parts(
       groups, end,
       [](const Linear& p) {
         return Parts{ceil_div(p.w.rows, kTile), p.rows + kWeightRows, kTile * p.x.cols * p.rows / kCodes};
       },
-      [](const Linear& p, int64_t first, int64_t last) { PICK_ISA(linear_multiply)(p, first, last); });
+      [](const Linear& p, int64_t first, int64_t last) { KERNEL(p, linear_multiply)(p, first, last); });
 }
 
 }  // namespace
@@ -90,6 +127,11 @@ void run(Linear* groups, int64_t count) {
   int64_t rows = 0;
   for (const Linear* p = groups; p != end; ++p) rows += p->rows;
   if (rows == 0 || groups->w.rows == 0) return;
+  if (kIsa == ISA_V4) {
+    const bool extreme = has_extremes(groups->x) ||
+                         std::any_of(groups, end, [](const Linear& p) { return p.rows && has_extremes(p.w); });
+    for (Linear* p = groups; p != end; ++p) p->extreme = extreme;
+  }
   const int64_t bytes = std::min(rows, kMaxRows) * (row_bytes(*groups) + factors(*groups) * sizeof(float));
   const std::unique_ptr<Line[]> memory(new Line[ceil_div(bytes, sizeof(Line))]);
   while (groups != end) {

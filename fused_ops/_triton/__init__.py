@@ -35,7 +35,13 @@ ATTENTION_LIMITS = (
     f"token, up to {MOST_HEADS} heads, fewer than 2^31 tokens to a row of block_tables, and keys of whole bytes a head"
 )
 EXPERTS = ("grouped_scaled_linear", "sort_by_expert", "sum_experts")
-EXPERTS_LIMITS = "fewer than 2^31 pairs of token and expert, and int8 times int8 in rows of up to 65536 columns"
+TILE = 128  # columns of experts' results that a program makes
+MOST_OUTS = TILE * 65535  # a dimension of a grid
+MOST_PAIRS = (1 << 31) - 1024  # which an int32 counts in steps of 1024
+EXPERTS_LIMITS = (
+    f"up to 2^31 - 1024 pairs of token and expert, results of up to {MOST_OUTS} columns, and int8 times int8 in rows "
+    f"of up to {MAX_COLS} columns"
+)
 ELSEWHERE = ("scaled_linear", "qk_all_reduce_rms_norm", "all_gather", "all_gather_quantized")
 _defaults: list[Library] = []
 
@@ -150,8 +156,9 @@ def _supports_experts(op: Op) -> Callable[..., bool]:
     def supports(*args) -> bool:
         if op.name == "grouped_scaled_linear":
             data, weight = args[0], args[3]
-            return data.shape[-1] <= MAX_COLS or not data.dtype == weight.dtype == torch.int8  # int32 has their sums
-        return op.name == "sum_experts" or args[0].numel() < 1 << 31
+            both = data.dtype == weight.dtype == torch.int8
+            return weight.shape[-2] <= MOST_OUTS and (data.shape[-1] <= MAX_COLS or not both)  # int32 has their sums
+        return args[0].shape[-1] <= MOST_OUTS if op.name == "sum_experts" else args[0].numel() <= MOST_PAIRS
 
     return supports
 

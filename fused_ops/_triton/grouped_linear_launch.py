@@ -11,6 +11,7 @@ from torch import Tensor
 from quant import QuantKey
 
 from ..linear import INFERRED, weight_key_of
+from . import TILE
 from .grouped_linear import Operand, Product, Scales, grouped_kernel
 from .launch import OPTIONS, bytes_of, on_device, rows_of
 from .platform import number
@@ -66,7 +67,7 @@ def product_of(x: QuantKey, w: QuantKey, experts: int, outs: int, columns: int, 
     groups = [o.group for o in (a, b) if o.group and not o.in_values]
     block = min(groups, default=0)
     chunk = min(128 if a.format == b.format == "int8" else 64, block or 128)
-    return Product(a, b, experts, cols, chunk, block, outs, 64, 128, apart, 4 if torch.version.hip else 8)
+    return Product(a, b, experts, cols, chunk, block, outs, 64, TILE, apart, 4 if torch.version.hip else 8)
 
 
 def operand_of(key: QuantKey, cols: int) -> Operand:

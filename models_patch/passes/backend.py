@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ class Backend:
     def __call__(self, graph: GraphModule, inputs: list[Any]) -> Callable:
         return self._compile(graph, inputs)
 
-    def _rewritten(self, graph: GraphModule, inputs: list[Any]) -> Callable:
+    def _rewrite(self, graph: GraphModule) -> None:
+        for name in dict.fromkeys(str(node.target) for node in graph.graph.find_nodes(op="get_attr")):
+            if isinstance(branch := attrgetter(name)(graph), GraphModule):  # of torch.cond, say
+                self._rewrite(branch)
         specialize_floats(graph.graph)
         # Results of fused operations are contiguous where those before were perhaps not.
         for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
@@ -50,6 +54,9 @@ class Backend:
         _refresh(graph.graph)
         _write_in_place(graph.graph)
         graph.recompile()
+
+    def _rewritten(self, graph: GraphModule, inputs: list[Any]) -> Callable:
+        self._rewrite(graph)
 
         def run(arguments: list[Any]) -> Any:
             with torch.no_grad():

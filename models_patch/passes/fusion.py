@@ -32,6 +32,7 @@ HOOKS = (
 )
 
 
+REFUSALS = TypeError, ValueError, RuntimeError  # of an operation, asked for its results
 _NEAR = 3  # parts of a pattern that are there, for the rest to be missed
 _WHOLE = 1 << 30  # as many as none has: what is there and must stay is nearer than any part of another pattern
 
@@ -66,7 +67,7 @@ class Outcome:
             yield
         except Miss as miss:
             self.missed(node, miss.reason)
-        except (TypeError, ValueError, RuntimeError) as error:  # of an operation, asked for its results
+        except REFUSALS as error:
             self.missed(node, f"refused: {error}")
 
 
@@ -159,6 +160,17 @@ def _replaced(graph: Graph, node: Node, here: Iterable[PatternReplacement], outc
     return nearest
 
 
+@contextmanager
+def _named(of: PatternReplacement, method: str, *others: type[Exception]) -> Iterator[None]:
+    """Errors of somebody's pattern by its class and method; not these others."""
+    try:
+        yield
+    except others:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(of).__qualname__}.{method}: {type(error).__name__}: {error}") from error
+
+
 class PatternReplacement(ABC):
     """A computation, and what is to stand in its place.
 
@@ -201,7 +213,8 @@ class PatternReplacement(ABC):
         if self not in _patterns:
             uuid = self.uuid()
             if uuid not in _traced:
-                _traced[uuid] = [Pattern(self.pattern, example) for example in self.inputs()]
+                with _named(self, "pattern"):
+                    _traced[uuid] = [Pattern(self.pattern, example) for example in self.inputs()]
             _patterns[self] = _traced[uuid]
         return _patterns[self]
 
@@ -213,17 +226,19 @@ class PatternReplacement(ABC):
                 continue
             try:
                 match = pattern.find(node)
-                reason = self.check(**match.inputs)
+                with _named(self, "check", Miss):
+                    reason = self.check(**match.inputs)
                 if reason:
                     numbers = [match.inputs[i.name] for i in pattern.inputs if isinstance(i.example, float)]
                     outcome.wants_numbers |= any(isinstance(number, Node) for number in numbers)
                     raise Miss(reason, _WHOLE)
-                try:
-                    insert(graph, match, self.replacement)
-                except Miss as miss:
-                    raise Miss(miss.reason, _WHOLE) from None
-                except (TypeError, ValueError, RuntimeError) as error:
-                    raise Miss(f"refused: {error}", _WHOLE) from error
+                with _named(self, "replacement", Miss):
+                    try:
+                        insert(graph, match, self.replacement)
+                    except Miss as miss:
+                        raise Miss(miss.reason, _WHOLE) from None
+                    except REFUSALS as error:
+                        raise Miss(f"refused: {error}", _WHOLE) from error
             except Miss as miss:
                 yield miss
             else:
@@ -232,11 +247,9 @@ class PatternReplacement(ABC):
                 return
 
     def uuid(self) -> str:
-        return digest(
-            [source_of(cls) for cls in _classes(type(self))],
-            _described(vars(self)),
-            _described([{name: _example(of) for name, of in example.items()} for example in self.inputs()]),
-        )
+        with _named(self, "inputs"):
+            examples = [{name: _example(of) for name, of in example.items()} for example in self.inputs()]
+        return digest([source_of(cls) for cls in _classes(type(self))], _described(vars(self)), _described(examples))
 
 
 _traced: dict[str, list[Pattern]] = {}
@@ -248,12 +261,15 @@ def _classes(cls: type) -> list[type]:
 
 
 def source_of(cls: type) -> str:
-    """The text of the file that a class is from: what it calls there counts too. Its own, where there is no file."""
+    """A class's name, since a file has several, and the text of the file, since what it calls there counts too; the
+    class's own, where there is no file.
+    """
     module = sys.modules.get(cls.__module__)
     try:
-        return inspect.getsource(module if module is not None and module.__name__ != "__main__" else cls)
+        text = inspect.getsource(module if module is not None and module.__name__ != "__main__" else cls)
     except (OSError, TypeError):
-        return f"{cls.__module__}.{cls.__qualname__}"
+        text = cls.__module__
+    return f"{cls.__qualname__}\n{text}"
 
 
 def _described(item: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -60,29 +61,31 @@ class Relu2(PatternReplacement):
 
 
 class SwigluOai(PatternReplacement):
-    """gpt-oss's, of a gate and an up, or of both in turn."""
+    """gpt-oss's, of a gate and an up, or of both in turn; scaled: by an alpha, which is no node where it is 1."""
 
     name = "swiglu_oai_mul"
 
-    def __init__(self, alternating: bool) -> None:
-        self.alternating = alternating
+    def __init__(self, alternating: bool, scaled: bool) -> None:
+        self.alternating, self.scaled = alternating, scaled
 
     def inputs(self) -> list[dict[str, Any]]:
-        numbers = {"alpha": _ALPHA, "limit": _LIMIT, "lowest": -_LIMIT}
+        numbers = ({"alpha": _ALPHA} if self.scaled else {}) | {"limit": _LIMIT, "lowest": -_LIMIT}
         tensors = {"gate": (3, 6)} if self.alternating else {"gate": (3, 5), "up": (3, 5)}
         return [{name: torch.empty(size, dtype=d) for name, size in tensors.items()} | numbers for d in _FLOATS]
 
     def pattern(self, *inputs: Any) -> Tensor:
-        *tensors, alpha, limit, lowest = inputs
+        *tensors, limit, lowest = inputs
+        alpha = tensors.pop() if self.scaled else None
         gate, up = (tensors[0][..., ::2], tensors[0][..., 1::2]) if self.alternating else tensors
         gate, up = gate.clamp(min=None, max=limit), up.clamp(min=lowest, max=limit)
-        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+        return (up + 1) * (gate * torch.sigmoid(gate if alpha is None else gate * alpha))
 
     def replacement(self, gate: Tensor, *rest: Any) -> Tensor:
-        *up, alpha, limit, _ = rest
+        *up, limit, _ = rest
+        alpha = up.pop() if self.scaled else 1.0
         return fused_ops.swiglu_oai_mul(gate, up[0] if up else None, alpha=alpha, limit=limit, round_activation=True)
 
-    def check(self, gate: Any, alpha: Any, limit: Any, lowest: Any, up: Any = None) -> str:
+    def check(self, gate: Any, limit: Any, lowest: Any, up: Any = None, alpha: Any = 1.0) -> str:
         if any(not isinstance(number, (int, float)) for number in (alpha, limit, lowest)):
             return INPUT.format("alpha or limit")
         if lowest != -limit:
@@ -113,7 +116,7 @@ class LiftActivation(FusionPass):
             self.register(Gated(operation, activation))
             if activation is F.silu:  # gelu's tanh form loses bits in float32, which the operation keeps
                 self.register(Gated(operation, activation, rounded=False))
-        self.register(SwigluOai(True))
-        self.register(SwigluOai(False))
+        for alternating, scaled in product((True, False), repeat=2):
+            self.register(SwigluOai(alternating, scaled))
         self.register(Relu2(F.relu))
         self.register(Relu2(_clamped))

@@ -17,7 +17,10 @@ from .matcher import form, value
 from .rewrite import call, hoist
 
 _EPS = 1.28379e-5  # stands for any
-INPUT = "{} is an input of the graph: torch._dynamo.config.specialize_float = True makes it a number"
+INPUT = (
+    "{} is a tensor, expected a number: of a float that dynamic=True made an input, "
+    "torch._dynamo.config.specialize_float = True makes one again"
+)
 _HALVES = (torch.bfloat16, torch.float16)
 
 

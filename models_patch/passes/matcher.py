@@ -160,6 +160,8 @@ class Pattern:
 
     def __init__(self, function: Callable, inputs: dict[str, Any]):
         graph = trace(function, list(inputs.values()))
+        if graph.find_nodes(op="get_attr"):
+            raise ValueError("it holds a tensor of its own, expected only its inputs and numbers")
         placeholders = graph.find_nodes(op="placeholder")
         tensors = {n: Input(name, example) for n, (name, example) in zip(placeholders, inputs.items(), strict=True)}
         self.inputs = list(tensors.values())
@@ -171,7 +173,7 @@ class Pattern:
         self.graph = graph
         for node in self.outputs:
             if node not in self.nodes:
-                raise ValueError(f"pattern: it returns {node}, expected only what it computes of its inputs")
+                raise ValueError(f"it returns {node}, expected only what it computes of its inputs")
         self.anchor = min(self.nodes, key=lambda node: (_telling(str(form(node))), node))
         self.anchor_name = str(form(self.anchor))
 
@@ -249,8 +251,8 @@ class Pattern:
                 else:
                     fail(f"{found} has other sizes than the reshape of the pattern", more)
             return
-        if [name for name, _ in expected.args] != [name for name, _ in actual.args]:
-            fail(f"{found} has other arguments than {expected} of the pattern", bound)
+        if reason := _other_arguments(found, dict(expected.args), dict(actual.args)):
+            fail(reason, bound)
             return
         pairs = [(e, a) for (_, e), (_, a) in zip(expected.args, actual.args, strict=True)]
         yield from self._all(pairs, bound, fail)
@@ -301,6 +303,17 @@ def _differs(wanted: Node | Input, found: Any) -> str:
     return ""
 
 
+def _other_arguments(found: Node, expected: dict[str, Any], actual: dict[str, Any]) -> str:
+    """An argument that one of two forms has and the other, which has its default, hasn't."""
+    for name, wanted in expected.items():
+        if name not in actual:
+            return f"{found} has the default {name}, expected {_named(wanted)}"
+    more = (
+        f"{found} has {name} {_named(given)}, expected none" for name, given in actual.items() if name not in expected
+    )
+    return next(more, "")
+
+
 def source_of_number(found: Any) -> Any:
     """The input of the graph that `torch.compile(dynamic=True)` makes of a float: a tensor, which it converts."""
     while isinstance(found, Node) and found.op == "call_function" and str(form(found)) == "convert":
@@ -324,7 +337,7 @@ def trace(function: Callable, inputs: list[Any]) -> Graph:
     """A function as the compiler sees it behind its decompositions."""
     # Apart from whatever is being compiled: sizes of examples would become symbols there, which nothing explains.
     with tracing(None), unset_fake_temporarily(), torch.no_grad():
-        mode = FakeTensorMode()
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         examples = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
         # make_fx counts the arguments of a method wrong.
         traced = make_fx(lambda *args: function(*args), decompositions())(*examples)

@@ -75,7 +75,7 @@ def read_recipe(folder: Path) -> Recipe:
     if values is None:
         if not other.exists():
             raise ValueError(f"{path}: quantization_config is missing, and there is no {MODELOPT_CONFIG}")
-        return _modelopt(Fields(read_json(other), str(other)))
+        return _modelopt(Fields(read_json(other), f"{other}:"))
     fields = Fields(values, f"{path}: quantization_config")
     if fields.values.get("quant_method") is None and "quant_algo" in fields.values:
         fields.values["quant_method"] = "modelopt"  # which its first versions left out
@@ -96,7 +96,7 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         if fields.values.get(name) not in (None, {}):
             raise fields.error(name, fields.values[name], "none: that isn't served")
         fields.skip(name)
-    ignored = by_name_or_class(fields.names("ignore"), f"{fields.where}.ignore")
+    ignored = by_name_or_class(fields.names("ignore"), fields.named("ignore"))
     kv_cache = _kv_cache(fields.object("kv_cache_scheme"))
     groups: list[tuple[tuple[str, ...], str, Format]] = []
     owners: dict[str, Format] = {}
@@ -105,10 +105,8 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         names = group.names("targets", required=True)
         if group.values.get("input_activations") is None:
             raise group.error("input_activations", None, "an object: layers with quantized weights only aren't served")
-        weight = _key(Fields(group.take("weights", dict), f"{group.where}.weights"), WEIGHTS)
-        activation = _key(
-            Fields(group.take("input_activations", dict), f"{group.where}.input_activations"), ACTIVATIONS
-        )
+        weight = _key(Fields(group.take("weights", dict), group.named("weights")), WEIGHTS)
+        activation = _key(Fields(group.take("input_activations", dict), group.named("input_activations")), ACTIVATIONS)
         group.only("output_activations", None)
         expected = container(weight)
         if group.values.get("format") is None and whole not in expected:
@@ -119,7 +117,7 @@ def _compressed_tensors(fields: Fields) -> Recipe:
         for name in names:
             if owners.setdefault(name, form) != form:
                 raise group.error("targets", list(names), f"none of another group, which has {json.dumps(name)} too")
-        groups.append((names, f"{group.where}.targets", form))
+        groups.append((names, group.named("targets"), form))
     if None not in own_formats and whole not in (said := dict.fromkeys((*own_formats, "mixed-precision"))):
         raise fields.error("format", whole, f"{' or '.join(said)}, as its groups say")
     fields.close()
@@ -182,7 +180,7 @@ def _fp8(fields: Fields) -> Recipe:
     block = fields.take("weight_block_size", list, None)
     lists = [fields.names(name) for name in ("modules_to_not_convert", "ignored_layers")]
     # The output layer is never quantized, though lists seldom name it.
-    ignored = by_part_of_name((*lists[0], *lists[1], "lm_head"), f"{fields.where}.modules_to_not_convert")
+    ignored = by_part_of_name((*lists[0], *lists[1], "lm_head"), fields.named("modules_to_not_convert"))
     if block is None:
         if powers:
             raise fields.error("scale_fmt", "ue8m0", "float where weight_block_size is null")
@@ -206,7 +204,7 @@ def _fp8(fields: Fields) -> Recipe:
 def _fbgemm(fields: Fields) -> Recipe:
     bound = fields.positive("activation_scale_ub", 1200.0)
     names = (*fields.names("modules_to_not_convert"), "lm_head")
-    ignored = by_part_of_name(names, f"{fields.where}.modules_to_not_convert")
+    ignored = by_part_of_name(names, fields.named("modules_to_not_convert"))
     fields.close()
     scheme = Scheme(FP8_DYNAMIC_TOKEN, block_key(FP8, 1, -1), bounded=True)
     return Recipe(((every, Format(scheme, FBGEMM, (("input_scale_ub", bound),))),), ignored)
@@ -218,7 +216,7 @@ def _fbgemm(fields: Fields) -> Recipe:
 def _mxfp4(fields: Fields) -> Recipe:
     """Of experts alone. The files say nothing of their input: MXFP8, which vLLM has the choice of too."""
     fields.only("dequantize", None, False)
-    ignored = by_part_of_name(fields.names("modules_to_not_convert"), f"{fields.where}.modules_to_not_convert")
+    ignored = by_part_of_name(fields.names("modules_to_not_convert"), fields.named("modules_to_not_convert"))
     fields.close()
     return Recipe((), ignored, stacked=Format(Scheme(MXFP8, MXFP4), GPT_OSS))
 
@@ -328,7 +326,7 @@ def _check_same(path: Path, values: Any, other: Path) -> None:
     """Both of ModelOpt's files must say the same."""
     fields = Fields(values, f"{path}: quantization_config")
     fields.skip("quant_method")
-    mine, theirs = _read_modelopt(fields), _read_modelopt(Fields(read_json(other), str(other)))
+    mine, theirs = _read_modelopt(fields), _read_modelopt(Fields(read_json(other), f"{other}:"))
     for name in _ModelOpt._fields:
         said, says = getattr(mine, name), getattr(theirs, name)
         if said != says:

@@ -15,7 +15,8 @@ _REQUIRED = object()
 class Fields:
     """An object in a JSON file. Whoever reads it takes every field, then calls `close`.
 
-    where: file and path of the object, for messages.
+    where: file and path of the object, for messages: "config.json: quantization_config"; of a whole file
+        "config.json:".
     """
 
     def __init__(self, values: Any, where: str):
@@ -23,12 +24,16 @@ class Fields:
             raise ValueError(f"{where} is {values!r}, expected an object")
         self.values, self.where = dict(values), where
 
+    def named(self, name: str) -> str:
+        """A field, for messages."""
+        return f"{self.where} {name}" if self.where.endswith(":") else f"{self.where}.{name}"
+
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
         """The field's value; null and a missing field are `default`."""
         value = self.values.pop(name, None)
         if value is None:
             if default is _REQUIRED:
-                raise ValueError(f"{self.where}.{name} is missing")
+                raise ValueError(f"{self.named(name)} is missing")
             return default
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if type(value) not in kinds:  # True is an int in Python, not in JSON
@@ -69,15 +74,15 @@ class Fields:
         values = self.take(name, dict)
         if not values:
             raise self.error(name, values, "at least one")
-        return {key: Fields(value, f"{self.where}.{name}.{key}") for key, value in values.items()}
+        return {key: Fields(value, f"{self.named(name)}.{key}") for key, value in values.items()}
 
     def object(self, name: str) -> Fields | None:
         """An object, or None where it is null or missing."""
         values = self.values.pop(name, None)
-        return None if values is None else Fields(values, f"{self.where}.{name}")
+        return None if values is None else Fields(values, self.named(name))
 
     def error(self, name: str, value: Any, expected: str) -> ValueError:
-        return ValueError(f"{self.where}.{name} is {json.dumps(value, default=str)}, expected {expected}")
+        return ValueError(f"{self.named(name)} is {json.dumps(value, default=str)}, expected {expected}")
 
     def skip(self, *names: str) -> None:
         """Fields that say how a checkpoint was made and not what it is."""
@@ -88,7 +93,7 @@ class Fields:
         """Raise ValueError where a field wasn't taken."""
         if self.values:
             name, value = next(iter(self.values.items()))
-            raise ValueError(f"{self.where}.{name} is {json.dumps(value, default=str)}, a field that isn't known")
+            raise ValueError(f"{self.named(name)} is {json.dumps(value, default=str)}, a field that isn't known")
 
 
 def read_json(path: Path) -> dict[str, Any]:

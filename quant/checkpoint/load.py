@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from ..key import FP8
 from ..methods import QuantGroupedLinear, QuantLinear, ScaledLinearMethod
+from ..methods.convert import refuse_save_pretrained
 from ..methods.experts import serves, stacks_weights
 from . import experts
 from .config import CONFIG, Recipe, read_recipe
@@ -75,6 +76,7 @@ def load_quantized(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pre
                 raise ValueError(f"{slots.file_of(path_of)}: {error}") from None
     if generation is not None:
         model.generation_config = generation
+    refuse_save_pretrained(model)
     return model.eval()
 
 
@@ -154,7 +156,7 @@ class _Slots:
         try:
             layer = QuantLinear(
                 linear.in_features, linear.out_features, method, None if bias is None else bias.data,
-                name=path, device="meta",
+                name=path, device="meta", dtype=linear.weight.dtype,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{config}: quantization_config: {path}: {error}") from None

@@ -64,12 +64,14 @@ def save_quantized(model: PreTrainedModel, path: str | Path, *, max_shard_size: 
     partial = folder.with_name(f"{folder.name}.partial")
     new, ours = [parent for parent in partial.parents if not parent.exists()], False
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
         try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()  # of two calls at once one has it
         except FileExistsError:
             said = f"{partial} is there, of a call that was ended or still runs: remove it first"
             raise ValueError(f"save_quantized: {said}") from None
+        except OSError as error:
+            raise ValueError(f"save_quantized: path is {str(path)!r}: {error}") from None
         ours = True
         names = Names(model)
         _write(model, _quantization_config(model, names), _tensors(model, names), partial, size)

@@ -41,13 +41,14 @@ def quantize_model(
             Models with latents (MLA) want ("lm_head", "kv_b_proj"): attention over blocks takes that weight itself.
 
     Returns:
-        model.
+        model, whose `save_pretrained` raises RuntimeError: `quant.checkpoint.save_quantized` writes what can be loaded.
 
     Raises:
         TypeError, ValueError: an argument is not as above, a weight isn't finite or is shared with another module, its
             columns are no multiple of the scheme's group (32 of mxfp8 and mxfp4, 16 of nvfp4), experts aren't those
-            that transformers' interface serves (Llama4's), or it is on a GPU that has no such product
-            (`fused_ops.linear_products.DEVICES`; for experts that is without Triton); the model is left as it was.
+            that transformers' interface serves (Llama4's), it is on a GPU that has no such product, or none that makes
+            its dtype (`fused_ops.linear_products.DEVICES`; for experts that is without Triton), or all of it is
+            quantized already; the model is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -75,7 +76,22 @@ def quantize_model(
         setattr(model.get_submodule(parent), name, module)
     for module in experts.values():
         strip(module)
+    refuse_save_pretrained(model)
     return model
+
+
+def refuse_save_pretrained(model: nn.Module) -> None:
+    """Have transformers' `save_pretrained` raise, on the model and models in it: nothing would load what it writes."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            vars(module)["save_pretrained"] = _save_pretrained
+
+
+def _save_pretrained(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "save_pretrained: the model is quantized, and nothing would load what it wrote: save it by "
+        "quant.checkpoint.save_quantized, or its state_dict(), which loads into a model that was quantized alike"
+    )
 
 
 def calibrated_inputs(
@@ -123,7 +139,8 @@ def layers_of(
             layers[path] = module
     experts = experts_of(caller, model, ignored)
     if not (layers or experts) or "" in layers:
-        raise ValueError(f"{caller}: model is {type(model).__name__} and contains no nn.Linear to replace")
+        already = ", quantized already," if any(isinstance(each, QuantLinear) for each in model.modules()) else ""
+        raise ValueError(f"{caller}: model is {type(model).__name__}{already} and contains no nn.Linear to replace")
     weights = {path: layer.weight for path, layer in layers.items()}
     weights |= {f"{path}.{name}": getattr(module, name) for path, module in experts.items() for name in PROJECTIONS}
     biases: dict[str, Tensor | None] = {path: layer.bias for path, layer in layers.items()}
@@ -172,7 +189,9 @@ def _quantized(path: str, layer: nn.Linear, scheme: Scheme, span: Tensor | None)
     bias = None if layer.bias is None else layer.bias.detach()
     method = ScaledLinearMethod(scheme)
     with _named(path):
-        quantized = QuantLinear(layer.in_features, layer.out_features, method, bias, name=path, device=weight.device)
+        quantized = QuantLinear(
+            layer.in_features, layer.out_features, method, bias, name=path, device=weight.device, dtype=weight.dtype
+        )
         made = scheme.quantize_weight(weight)
     if span is not None:
         made |= scheme.calibrate(*span)

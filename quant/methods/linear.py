@@ -39,8 +39,8 @@ class QuantMethod:
     def process_weights_after_loading(self, layer: QuantLinear) -> None:
         """Check, and lay out, what was loaded."""
 
-    def check_device(self, layer: QuantLinear, device: torch.device) -> None:
-        """Raise ValueError where the layer can't work on a device."""
+    def check_device(self, layer: QuantLinear, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Raise ValueError where the layer can't work on a device, or not with activations of this dtype."""
 
     def lay_out(self, layer: QuantLinear) -> None:
         """Arrange the layer's buffers as the device they are on takes them."""
@@ -78,7 +78,7 @@ class ScaledLinearMethod(QuantMethod):
 
     def create_weights(self, layer: QuantLinear, device: torch.device | str | None) -> None:
         self.scheme.check(layer.in_features)
-        self.check_device(layer, torch.empty(0, device=device).device)
+        self.check_device(layer, torch.empty(0, device=device).device, layer.dtype)
         shape = (layer.out_features, layer.in_features)
         key, weight_key = self.input_quant_key, self.scheme.weight_key
         each = () if layer.experts is None else (layer.experts,)
@@ -113,8 +113,10 @@ class ScaledLinearMethod(QuantMethod):
                     raise ValueError(f"{layer.name}: {name} has values whose reciprocal isn't finite")
         self.lay_out(layer)
 
-    def check_device(self, layer: QuantLinear, device: torch.device) -> None:
-        self._product_on(layer, device)
+    def check_device(self, layer: QuantLinear, device: torch.device, dtype: torch.dtype | None) -> None:
+        product = self._product_on(layer, device)
+        if product is not None and dtype is not None:
+            product.check_result("the activations' dtype", dtype)
 
     def _product_on(self, layer: QuantLinear, device: torch.device) -> linear_products.Product | None:
         if (arch := linear_products.architecture(device)) is None:
@@ -222,6 +224,8 @@ class QuantLinear(nn.Module):
         bias: [N] or None.
         name: the layer's path, for messages.
         device: where its buffers live.
+        dtype: of the activations, where it is known, and as casts of the model change it: a product that doesn't make
+            it is refused where the layer is built, moved or cast, and otherwise when it is called.
     """
 
     experts: int | None = None  # that have a weight each, in QuantGroupedLinear
@@ -244,10 +248,12 @@ class QuantLinear(nn.Module):
         *,
         name: str = "QuantLinear",
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_bias(name, bias, [out_features] if self.experts is None else [self.experts, out_features])
         self.in_features, self.out_features, self.method, self.name = in_features, out_features, method, name
+        self.dtype = dtype
         self.register_buffer("bias", bias)
         method.create_weights(self, device)
 
@@ -303,13 +309,14 @@ class QuantLinear(nn.Module):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        device = fn(self.weight.new_empty(0)).device
-        moves, bias = device != self.weight.device, self.bias
-        if moves:
-            self.method.check_device(self, device)
+        sample = fn(self.weight.new_empty(0, dtype=self.dtype))
+        dtype = None if self.dtype is None else sample.dtype
+        moves, bias = sample.device != self.weight.device, self.bias
+        if moves or dtype != self.dtype:
+            self.method.check_device(self, sample.device, dtype)
         self._buffers["bias"] = None
         super()._apply(moved, recurse)
-        self._buffers["bias"] = None if bias is None else fn(bias)
+        self._buffers["bias"], self.dtype = None if bias is None else fn(bias), dtype
         if moves:
             self.method.lay_out(self)
         return self
