@@ -3,6 +3,8 @@
 
 #include <vector>
 
+#include "../kernel.h"
+
 #define KERNELS "experts.inc"
 #include "each_isa.inc"
 
@@ -111,10 +113,10 @@ void sum_experts_out(const Tensor& y, const Tensor& positions, const Tensor& wei
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("sort_by_expert", TORCH_BOX(&sort_by_expert));
-  m.impl("sort_by_expert.out", TORCH_BOX(&sort_by_expert_out));
-  m.impl("sum_experts", TORCH_BOX(&sum_experts));
-  m.impl("sum_experts.out", TORCH_BOX(&sum_experts_out));
+  add_kernel<TORCH_BOX(&sort_by_expert)>(m, "sort_by_expert");
+  add_kernel<TORCH_BOX(&sort_by_expert_out)>(m, "sort_by_expert.out");
+  add_kernel<TORCH_BOX(&sum_experts)>(m, "sum_experts");
+  add_kernel<TORCH_BOX(&sum_experts_out)>(m, "sum_experts.out");
 }
 
 }  // namespace fused_ops

@@ -1,6 +1,7 @@
 // y = x * w^T where rows of y have the weight of an expert, whose rows follow each other or have a part of y each.
 #include <vector>
 
+#include "../kernel.h"
 #include "linear.h"
 
 namespace fused_ops {
@@ -119,8 +120,8 @@ void grouped_scaled_linear_out(const Tensor& data, const Tensor& scale, int64_t 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("grouped_scaled_linear", TORCH_BOX(&grouped_scaled_linear));
-  m.impl("grouped_scaled_linear.out", TORCH_BOX(&grouped_scaled_linear_out));
+  add_kernel<TORCH_BOX(&grouped_scaled_linear)>(m, "grouped_scaled_linear");
+  add_kernel<TORCH_BOX(&grouped_scaled_linear_out)>(m, "grouped_scaled_linear.out");
 }
 
 }  // namespace fused_ops

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <limits>
 
+#include "../kernel.h"
+
 namespace fused_ops {
 namespace {
 
@@ -243,8 +245,8 @@ void scaled_linear_out(const Tensor& data, const Tensor& scale, int64_t key, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
-  m.impl("scaled_linear", TORCH_BOX(&scaled_linear));
-  m.impl("scaled_linear.out", TORCH_BOX(&scaled_linear_out));
+  add_kernel<TORCH_BOX(&scaled_linear)>(m, "scaled_linear");
+  add_kernel<TORCH_BOX(&scaled_linear_out)>(m, "scaled_linear.out");
 }
 
 }  // namespace fused_ops
