@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_calls import CODES, MIXED, every_backend, inputs, needs_kernels, run_alone
 from compare import assert_same, raw
+from linear_operands import run_python
 
 import fused_ops
 from fused_ops import paged_attention
@@ -175,3 +176,43 @@ def test_caches_beyond_two_to_the_31(untouched_memory):
         call[name] = at
     call["block_tables"] = torch.tensor([[0, 1]])
     assert_same(paged_attention(**call), paged_attention(**small))
+
+
+ISA_SCRIPT = """
+import hashlib, torch
+from attention_calls import CODES, inputs
+from compare import raw
+from fused_ops import paged_attention
+
+def note(name, call):
+    print(name, hashlib.sha256(raw(paged_attention(**call)).numpy().tobytes()).hexdigest())
+
+torch.manual_seed(0)
+lengths = (1, 70), (5, 40)
+for cols in 40, 128:
+    for heads in 2, 4, 8, 24:  # 1, 2, 4 and 12 rows that share keys
+        call = inputs(lengths, heads, cols=cols)
+        note("values", call)
+        # Products below float32's normal numbers, of all keys or of one.
+        tiny = call | {"q": call["q"] * 2.0**-60, "scale": 2.0**126}
+        note("tiny", tiny | {"k_cache": call["k_cache"] * 2.0**-68})
+        note("large", call | {"q": call["q"] * 2.0**62, "k_cache": call["k_cache"] * 2.0**62, "scale": 2.0**-126})
+        one = call["k_cache"].clone()
+        one[:, 3] *= 2.0**-68
+        note("one tiny", tiny | {"k_cache": one, "scale": 2.0**58})
+        for held in CODES:
+            call = inputs(lengths, heads, cols=cols, held=held)
+            note(held, call)
+            note(held, call | {"q": call["q"].float()})
+            every = torch.arange(call["k_cache"].numel()).to(torch.uint8).view(held).view_as(call["k_cache"])
+            note(held, call | {"k_cache": every})
+            note(held, call | {"v_cache": every})
+"""
+
+
+@needs_kernels
+def test_instruction_sets_agree_on_what_is_tiny_and_on_every_code():
+    """AVX-512 multiplies bfloat16 where that flushes nothing, and looks codes up."""
+    printed = [run_python(ISA_SCRIPT, FUSED_OPS_ISA=isa) for isa in ("base", "v3", "")]
+    assert printed[0] == printed[1] == printed[2]
+    assert len(printed[0].splitlines()) == 2 * 4 * (4 + 4 * len(CODES))

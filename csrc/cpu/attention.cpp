@@ -20,9 +20,8 @@ constexpr int64_t kLatentFloats = 1 << 22;  // queries that are projected at onc
 constexpr int64_t kStateFloats = 1 << 24;   // states of queries for which keys and values are projected once,
 constexpr int64_t kLeastExpanded = 1024;    // or of so many queries a thread: for fewer, projecting takes most
 
-constexpr int64_t kSideBySide = 128;  // rows at most of tiles that are worked on together
-constexpr int64_t kLeastGroups = 4;   // of tiles a thread, for none to wait for another one for long
-constexpr double kMultiplied = 16;    // so many products are the unit of kSerial
+constexpr int64_t kLeastGroups = 4;  // of tiles a thread, for none to wait for another one for long
+constexpr double kMultiplied = 16;   // so many products are the unit of kSerial
 
 struct alignas(64) Line {
   float v[16];
@@ -106,7 +105,7 @@ double work_of(const Attention& p, const Tile& tile) {
 void run_tiles(const Attention& p) {
   std::vector<Tile> tiles = tiles_of(p);
   const std::vector<Tiles> groups = side_by_side(tiles);
-  const int64_t stride = round_up(p.v.cols, 8), count = static_cast<int64_t>(groups.size());
+  const int64_t stride = round_up(p.v.cols, 16), count = static_cast<int64_t>(groups.size());
   int64_t blocks = 0, part = 0;
   double work = 0;
   for (const Tile& tile : tiles) {
@@ -203,7 +202,7 @@ void run_expanded(const Mla& p, const std::vector<Sequence>& sequences) {
 
   const auto lay_out = [&](float* memory, int64_t& used) {
     const auto matrix = [&](int64_t rows, int64_t cols) {
-      const Matrix m{memory + used, round_up(cols, 8)};
+      const Matrix m{memory + used, round_up(cols, 16)};
       used += round_up(rows * m.stride + kLanes, 16);
       return m;
     };

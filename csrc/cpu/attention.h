@@ -6,10 +6,11 @@
 
 namespace fused_ops {
 
-constexpr int kKeys = 256;      // of a block; blocks begin at multiples of this in a sequence
-constexpr int kStaged = 32;     // rows that are widened at once
-constexpr int kTileRows = 64;   // of a tile, at most
-constexpr int kDotsAtOnce = 8;  // so many results are written, and vectors pointed to, at once: seven may be surplus
+constexpr int kKeys = 256;        // of a block; blocks begin at multiples of this in a sequence
+constexpr int kStaged = 32;       // rows that are widened at once
+constexpr int kTileRows = 64;     // of a tile, at most
+constexpr int kSideBySide = 128;  // rows at most of tiles that are worked on together
+constexpr int kDotsAtOnce = 8;    // so many results are written, and vectors pointed to, at once: seven may be surplus
 
 // Query rows that share keys: `tokens` of a sequence, each with `heads` heads of those that read kv_head.
 struct Tile {
@@ -46,12 +47,15 @@ inline int64_t part_floats(const Tile& tile, int64_t y_stride) {
 // A thread's memory.
 class Desk {
  public:
-  Matrix x, logits, y, part, staged;
+  Matrix x, packed, logits, y, part, staged;
   float *most, *sum, *part_most, *part_sum;  // of rows; largest logits, times log2(e)
   int *low, *high;                           // keys of this block that a row sees
   float *row, *slice;                        // of a head that is quantized: as float32, as S
   const char **keys, **values, **next;       // rows of this block, and the first ones of the next
+  const char **own, **fetched;               // of one of several tiles: its rows, and what it fetches
   int nexts = 0;
+
+  Desk() = default;
 
   // For `rows` rows of x with x_cols, whose products with up to `count` vectors are y_cols wide.
   Desk(float* buffer, int64_t rows, int64_t x_cols, int64_t count, int64_t y_cols) {
@@ -62,10 +66,11 @@ class Desk {
       return taken;
     };
     const auto matrix = [&](int64_t height, int64_t cols) {
-      const int64_t stride = round_up(cols, 8);
+      const int64_t stride = round_up(cols, 16);
       return Matrix{take(height * stride + kLanes), stride};
     };
     x = matrix(rows, x_cols);
+    packed = matrix(rows, round_up(x_cols, 16) / 2);
     logits = matrix(rows, count + kDotsAtOnce);
     y = matrix(rows, y_cols);
     part = matrix(rows, y_cols);
@@ -79,19 +84,21 @@ class Desk {
     keys = reinterpret_cast<const char**>(take(2 * (count + kDotsAtOnce)));
     values = reinterpret_cast<const char**>(take(2 * (count + kDotsAtOnce)));
     next = reinterpret_cast<const char**>(take(2 * kStaged));
+    own = reinterpret_cast<const char**>(take(2 * (count + kDotsAtOnce)));
+    fetched = reinterpret_cast<const char**>(take(2 * (kStaged + kSideBySide)));
   }
 
   static int64_t floats(int64_t rows, int64_t x_cols, int64_t count, int64_t y_cols) {
     return Desk(nullptr, rows, x_cols, count, y_cols).used_;
   }
 
-  // The same for rows of x and y, and their states, from `row` on.
+  // The same for rows from `row` on.
   Desk at(int64_t row) const {
     Desk d = *this;
-    d.x.data = x[row];
-    d.y.data = y[row];
-    d.most += row;
-    d.sum += row;
+    for (Matrix Desk::* each : {&Desk::x, &Desk::packed, &Desk::logits, &Desk::y, &Desk::part})
+      (d.*each).data = (this->*each)[row];
+    for (float* Desk::* each : {&Desk::most, &Desk::sum, &Desk::part_most, &Desk::part_sum}) d.*each += row;
+    for (int* Desk::* each : {&Desk::low, &Desk::high}) d.*each += row;
     return d;
   }
 
