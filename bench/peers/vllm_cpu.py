@@ -23,14 +23,17 @@ from quant import INT8_DYNAMIC_TOKEN, INT8_STATIC_TENSOR
 from ..cache import cached
 
 VERSION = "0.32.0"
-LIBRARIES = {"AVX2": "_C_AVX2.abi3.so", "AVX512": "_C_AVX512.abi3.so"}  # vLLM picks one in the same way
+LIBRARIES = {"AVX2": "_C_AVX2.abi3.so", "AVX512": "_C_AVX512.abi3.so", "AVX512 BF16": "_C.abi3.so"}
 
 
 def load(fetch: bool = True) -> str | None:
     """Load the library, downloading the wheel (133 MB) the first time; returns why not, or None where it is loaded."""
     if not torch.__version__.startswith("2.13."):
         return f"built for torch 2.13, this is {torch.__version__}"
-    library = LIBRARIES.get(torch.backends.cpu.get_cpu_capability())
+    isa = torch.backends.cpu.get_cpu_capability()
+    if isa == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        isa = "AVX512 BF16"  # as vLLM picks them
+    library = LIBRARIES.get(isa)
     if library is None:
         return "needs AVX2"
     try:
