@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("results", nargs="?", type=Path, help="a JSON of bench.run (default: the newest)")
     parser.add_argument("--output", type=Path, help="the picture (default: in bench/plots)")
     options = parser.parse_args(arguments)
-    source = options.results or max((HERE / "results").glob("cpu-*.json"), default=None)
+    source = options.results or max((HERE / "results").glob("cpu-20*.json"), default=None)
     if source is None:
         parser.error("there are no results yet: run `make bench`")
     record = json.loads(source.read_text())

@@ -89,7 +89,8 @@ def _named(result: dict) -> str:
 
 def _linear(cells: Cells, record: dict) -> Cells:
     of = {r["tokens"]: r for r in record["linear"] if r["key"] == cells[0] and r["cols"] == 4096}
-    return [cells[0], _times(of[1], "bfloat16 linear"), _times(of[256], "float32 linear", 2)]
+    ratios = [_times(of[rows], f"{dtype} linear", 2) for rows in (1, 256) for dtype in ("bfloat16", "float32")]
+    return [cells[0], *ratios]
 
 
 def _experts(cells: Cells, record: dict) -> Cells:
