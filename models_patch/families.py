@@ -161,6 +161,8 @@ def expected_instead(model: nn.Module) -> str:
     """For messages: what a model in which no family is known should have been, and why its layers aren't."""
     stacks = [module for module in model.modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)]
     reasons = dict.fromkeys(filter(None, map(_nearest_mismatch, stacks)))
+    if not stacks:
+        reasons = {"no module in it has layers by that name": None}
     return f"expected one of {', '.join(MODELS)}, or of the same layers" + "".join(f"; {each}" for each in reasons)
 
 

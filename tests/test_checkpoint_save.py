@@ -216,6 +216,24 @@ def test_folders_by_other_names(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_folders_that_can_not_be_looked_at(tmp_path, monkeypatch):
+    """A folder without permission is refused by name; a working directory that is gone is no reason."""
+    model = quantize(tiny(num_hidden_layers=1), "int8_token")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    save_quantized(model, tmp_path / "model")
+    assert (tmp_path / "model" / "config.json").exists()
+    (tmp_path / "closed").mkdir()
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    with pytest.raises(ValueError, match=r"save_quantized: path is .*closed': .*Permission denied: .*closed'"):
+        save_quantized(model, tmp_path / "closed")
+
+
 @pytest.mark.parametrize(
     ("size", "error"),
     [(-1, ValueError), (0, ValueError), ("0GB", ValueError), ("5", ValueError), ("-1GB", ValueError),

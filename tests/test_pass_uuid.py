@@ -134,6 +134,59 @@ def test_functions_of_one_name_are_told_apart():
         )
 
 
+def _doubled(function):
+    class Doubled(PatternReplacement):
+        def inputs(self):
+            return [{"x": torch.empty(3, 5)}]
+
+        def pattern(self, x):
+            return function(x) * 2
+
+        def replacement(self, x):
+            return (function(x) * 2).clone()
+
+    return Doubled
+
+
+REDEFINED = """
+class Cell(PatternReplacement):
+    def inputs(self):
+        return [{{"x": torch.empty(3, 5)}}]
+
+    def pattern(self, x):
+        return torch.{0}(x) * 2
+
+    def replacement(self, x):
+        return (torch.{0}(x) * 2).clone()
+"""
+
+
+def _cell(name):
+    """As in a notebook, where a cell is changed and run again."""
+    there = {"__name__": "__main__", "torch": torch, "PatternReplacement": PatternReplacement}
+    exec(REDEFINED.format(name), there)
+    return there["Cell"]
+
+
+@pytest.mark.parametrize("make", [lambda name: _doubled(getattr(torch, name)), _cell], ids=["in a function", "cell"])
+def test_classes_of_one_name_are_told_apart(make):
+    patterns = make("relu")(), make("tanh")()
+    assert patterns[0].uuid() != patterns[1].uuid() == make("tanh")().uuid()
+    x = torch.randn(4, 5)
+    for pattern in patterns:
+        torch._dynamo.reset()
+        fusion = FusionPass()
+        fusion.register(pattern)
+        manager = PassManager([("fusion", fusion)])
+        for mine, stock in zip(torch.compile(_both, backend=Backend(manager))(x), _both(x), strict=True):
+            assert torch.equal(mine, stock)
+        assert sum(manager.report().operations.values()) == 1
+
+
+def _both(x):
+    return torch.relu(x) * 2, torch.tanh(x) * 2
+
+
 def _times(factor):
     return lambda x: x.tanh() * factor
 

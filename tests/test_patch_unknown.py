@@ -96,6 +96,7 @@ class _Bidirectional(llama.LlamaAttention):
             {"ffn_dim": 64, "word_embed_proj_dim": 64},
             "OPTDecoder.forward of transformers {} is not a known loop",
         ),
+        ("GPT2", {}, "no module in it has layers by that name"),
     ],
 )
 def test_a_model_of_no_family_is_refused_with_the_reason(name, options, reason):

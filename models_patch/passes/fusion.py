@@ -92,8 +92,8 @@ class Pass(ABC):
     def uuid(self) -> str:
         """Changes with the sources of its classes and what it was made with."""
         mine = {name: item for name, item in vars(self).items() if name != "config"}
-        sources = [source_of(cls) for cls in _classes(type(self))]
-        return digest(sources, _described(mine), self.config.compute_hash())
+        classes = [_described_class(cls) for cls in _classes(type(self))]
+        return digest(classes, _described(mine), self.config.compute_hash())
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,11 @@ class PatternReplacement(ABC):
     def patterns(self) -> list[Pattern]:
         """What is looked for, traced once in a process for each version of it."""
         if self not in _patterns:
-            uuid = self.uuid()
-            if uuid not in _traced:
+            version = type(self), self.uuid()
+            if version not in _traced:
                 with _named(self, "pattern"):
-                    _traced[uuid] = [Pattern(self.pattern, example) for example in self.inputs()]
-            _patterns[self] = _traced[uuid]
+                    _traced[version] = [Pattern(self.pattern, example) for example in self.inputs()]
+            _patterns[self] = _traced[version]
         return _patterns[self]
 
     def at(self, graph: Graph, node: Node, outcome: Outcome) -> Iterator[Miss | None]:
@@ -249,10 +249,11 @@ class PatternReplacement(ABC):
     def uuid(self) -> str:
         with _named(self, "inputs"):
             examples = [{name: _example(of) for name, of in example.items()} for example in self.inputs()]
-        return digest([source_of(cls) for cls in _classes(type(self))], _described(vars(self)), _described(examples))
+        classes = [_described_class(cls) for cls in _classes(type(self))]
+        return digest(classes, _described(vars(self)), _described(examples))
 
 
-_traced: dict[str, list[Pattern]] = {}
+_traced: dict[tuple[type, str], list[Pattern]] = {}
 _patterns: WeakKeyDictionary[PatternReplacement, list[Pattern]] = WeakKeyDictionary()  # a uuid takes a while
 
 
@@ -272,8 +273,20 @@ def source_of(cls: type) -> str:
     return f"{cls.__qualname__}\n{text}"
 
 
+def _described_class(cls: type) -> Any:
+    """Its source, and what it holds: one text makes many classes, in a function, or in a notebook where no file is."""
+    held = {name: getattr(item, "__func__", item) for name, item in vars(cls).items() if name != "_abc_impl"}
+    return [source_of(cls), _described({name: item for name, item in held.items() if not _is_special(name, item)})]
+
+
+def _is_special(name: str, item: Any) -> bool:
+    return name.startswith("__") and not hasattr(item, "__code__")
+
+
 def _described(item: Any) -> Any:
     """The same in every process, and another for what computes something else."""
+    if isinstance(item, type):
+        return f"{item.__module__}.{item.__qualname__}"
     if isinstance(item, dict):
         return {str(name): _described(of) for name, of in item.items()}
     if isinstance(item, (list, tuple)):
@@ -308,8 +321,13 @@ def _code(code: CodeType) -> list[Any]:
     return [
         code.co_code.hex(),
         code.co_names,
-        [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts],
+        [_code(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts],
     ]
+
+
+def _constant(item: Any) -> str:
+    """A set has another order in each process."""
+    return repr(sorted(map(repr, item)) if isinstance(item, frozenset) else item)
 
 
 class Registered(NamedTuple):

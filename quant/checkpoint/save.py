@@ -91,11 +91,13 @@ def _folder(path: str | Path) -> Path:
     try:
         folder = Path(path).resolve()  # what a link leads to
         there = next(each for each in (folder, *folder.parents) if each.exists())
+        taken = not there.is_dir() or (there == folder and any(folder.iterdir()))
+        fixed = there == folder and (folder.samefile(".") or folder.is_mount())
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{said}: {error}") from None
-    if not there.is_dir() or (there == folder and any(folder.iterdir())):
+    if taken:
         raise ValueError(f"{said}, expected a folder that is new or empty")
-    if folder == Path.cwd() or folder.is_mount():
+    if fixed:
         raise ValueError(f"{said}, the working directory or a mount, expected a folder that can be replaced")
     return folder
 
