@@ -329,6 +329,29 @@ def test_results_beyond_the_caches_may_lie_anywhere(offset):
     assert_same(out[some], fused_ops.rope(q[some], k[some], positions[some], table)[0], "rope")
 
 
+SHORT_SCRIPT = """
+import torch, fused_ops
+from compare import assert_same
+from quant import FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_GROUP_128
+for cols in *range(1, 70), 257:
+    for at in range(cols):
+        x = torch.zeros(1, cols, dtype=torch.bfloat16)
+        x[0, at] = 100
+        for key in FP8_DYNAMIC_TOKEN, INT8_DYNAMIC_GROUP_128:
+            actual = fused_ops.quantize(x, key)
+            with fused_ops.use_backend("reference"):
+                expected = fused_ops.quantize(x, key)
+            assert_same(actual.scale, expected.scale, f"{cols} {at} {key}")
+"""
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled kernels on this machine")
+@pytest.mark.parametrize("isa", ["base", "v3", ""])
+def test_every_element_of_a_short_group_counts(isa):
+    environment = {**os.environ, "FUSED_OPS_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
+    subprocess.run([sys.executable, "-c", SHORT_SCRIPT], env=environment, check=True)
+
+
 ISA_SCRIPT = """
 import hashlib, torch
 from fused_ops import OPS
