@@ -22,6 +22,7 @@ from models_patch.paged_cache import PagedKVCache
 from models_patch.pending import Pending
 from quant import FP8_DYNAMIC_TENSOR
 from quant.checkpoint import save_quantized
+from quant.methods import quantize_model
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -338,7 +339,8 @@ def test_what_takes_the_model_for_whole_is_refused(tmp_path):
         patch(part)
         copied = copy.deepcopy(part)
         models_patch.unpatch(copied)
-        for model in part, part.model, copied:
+        quantized = quantize_model(copy.deepcopy(copied), "int8_token")
+        for model in part, part.model, copied, quantized:
             with pytest.raises(
                 RuntimeError, match=r"save_pretrained: the model is cut over 2 ranks.*save before shard"
             ):

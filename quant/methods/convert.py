@@ -81,9 +81,12 @@ def quantize_model(
 
 
 def refuse_save_pretrained(model: nn.Module) -> None:
-    """Have transformers' `save_pretrained` raise, on the model and models in it: nothing would load what it writes."""
+    """Have transformers' `save_pretrained` raise, on the model and models in it: nothing would load what it writes.
+
+    Where it raises already, since the model is cut over ranks, it says so on.
+    """
     for module in model.modules():
-        if hasattr(module, "save_pretrained"):
+        if hasattr(module, "save_pretrained") and "save_pretrained" not in vars(module):
             vars(module)["save_pretrained"] = _save_pretrained
 
 
